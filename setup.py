@@ -1,0 +1,34 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_gil",
+    version="0.1.0",
+    description="Group-invariant learning for RLHF on megatron-core",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_gil", "megatron_gil.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=4.50",  # Llama configs and tokenizers; not needed by the engine
+        "datasets>=4.0",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors>=0.5",
+        "tensorboard",
+        "omegaconf>=2.4",
+        "rich",
+        "matplotlib",
+        "psutil",
+        "numpy",
+        "jaxtyping",
+    ],
+    extras_require={
+        "judge": ["openai"],
+        "gpu": ["transformer-engine[pytorch]"],  # Apex comes from NVIDIA's source: `apex` on PyPI is another project
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"],
+    },
+    entry_points={"console_scripts": ["megatron-gil = megatron_gil.cli:main"]},
+)
