@@ -82,7 +82,7 @@ class Rollout:
 class Readout:
     """What one model says of a batch; a model fills the fields it has.
 
-    The same on every tensor- and pipeline-parallel rank. Leading axes are those of the batch ([B], or [B, 2] for pairs).
+    The same on every tensor- and pipeline-parallel rank. Leading axes are the batch's: [B], or [B, 2] for pairs.
     """
 
     log_probs: Tensor | None = None  # [B, S] log pi(tokens[:, t+1] | tokens[:, :t+1]), temperature 1
