@@ -1,0 +1,64 @@
+"""Losses on pairs; index 0 of the second axis is the chosen reply, 1 the rejected one."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from megatron_gil.types import LossSum
+
+
+def pairwise_loss(scores: Float[Tensor, "batch 2"]) -> LossSum:
+    """- sum_i log sigmoid(score_chosen - score_rejected) (Bradley-Terry); counts pairs.
+
+    Metrics: reward/loss, reward/margin (score_chosen - score_rejected), reward/accuracy (a tie counts one half, so
+    that swapped labels give exactly 1 - accuracy and a constant model 0.5).
+    """
+    margin = scores[:, 0] - scores[:, 1]
+    total = -logsigmoid(margin).sum()
+    metrics = {
+        "reward/loss": total.detach(),
+        "reward/margin": margin.detach().sum(),
+        "reward/accuracy": _wins(margin),
+    }
+    return LossSum(total=total, count=_num_pairs(scores), metrics=metrics)
+
+
+def dpo_loss(
+    policy_log_probs: Float[Tensor, "batch 2"],
+    ref_log_probs: Float[Tensor, "batch 2"],
+    *,
+    beta: float,
+    label_smoothing: float,
+) -> LossSum:
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7) on log-probs summed over each response; counts pairs.
+
+        h_i = beta [(log pi - log pi_ref)_chosen - (log pi - log pi_ref)_rejected]
+        total = - sum_i (1 - label_smoothing) log sigmoid(h_i) + label_smoothing log sigmoid(-h_i)
+
+    Metrics: dpo/loss, dpo/margin (h), dpo/accuracy (h > 0, a tie counts one half), dpo/chosen_reward and
+    dpo/rejected_reward (beta (log pi - log pi_ref)).
+    """
+    rewards = beta * (policy_log_probs - ref_log_probs)
+    margin = rewards[:, 0] - rewards[:, 1]
+    total = -((1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)).sum()
+    chosen_reward, rejected_reward = rewards.detach().sum(dim=0)
+    metrics = {
+        "dpo/loss": total.detach(),
+        "dpo/margin": margin.detach().sum(),
+        "dpo/accuracy": _wins(margin),
+        "dpo/chosen_reward": chosen_reward,
+        "dpo/rejected_reward": rejected_reward,
+    }
+    return LossSum(total=total, count=_num_pairs(margin), metrics=metrics)
+
+
+@torch.no_grad()
+def _wins(margin: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+    return ((margin > 0).to(margin.dtype) + (margin == 0).to(margin.dtype) / 2).sum()
+
+
+def _num_pairs(rows: Tensor) -> Tensor:
+    return torch.tensor(len(rows), device=rows.device)
