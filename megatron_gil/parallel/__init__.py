@@ -1,0 +1,13 @@
+"""Ranks, process groups, collectives.
+
+Importing it silences what megatron.core says at import of the optional Transformer Engine and Apex (it falls back to
+torch, which is what we run on), and at run time of names that torch has renamed since.
+"""
+
+import warnings
+
+for _message, _category in (
+    (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning),
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+):
+    warnings.filterwarnings("ignore", message=_message, category=_category)

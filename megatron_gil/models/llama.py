@@ -1,0 +1,251 @@
+"""What a Llama is: the sizes of config.json, checked, and the layouts that can hold it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from megatron_gil.config import ConfigError
+
+Head = Literal["lm", "score", "critic"]
+TokenIds = int | tuple[int, ...] | None
+
+ARCHITECTURES: dict[Head, str] = {
+    "lm": "LlamaForCausalLM",
+    "score": "LlamaForSequenceClassification",
+    "critic": "LlamaForSequenceClassification",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's stretching of RoPE's long wavelengths."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LlamaSpec:
+    hidden_size: int
+    ffn_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None
+    tied: bool
+    """The language-model head is the input embedding."""
+    bos_token_id: TokenIds
+    eos_token_id: TokenIds
+    pad_token_id: TokenIds
+
+    @classmethod
+    def read(cls, hf_dir: Path) -> Self:
+        """From config.json as transformers 4 or 5 writes it; ConfigError for anything but a plain Llama."""
+        path = Path(hf_dir) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        return cls.from_config(raw, source=str(path))
+
+    @classmethod
+    def from_config(cls, raw: Any, source: str) -> Self:
+        reader = _ConfigReader(raw, source)
+        reader.check_plain_llama()
+        num_heads = reader.size("num_attention_heads")
+        hidden_size = reader.size("hidden_size")
+        theta, scaling = reader.rope()
+        return cls(
+            hidden_size=hidden_size,
+            ffn_size=reader.size("intermediate_size"),
+            num_layers=reader.size("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=reader.size("num_key_value_heads", num_heads),
+            head_dim=reader.size("head_dim", hidden_size // num_heads),
+            vocab_size=reader.size("vocab_size"),
+            max_positions=reader.size("max_position_embeddings", 2048),
+            norm_eps=reader.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            bos_token_id=reader.token_ids("bos_token_id"),
+            eos_token_id=reader.token_ids("eos_token_id"),
+            pad_token_id=reader.token_ids("pad_token_id"),
+        )
+
+    def padded_vocab_size(self, tp_size: int) -> int:
+        """Rows of the embedding so that every tensor-parallel rank holds as many; never seen outside the model."""
+        return math.ceil(self.vocab_size / tp_size) * tp_size
+
+    def hf_config(self, *, head: Head, num_groups: int = 0, dtype: torch.dtype) -> dict[str, Any]:
+        """config.json for these sizes, in the keys that both transformers 4 and 5 read."""
+        config: dict[str, Any] = {
+            "architectures": [ARCHITECTURES[head]],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": _scaling_config(self.rope_scaling),
+            "tie_word_embeddings": self.tied,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "mlp_bias": False,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+        if head != "lm":
+            config["num_labels"] = 1
+            config["id2label"] = {"0": "LABEL_0"}
+            config["label2id"] = {"LABEL_0": 0}
+        if num_groups > 1:
+            config["num_groups"] = num_groups
+        return config
+
+
+def check_layout(spec: LlamaSpec, tp_size: int, pp_size: int, sequence_parallel: bool) -> None:
+    """ConfigError where the model cannot be cut so; the vocabulary always can (it is padded)."""
+    parts = (
+        ("num_attention_heads", spec.num_heads, "tensor_size", tp_size),
+        ("num_key_value_heads", spec.num_kv_heads, "tensor_size", tp_size),
+        ("intermediate_size", spec.ffn_size, "tensor_size", tp_size),
+        ("num_hidden_layers", spec.num_layers, "pipeline_size", pp_size),
+    )
+    for key, size, name, ranks in parts:
+        if size % ranks:
+            fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            raise ConfigError(
+                f"the model's {key}={size} cannot be divided by parallel.{name}={ranks}; set it to one of {fits}"
+            )
+    if sequence_parallel and tp_size == 1:
+        raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor_size above 1; set one of the two")
+    if (tp_size - 1) * (spec.padded_vocab_size(tp_size) // tp_size) >= spec.vocab_size:
+        raise ConfigError(
+            f"the model's vocab_size={spec.vocab_size} leaves a rank of parallel.tensor_size={tp_size} empty; lower it"
+        )
+
+
+def rope_frequencies(spec: LlamaSpec, device: torch.device) -> Tensor:
+    """[head_dim / 2] radians per position, float32 whatever the model's dtype; made on the CPU, equal everywhere."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    frequencies = 1.0 / (spec.rope_theta**exponents)
+    if spec.rope_scaling is not None:
+        frequencies = _stretch(frequencies, spec.rope_scaling)
+    return frequencies.to(device)
+
+
+def _stretch(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Divides low frequencies by the factor, keeps high ones and blends between; the order of operations is
+    transformers', for equal bits. megatron's own flag has Llama 3.1's numbers built in."""
+    wavelengths = 2 * math.pi / frequencies
+    longest = scaling.original_max_positions / scaling.low_freq_factor
+    shortest = scaling.original_max_positions / scaling.high_freq_factor
+    divided = torch.where(wavelengths > longest, frequencies / scaling.factor, frequencies)
+    share = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - share) * divided / scaling.factor + share * divided
+    between = (wavelengths >= shortest) & (wavelengths <= longest)
+    return torch.where(between, blended, divided)
+
+
+def _scaling_config(scaling: Llama3Scaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _ConfigReader:
+    raw: Any
+    source: str
+
+    def check_plain_llama(self) -> None:
+        if not isinstance(self.raw, dict):
+            raise ConfigError(f"{self.source}: must hold a JSON object, found {type(self.raw).__name__}")
+        for key, expected, default in (
+            ("model_type", "llama", None),
+            ("hidden_act", "silu", "silu"),
+            ("attention_bias", False, False),
+            ("mlp_bias", False, False),
+        ):
+            found = self.raw.get(key, default)
+            if found != expected:
+                raise ConfigError(f"{self.source}: {key} is {found!r}, expected {expected!r}: only Llama is supported")
+        for architecture in self.raw.get("architectures") or []:
+            if architecture not in (*ARCHITECTURES.values(), "LlamaModel"):
+                known = " or ".join(sorted(set(ARCHITECTURES.values())))
+                raise ConfigError(f"{self.source}: architectures is {architecture!r}, expected {known}")
+
+    def size(self, key: str, default: int | None = None) -> int:
+        found = self.raw.get(key)
+        if found is None:
+            found = default
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise ConfigError(f"{self.source}: {key} is {found!r}, expected a whole number above 0")
+        return found
+
+    def number(self, key: str, default: float | None = None, table: dict[str, Any] | None = None) -> float:
+        found = (self.raw if table is None else table).get(key)
+        if found is None:
+            found = default
+        if not isinstance(found, int | float) or isinstance(found, bool) or found <= 0:
+            raise ConfigError(f"{self.source}: {key} is {found!r}, expected a number above 0")
+        return float(found)
+
+    def token_ids(self, key: str) -> TokenIds:
+        found = self.raw.get(key)
+        if isinstance(found, list) and all(isinstance(i, int) for i in found):
+            return tuple(found)
+        if found is not None and not isinstance(found, int):
+            raise ConfigError(f"{self.source}: {key} is {found!r}, expected a token id, a list of them or null")
+        return found
+
+    def rope(self) -> tuple[float, Llama3Scaling | None]:
+        """transformers 5: all in rope_parameters; transformers 4: rope_theta and rope_scaling."""
+        table = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        if not isinstance(table, dict):
+            raise ConfigError(f"{self.source}: rope_parameters is {table!r}, expected a JSON object")
+        theta = self.number("rope_theta", self.number("rope_theta", 10000.0), table)
+        kind = table.get("rope_type", table.get("type", "default"))
+        if kind == "default":
+            return theta, None
+        if kind != "llama3":
+            raise ConfigError(f"{self.source}: rope_type is {kind!r}, expected 'default' or 'llama3'")
+        return theta, Llama3Scaling(
+            factor=self.number("factor", table=table),
+            low_freq_factor=self.number("low_freq_factor", table=table),
+            high_freq_factor=self.number("high_freq_factor", table=table),
+            original_max_positions=int(self.number("original_max_position_embeddings", table=table)),
+        )

@@ -1,0 +1,124 @@
+"""The one place that builds a GPTModel."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_gil.config import ConfigError
+from megatron_gil.models.attention import FusedAttention
+from megatron_gil.models.heads import ScalarHead
+from megatron_gil.models.llama import Head, LlamaSpec, check_layout, rope_frequencies
+from megatron_gil.models.norm import RMSNorm
+from megatron_gil.parallel.layout import ParallelLayout
+
+
+def build_model(
+    spec: LlamaSpec,
+    layout: ParallelLayout,
+    *,
+    head: Head,
+    num_groups: int = 0,
+    dtype: torch.dtype,
+    layer: str = "auto",
+    recompute: str = "none",
+) -> GPTModel:
+    """This pipeline stage of the model, its weights not yet set (`load_weights` sets them).
+
+    On the last stage model(tokens [B, T], position_ids [B, T], None) is the logits [B, T, V / tp] of this rank's
+    part of the padded vocabulary (lm), the score [B, T, 1] (score), or value and group logits [B, T, 1 + M] (critic);
+    on the others the hidden states [T, B, H] for the next.
+    """
+    check_layout(spec, layout.tp_size, layout.pp_size, layout.sequence_parallel)
+    config = _transformer_config(spec, layout, dtype, recompute)
+    model: Any = GPTModel(
+        config,
+        _layer_specs(layer, layout, spec.num_layers // layout.pp_size),
+        vocab_size=spec.padded_vocab_size(layout.tp_size),
+        max_sequence_length=spec.max_positions,
+        pre_process=layout.is_first_pp_stage,
+        post_process=layout.is_last_pp_stage,
+        share_embeddings_and_output_weights=spec.tied and head == "lm",
+        position_embedding_type="rope",
+    )
+    model.rotary_pos_emb.inv_freq = rope_frequencies(spec, layout.device)
+    if head != "lm" and layout.is_last_pp_stage:
+        groups = num_groups if head == "critic" else 0
+        model.output_layer = ScalarHead(spec.hidden_size, groups, dtype, layout)
+    return model
+
+
+def _transformer_config(
+    spec: LlamaSpec, layout: ParallelLayout, dtype: torch.dtype, recompute: str
+) -> TransformerConfig:
+    """One per model: the config carries the hooks of the schedule and the optimizer."""
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=True,  # the padded length differs from batch to batch
+        moe_token_dispatcher_type="alltoall",  # variable lengths are refused beside the default, even without experts
+        cuda_graph_scope=[],  # the default warns that it is deprecated
+        calculate_per_token_loss=True,  # losses are sums, divided once by the global count
+        perform_initialization=False,  # weights are loaded
+        deterministic_mode=layout.device.type == "cuda",  # on the CPU the default kernels already are
+        # The fused versions need Apex, Transformer Engine or torch.compile.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        **_recompute_options(recompute),
+    )
+
+
+def _recompute_options(recompute: str) -> dict[str, Any]:
+    if recompute == "none":
+        return {}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective"}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _layer_specs(layer: str, layout: ParallelLayout, num_layers: int) -> Any:
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    if layer == "transformer_engine" and not (has_engine and layout.device.type == "cuda"):
+        raise ConfigError(
+            "models.layer=transformer_engine needs a GPU and the transformer-engine package; install it or use auto"
+        )
+    spec: Any
+    if layer == "local" or not (has_engine and layout.device.type == "cuda"):
+        spec = get_gpt_layer_local_spec()
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+    else:
+        spec = get_gpt_layer_with_transformer_engine_spec()  # its norms are part of the linear layers after them
+    spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=ModuleSpec(module=RMSNorm))

@@ -1,0 +1,107 @@
+"""Running megatron.core on the CPU.
+
+The library is not bound to CUDA by nature; it only spells its device out. Where there is no GPU, each megatron.core
+module that holds the name `torch` is given a stand-in for it, in which `cuda` reads as the CPU. Nothing outside
+megatron.core changes, save two Tensor methods that a stand-in module cannot reach.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# What the engine uses of megatron.core; imported before its modules are searched for the name `torch`.
+_PACKAGES = (
+    "megatron.core.distributed",
+    "megatron.core.inference.contexts",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+)
+
+# pipeline_parallel/schedules.py:596, 983 and 2138 (zeros), transformer/utils.py:35 and 40 (ones),
+# optimizer/clip_grads.py:176 and utils.py:1207 (zeros, tensor): device="cuda".
+_CREATION_FUNCTIONS = ("arange", "empty", "full", "ones", "tensor", "zeros")
+
+_CPU = torch.device("cpu")
+
+
+def install_cpu_shim() -> None:
+    """Make megatron.core run on the CPU; does nothing where CUDA is available. May be called again."""
+    if torch.cuda.is_available():
+        return
+    for name in _PACKAGES:
+        importlib.import_module(name)
+    stand_in = _torch_on_cpu()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and vars(module).get("torch") is torch:
+            vars(module)["torch"] = stand_in
+    _answer_rng_state()
+    _answer_tensor_methods()
+
+
+def _torch_on_cpu() -> types.ModuleType:
+    stand_in = _copy_module(torch)
+    cuda = _copy_module(torch.cuda)
+    # layers.py:277, mappings.py:91, p2p_communication.py:190, attention.py:430 and many more: device=current_device()
+    vars(cuda)["current_device"] = lambda: _CPU
+    # p2p_communication.py:398 after every exchange, distributed_data_parallel.py:588
+    vars(cuda)["synchronize"] = lambda device=None: None
+    # tensor_parallel/random.py:235-238 and 422: the tracker's streams
+    vars(cuda)["get_rng_state"] = lambda device=None: torch.get_rng_state()
+    vars(cuda)["manual_seed"] = torch.manual_seed
+    vars(stand_in)["cuda"] = cuda
+    for name in _CREATION_FUNCTIONS:
+        vars(stand_in)[name] = _read_cuda_as_cpu(getattr(torch, name))
+    return stand_in
+
+
+def _copy_module(module: types.ModuleType) -> types.ModuleType:
+    """A module with the same names; names the original makes on demand are found there."""
+    copy = types.ModuleType(module.__name__, module.__doc__)
+    vars(copy).update(vars(module))
+    vars(copy)["__getattr__"] = functools.partial(getattr, module)
+    return copy
+
+
+def _read_cuda_as_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = _CPU
+        return function(*args, **kwargs)
+
+    return create
+
+
+def _answer_rng_state() -> None:
+    # tensor_parallel/random.py:41 and 75 reach CUDA's generators through torch._C, past the stand-in.
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _answer_tensor_methods() -> None:
+    if getattr(torch.Tensor.type, "answers_megatron", False):
+        return
+    # language_module.py:244 (tied embeddings under pipeline parallelism), optimizer.py:375, grad_scaler.py:140
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    type_of = torch.Tensor.type
+
+    @functools.wraps(type_of)
+    def answer(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = type_of(self, *args, **kwargs)
+        if args or kwargs or not sys._getframe(1).f_globals["__name__"].startswith("megatron.core"):
+            return name
+        # clip_grads.py:167, optimizer.py:671-690 and distrib_optimizer.py:361-420 accept torch.cuda.FloatTensor,
+        # HalfTensor and BFloat16Tensor; they have no word for float64, which they treat rightly as full precision.
+        return name.replace("torch.", "torch.cuda.").replace("DoubleTensor", "FloatTensor")
+
+    answer.answers_megatron = True  # type: ignore[attr-defined]
+    torch.Tensor.type = answer

@@ -1,0 +1,193 @@
+"""Where this process stands: its rank, its share of each model, its process groups. The only reader of megatron's
+`parallel_state`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+
+from megatron_gil.config import ConfigError, ParallelSection
+from megatron_gil.parallel.cpu import install_cpu_shim
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ParallelLayout:
+    """World = data parallel x pipeline parallel x tensor parallel; the same for every model of a run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    sequence_parallel: bool
+    device: torch.device
+    seed: int
+    tp_pg: dist.ProcessGroup
+    pp_pg: dist.ProcessGroup
+    dp_pg: dist.ProcessGroup
+    model_pg: dist.ProcessGroup  # the tp x pp ranks that hold one copy of a model
+    world_pg: dist.ProcessGroup
+
+    @property
+    def is_first_pp_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_pp_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that writes logs."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    rank: int
+    world_size: int
+    local_rank: int
+    init_method: str | None  # None: alone
+
+
+def read_world_size() -> int:
+    """Processes of this run, from the environment alone (torchrun, srun, or 1)."""
+    return _read_place(os.environ).world_size
+
+
+def start_parallel(parallel: ParallelSection, *, seed: int) -> ParallelLayout:
+    """Join the other processes and form megatron's groups; `seed` also seeds megatron's RNG streams."""
+    model_size = parallel.tensor_size * parallel.pipeline_size
+    place = _read_place(os.environ)
+    if place.world_size % model_size:
+        raise ConfigError(
+            f"{place.world_size} processes cannot be divided by parallel.tensor_size={parallel.tensor_size} x "
+            f"parallel.pipeline_size={parallel.pipeline_size} = {model_size}; start a multiple of {model_size}"
+        )
+    # megatron's layers ask for it, in a warning at each first call: kernels then start in the order of the program.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    install_cpu_shim()
+    device = _pick_device(place.local_rank)
+    timeout = timedelta(seconds=parallel.timeout_s)
+    dist.init_process_group(
+        # Logs and checkpoints also exchange CPU tensors, which nccl does not carry.
+        backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        init_method=place.init_method,
+        store=None if place.init_method else dist.HashStore(),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
+    mpu.initialize_model_parallel(
+        parallel.tensor_size,
+        parallel.pipeline_size,
+        distributed_timeout_minutes=parallel.timeout_s / 60,  # type: ignore[arg-type]  only made a timedelta
+        create_gloo_process_groups=False,  # for megatron's own checkpoints of the distributed optimizer
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return _read_layout(place, parallel.sequence_parallel, device, seed)
+
+
+def stop_parallel() -> None:
+    """Leave all groups; a layout can be started again."""
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _read_layout(place: _Place, sequence_parallel: bool, device: torch.device, seed: int) -> ParallelLayout:
+    return ParallelLayout(
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        pp_size=mpu.get_pipeline_model_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
+        device=device,
+        seed=seed,
+        tp_pg=_group(mpu.get_tensor_model_parallel_group()),
+        pp_pg=_group(mpu.get_pipeline_model_parallel_group()),
+        dp_pg=_group(mpu.get_data_parallel_group()),
+        model_pg=_group(mpu.get_model_parallel_group()),
+        world_pg=_group(dist.group.WORLD),
+    )
+
+
+def _group(found: object) -> dist.ProcessGroup:
+    assert isinstance(found, dist.ProcessGroup), found
+    return found
+
+
+def _pick_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # srun --gpus-per-task shows each process one GPU, torchrun shows each all of them.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _read_place(env: Mapping[str, str]) -> _Place:
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _Place(
+            rank=_read_int(env, "RANK"),
+            world_size=_read_int(env, "WORLD_SIZE"),
+            local_rank=_read_int(env, "LOCAL_RANK", env["RANK"]),
+            init_method="env://",
+        )
+    if "SLURM_PROCID" in env and _read_int(env, "SLURM_NTASKS", "1") > 1:
+        return _Place(
+            rank=_read_int(env, "SLURM_PROCID"),
+            world_size=_read_int(env, "SLURM_NTASKS"),
+            local_rank=_read_int(env, "SLURM_LOCALID", "0"),
+            init_method=f"tcp://{_find_master_host(env)}:{_find_master_port(env)}",
+        )
+    return _Place(rank=0, world_size=1, local_rank=0, init_method=None)
+
+
+def _read_int(env: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = env.get(name, default)
+    if text is None or not text.isdecimal():
+        raise ConfigError(f"environment variable {name}={text!r} must be a whole number; start with torchrun or srun")
+    return int(text)
+
+
+def _find_master_host(env: Mapping[str, str]) -> str:
+    if "MASTER_ADDR" in env:
+        return env["MASTER_ADDR"]
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST"))
+    if nodes is None:
+        raise ConfigError("neither MASTER_ADDR nor SLURM_JOB_NODELIST is set; export MASTER_ADDR in the batch script")
+    try:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"scontrol show hostnames {nodes} failed: {error}; export MASTER_ADDR in the script"
+        ) from None
+    return hosts.stdout.split()[0]
+
+
+def _find_master_port(env: Mapping[str, str]) -> int:
+    """The same on every rank, different between jobs and steps of one node."""
+    if "MASTER_PORT" in env:
+        return _read_int(env, "MASTER_PORT")
+    job = _read_int(env, "SLURM_JOB_ID", "0")
+    return 20000 + (job * 31 + _read_int(env, "SLURM_STEP_ID", "0")) % 10000
