@@ -1,0 +1,97 @@
+"""What ranks tell one another, over the groups of a layout."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.types import AllSum
+
+Rows = TypeVar("Rows")
+
+
+def all_sum(layout: ParallelLayout) -> AllSum:
+    """The sum over data-parallel ranks, any dtype, as a new tensor on the device of the one given."""
+
+    def sum_over_dp(tensor: Tensor) -> Tensor:
+        if layout.dp_size == 1:
+            return tensor.clone()
+        total = tensor.to(layout.device, copy=True)
+        dist.all_reduce(total, group=layout.dp_pg)
+        return total.to(tensor.device)
+
+    return sum_over_dp
+
+
+def max_over_dp(value: int, layout: ParallelLayout) -> int:
+    return _reduce_int(value, dist.ReduceOp.MAX, layout, layout.dp_pg)
+
+
+def any_rank(flag: bool, layout: ParallelLayout) -> bool:
+    """Whether the flag is set on any rank of the world."""
+    return bool(_reduce_int(int(flag), dist.ReduceOp.MAX, layout, layout.world_pg))
+
+
+def all_agree(flag: bool, layout: ParallelLayout) -> bool:
+    """Whether the flag is set on every rank of the world."""
+    return bool(_reduce_int(int(flag), dist.ReduceOp.MIN, layout, layout.world_pg))
+
+
+def share_from_last_pp_stage(
+    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, layout: ParallelLayout
+) -> Tensor:
+    """The last pipeline stage's tensor, on every stage; the others give None."""
+    if tensor is None:
+        tensor = torch.empty(shape, dtype=dtype, device=layout.device)
+    assert tuple(tensor.shape) == shape, (tensor.shape, shape)
+    assert tensor.dtype == dtype, (tensor.dtype, dtype)
+    if layout.pp_size > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, group=layout.pp_pg, group_src=layout.pp_size - 1)
+    return tensor
+
+
+def gather_rows(rows: Rows, layout: ParallelLayout) -> Rows:
+    """All data-parallel ranks' rows, in the order of ranks: of a tensor, or of every tensor of a batch of types.py.
+
+    Every rank gives equal shapes. Fields that are None stay None.
+    """
+    if isinstance(rows, Tensor):
+        return _gather_tensor(rows, layout)
+    batch: Any = rows
+    assert is_dataclass(batch), type(batch)
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{n: v if v is None else _gather_tensor(v, layout) for n, v in values.items()})
+
+
+def broadcast_object(obj: Any, layout: ParallelLayout) -> Any:
+    """Rank 0's object, on every rank (by pickle)."""
+    box = [obj]
+    if layout.world_size > 1:
+        dist.broadcast_object_list(box, src=0, device=layout.device)
+    return box[0]
+
+
+def barrier(layout: ParallelLayout) -> None:
+    """Returns when every rank has come here."""
+    any_rank(False, layout)
+
+
+def _reduce_int(value: int, op: Any, layout: ParallelLayout, group: dist.ProcessGroup) -> int:
+    box = torch.tensor(value, dtype=torch.int64, device=layout.device)
+    dist.all_reduce(box, op=op, group=group)
+    return int(box.item())
+
+
+def _gather_tensor(tensor: Tensor, layout: ParallelLayout) -> Any:
+    if layout.dp_size == 1:
+        return tensor
+    local = tensor.to(layout.device).contiguous()
+    parts = [torch.empty_like(local) for _ in range(layout.dp_size)]
+    dist.all_gather(parts, local, group=layout.dp_pg)
+    return torch.cat(parts).to(tensor.device)
