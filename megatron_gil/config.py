@@ -156,8 +156,11 @@ class SamplingSection:
     max_new_tokens: int = 128
     min_new_tokens: int = 1
     """No end-of-sequence token before this many."""
+    micro_size: int = 64
+    """Rows decoded together on one rank; bounds the key-value cache."""
 
     def __post_init__(self) -> None:
+        _require(self.micro_size >= 1, f"sampling.micro_size={self.micro_size} must be at least 1")
         _require(self.temperature >= 0, f"sampling.temperature={self.temperature} must not be negative")
         _require(self.top_k >= 0, f"sampling.top_k={self.top_k} must not be negative")
         _require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]")
@@ -236,8 +239,8 @@ class PpoSection:
     """Divide out the running mean and standard deviation of all scores so far (PPO-max)."""
     score_clip: float = 0.8
     """Bound on |normalised score|; 0 switches off. The default is the siblings' value, see method.md."""
-    critic_warmup_iterations: int = 0
-    """Iterations in which only the critic learns."""
+    critic_warmup_updates: int = 0
+    """Updates in which only the critic learns, before the policy moves (PPO-max's critic pre-training)."""
     ptx_coef: float = 0.0
     """Weight of the language-modelling loss on data.pretrain in the policy's update."""
 
@@ -246,7 +249,7 @@ class PpoSection:
             _require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1")
         for name in ("gamma", "gae_lambda"):
             _require(0 <= getattr(self, name) <= 1, f"ppo.{name}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("kl_coef", "score_clip", "ptx_coef", "critic_warmup_iterations"):
+        for name in ("kl_coef", "score_clip", "ptx_coef", "critic_warmup_updates"):
             _require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)} must not be negative")
         for name in ("clip_range", "value_clip_range"):
             _require(getattr(self, name) > 0, f"ppo.{name}={getattr(self, name)} must be above 0")
@@ -280,7 +283,7 @@ class GilSection:
     init_scale: float = 1.0
     """alpha: classifier rows start as +-alpha times the reward model's score head (direction normalised); never 0."""
     warmup_updates: int = 50
-    """Critic-and-classifier updates before the groups steer the policy; until then p_high = 1 and omega = 1."""
+    """Critic-and-classifier updates before the policy moves and the groups steer it; until then p_high = 1."""
     ramp_updates: int = 50
     """Updates after that over which beta_policy rises linearly from 0."""
     ema_decay: float = 0.9

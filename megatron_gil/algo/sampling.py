@@ -1,0 +1,61 @@
+"""Choosing the next token: penalty, temperature, top-k and top-p, then the inverse of the distribution function."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def penalize_repetition(
+    logits: Float[Tensor, "batch vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    present: Bool[Tensor, "batch pos"],
+    penalty: float,
+) -> Float[Tensor, "batch vocab"]:
+    """Logits of tokens already in the row divided (positive) or multiplied (negative) by `penalty` (arXiv 1909.05858)."""
+    seen = torch.zeros_like(logits).scatter_add_(1, tokens, present.to(logits.dtype)) > 0
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Float[Tensor, "batch vocab"], k: int) -> Float[Tensor, "batch vocab"]:
+    """Everything below the k-th largest logit to -inf; ties with it stay. k = 0 keeps all."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    threshold = logits.topk(k, dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < threshold, float("-inf"))
+
+
+def keep_top_p(logits: Float[Tensor, "batch vocab"], p: float) -> Float[Tensor, "batch vocab"]:
+    """The smallest set of most probable tokens whose mass reaches p (arXiv 1904.09751); the rest to -inf."""
+    if p >= 1.0:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = ordered.softmax(-1)
+    mass_before = probs.cumsum(-1) - probs
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, mass_before >= p)
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def choose_tokens(
+    logits: Float[Tensor, "batch vocab"],
+    uniforms: Float[Tensor, " batch"],
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """(token, its log-prob under the distribution sampled from), by inverting the distribution function at `uniforms`.
+
+    uniforms lie in [0, 1). Temperature 0 takes the most probable token, log-prob 0. Because the only randomness comes
+    in as an argument, every tensor-parallel rank chooses the same token.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros_like(uniforms)
+    kept = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    probs = kept.double().softmax(-1)
+    cumulative = probs.cumsum(-1)
+    whole = cumulative[:, -1:]
+    below = torch.nextafter(whole, torch.zeros_like(whole))  # never past the last token that has mass
+    tokens = torch.searchsorted(cumulative, torch.minimum(uniforms.double()[:, None] * whole, below), right=True)[:, 0]
+    return tokens, probs.gather(1, tokens[:, None])[:, 0].log().to(uniforms.dtype)

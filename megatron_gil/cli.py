@@ -1,0 +1,106 @@
+"""The command line. Nothing heavy is imported before a command is known, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_gil import __version__
+
+COMMANDS = {
+    "sft": "train a policy on demonstrations",
+    "reward": "train a reward model on preferences",
+    "dpo": "train a policy on preferences directly",
+    "ppo": "PPO, with group-invariant learning unless gil.num_groups=1",
+    "generate": "answer the prompts of a file",
+    "score": "reward-model scores of a file of responses",
+    "evaluate": "win/tie/lose of response files against one another",
+    "report": "run directories as one HTML page with pictures",
+    "demo": "the whole pipeline in miniature on this machine",
+}
+CONFIGURED = ("sft", "reward", "dpo", "ppo", "generate", "score")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 the run failed, 2 the user's config or data is wrong, 75 stopped after saving."""
+    arguments = _parser().parse_args(argv)
+    from megatron_gil.config import ConfigError
+
+    try:
+        return _run(arguments)
+    except ConfigError as error:
+        if _rank() == 0:
+            print(f"megatron-gil {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-gil", description="Group-invariant RLHF on megatron-core.")
+    parser.add_argument("--version", action="version", version=f"megatron-gil {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name in CONFIGURED:
+            command.add_argument("--config", type=Path, metavar="FILE.yaml", help="a run's settings")
+            command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
+        elif name == "evaluate":
+            command.add_argument("ours", type=Path, metavar="OURS.jsonl", help="responses: {prompt, response} lines")
+            command.add_argument("theirs", type=Path, nargs="+", metavar="THEIRS.jsonl", help="opponents, same prompts")
+            command.add_argument("--judge", choices=("score", "gold", "llm"), default="score", help="who decides")
+            command.add_argument("--tie-margin", type=float, default=0.0, help="score difference that is a tie")
+            command.add_argument("--model", help="llm: the judge's model name")
+            command.add_argument("--base-url", help="llm: an OpenAI-compatible server")
+            command.add_argument("--criterion", choices=("helpful", "harmless", "summary"), default="helpful")
+            command.add_argument("--output", type=Path, metavar="FILE.json", help="also write the table there")
+        elif name == "report":
+            command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+            command.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+        else:
+            command.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+            command.add_argument("--quick", action="store_true", help="a first impression in under 90 seconds")
+            command.add_argument("--seed", type=int, default=1)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command in CONFIGURED:
+        return _run_configured(arguments)
+    if arguments.command == "evaluate":
+        from megatron_gil.evaluation.command import evaluate
+
+        return evaluate(arguments)
+    if arguments.command == "report":
+        from megatron_gil.evaluation.command import report
+
+        return report(arguments)
+    from megatron_gil.demo.pipeline import run_demo
+
+    return run_demo(arguments.output, quick=arguments.quick, seed=arguments.seed)
+
+
+def _run_configured(arguments: argparse.Namespace) -> int:
+    from megatron_gil import config as c
+
+    classes = {
+        "sft": c.SftConfig,
+        "reward": c.RewardConfig,
+        "dpo": c.DpoConfig,
+        "ppo": c.PpoConfig,
+        "generate": c.GenerateConfig,
+        "score": c.ScoreConfig,
+    }
+    config = c.load_config(classes[arguments.command], arguments.config, arguments.overrides)
+    from megatron_gil.training.commands import run_command
+
+    return run_command(arguments.command, config)
+
+
+def _rank() -> int:
+    """This process's number among those of the run, before there is a layout."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

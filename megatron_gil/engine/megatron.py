@@ -1,0 +1,281 @@
+"""The engine: one model on this rank, evaluated and updated through megatron-core's pipeline schedules.
+
+`evaluate` and `update` take this data-parallel rank's rows and cut them into microbatches themselves. A loss is a sum
+with a count, and megatron-core divides the accumulated gradient once, by the count over all ranks and microbatches
+(`calculate_per_token_loss`), so that the cut does not change the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_gil.config import ModelsSection, OptimizerSection
+from megatron_gil.engine.optimizer import ModelOptimizer
+from megatron_gil.engine.protocol import LossFn
+from megatron_gil.engine.readout import read_output
+from megatron_gil.models.hf import load_weights
+from megatron_gil.models.llama import Head, LlamaSpec
+from megatron_gil.models.transformer import build_model
+from megatron_gil.parallel.collectives import all_sum, gather_objects, share_from_last_pp_stage
+from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.parallel.pipeline import share_object_from_last_pp_stage
+from megatron_gil.types import LossSum, Metrics, Readout, take_rows
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedUpdate:
+    """Why no rank took an update: what one rank saw that is not finite."""
+
+    rank: int
+    gradient_norm: float
+    microbatch: int | None  # None: every loss of this rank was finite
+    row_ids: tuple[int, ...]
+    parameters: tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = "" if self.microbatch is None else f", loss of microbatch {self.microbatch} (rows {list(self.row_ids)})"
+        names = f", gradient of {', '.join(self.parameters)}" if self.parameters else ""
+        return f"rank {self.rank}: gradient norm {self.gradient_norm}{where}{names}"
+
+
+class MegatronModel:
+    """One model of the run, on this rank. Without an optimizer it is frozen."""
+
+    def __init__(
+        self,
+        spec: LlamaSpec,
+        layout: ParallelLayout,
+        *,
+        head: Head,
+        num_groups: int = 0,
+        micro_size: int,
+        models: ModelsSection | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        models = models or ModelsSection()
+        self.spec, self.layout, self.head, self.micro_size = spec, layout, head, micro_size
+        self.num_groups = num_groups if num_groups > 1 else 0
+        self.dtype = dtype or DTYPES[models.dtype]
+        self.module = build_model(
+            spec,
+            layout,
+            head=head,
+            num_groups=self.num_groups,
+            dtype=self.dtype,
+            layer=models.layer,
+            recompute=models.recompute,
+        )
+        self.module.requires_grad_(False)
+        self._schedule_module: torch.nn.Module = self.module
+
+    def load(self, directory: Path) -> list[str]:
+        """Fill the weights from a Hugging Face directory; the head tensors that it lacks (they stay zero)."""
+        return load_weights(self.module, self.spec, directory, self.layout)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any, *, entropy: bool = False) -> Readout:
+        """What the model says of this rank's rows; on every tensor- and pipeline-parallel rank. No gradient.
+
+        entropy: read the next-token entropy too (lm head).
+        """
+        num_rows = len(batch.tokens)
+        missing = -num_rows % self.micro_size
+        fill = torch.cat([torch.arange(num_rows), torch.zeros(missing, dtype=torch.long)])
+        microbatches = self._cut(take_rows(batch, fill.to(batch.tokens.device)) if missing else batch)
+
+        def read(output: Tensor, microbatch: Any) -> Readout:
+            return read_output(
+                output, microbatch, head=self.head, vocab_size=self.spec.vocab_size, layout=self.layout, entropy=entropy
+            )
+
+        readouts = self._run([(m, read) for m in microbatches], forward_only=True)
+        whole = concat_readouts(readouts) if readouts else Readout()
+        return self._share(whole, batch, entropy)
+
+    def _cut(self, batch: Any) -> list[Any]:
+        num_rows = len(batch.tokens)
+        assert num_rows % self.micro_size == 0, f"{num_rows} rows cannot be cut into microbatches of {self.micro_size}"
+        starts = range(0, num_rows, self.micro_size)
+        return [take_rows(batch, slice(start, start + self.micro_size)) for start in starts]
+
+    def _run(self, work: list[tuple[Any, Callable[[Tensor, Any], Any]]], *, forward_only: bool) -> list[Any]:
+        """Microbatches through megatron-core's schedule; what the reader returned for each, on the last pp_stage."""
+        multiple = self.layout.tp_size if self.layout.sequence_parallel else 1
+        length = max(microbatch.tokens.shape[-1] for microbatch, _ in work)
+        length += -length % multiple
+        rows = work[0][0].tokens.flatten(0, -2).shape[0]
+
+        def forward_step(iterator: Iterator[Any], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            microbatch, reader = next(iterator)
+            tokens = microbatch.tokens.flatten(0, -2)
+            tokens = torch.nn.functional.pad(tokens, (0, length - tokens.shape[1]))
+            positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+            output = module(tokens, positions, None)
+            return output, lambda output, non_loss_data=False: reader(output, microbatch)
+
+        self._schedule_module.train(not forward_only)
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(work),
+            model=self._schedule_module,
+            num_microbatches=len(work),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _share(self, readout: Readout, batch: Any, entropy: bool) -> Readout:
+        """The last pipeline rank's readout, without the rows that filled the last microbatch, on every rank."""
+        leading, width = batch.tokens.shape[:-1], batch.tokens.shape[-1] - 1
+        shapes: dict[str, tuple[int, ...]] = {
+            "lm": {"log_probs": (*leading, width), **({"entropy": (*leading, width)} if entropy else {})},
+            "score": {"scores": tuple(leading)},
+            "critic": {
+                "values": (*leading, width),
+                **({"group_logits": (*leading, self.num_groups)} if self.num_groups else {}),
+            },
+        }[self.head]
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        shared = {}
+        for name, shape in shapes.items():
+            mine = getattr(readout, name)
+            mine = None if mine is None else mine[: len(batch.tokens)].contiguous()
+            shared[name] = share_from_last_pp_stage(mine, shape, dtype, self.layout)
+        return Readout(**shared)
+
+
+class TrainableModel(MegatronModel):
+    """A model with gradients and an optimizer."""
+
+    def __init__(
+        self,
+        spec: LlamaSpec,
+        layout: ParallelLayout,
+        *,
+        optimizer: OptimizerSection | None,
+        distributed_optimizer: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """optimizer None: gradients only (float64 checks)."""
+        super().__init__(spec, layout, **kwargs)
+        self.module.requires_grad_(True)
+        mixed = self.dtype == torch.bfloat16
+        self.ddp = DistributedDataParallel(
+            self.module.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=mixed, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+            ),
+            self.module,
+        )
+        self.module.config.finalize_model_grads_func = finalize_model_grads
+        self._schedule_module = self.ddp
+        self.optimizer = None if optimizer is None else ModelOptimizer(self.ddp, optimizer, dtype=self.dtype)
+        self.num_steps = 0
+        self._skipped: list[SkippedUpdate] = []
+
+    def load(self, directory: Path) -> list[str]:
+        absent = super().load(directory)
+        if self.optimizer is not None:
+            self.optimizer.reload_master_weights()
+        return absent
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Continue Adam's bias correction after this many steps."""
+        assert self.optimizer is not None
+        self.num_steps = num_steps
+        self.optimizer.set_num_steps(num_steps)
+
+    def take_skipped(self) -> list[SkippedUpdate]:
+        """What stopped each update since the last call, one per skipped update; the same on every rank."""
+        skipped, self._skipped = self._skipped, []
+        return skipped
+
+    def accumulate(self, *parts: tuple[Any, LossFn]) -> tuple[Metrics, list[LossSum]]:
+        """Sum the gradient of every part into the gradient buffers and divide it once by the global count.
+
+        Each part is a batch of this rank's rows with its loss. Returns the metrics (sums over all ranks divided by the
+        count) and this rank's own sums per microbatch (last pipeline rank only).
+        """
+        self.ddp.zero_grad_buffer()
+        losses: list[LossSum] = []
+
+        def reader(loss_fn: LossFn) -> Callable[[Tensor, Any], Any]:
+            def read(output: Tensor, microbatch: Any) -> Any:
+                readout = read_output(
+                    output,
+                    microbatch,
+                    head=self.head,
+                    vocab_size=self.spec.vocab_size,
+                    layout=self.layout,
+                    entropy=False,
+                )
+                loss = loss_fn(readout, microbatch)
+                losses.append(loss)
+                return loss.total, loss.count.to(torch.int), {}
+
+            return read
+
+        self._run([(m, reader(loss_fn)) for batch, loss_fn in parts for m in self._cut(batch)], forward_only=False)
+        return self._reduce(losses), losses
+
+    def update(self, *parts: tuple[Any, LossFn], lr: float) -> Metrics:
+        """One optimizer step at rate `lr` on sum(total) / sum(count) over all ranks, microbatches and parts.
+
+        Metrics hold `gradient_norm` before clipping and `skipped` (1 where a NaN or Inf stopped the step on all ranks).
+        """
+        assert self.optimizer is not None, "this model has no optimizer"
+        metrics, losses = self.accumulate(*parts)
+        taken, norm = self.optimizer.step(lr)
+        self.num_steps += taken
+        if not taken:
+            self._skipped.append(self._explain(norm, parts, losses))
+        return {**metrics, "gradient_norm": norm, "learning_rate": lr, "skipped": float(not taken)}
+
+    def _reduce(self, losses: list[LossSum]) -> Metrics:
+        names = sorted({name for loss in losses for name in loss.metrics})
+        names = share_object_from_last_pp_stage(names, self.layout)
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.layout.device)
+        for loss in losses:
+            terms = [loss.metrics.get(name, 0.0) for name in names] + [loss.count]
+            sums += torch.tensor([float(term) for term in terms], dtype=torch.float64, device=self.layout.device)
+        sums = share_from_last_pp_stage(
+            all_sum(self.layout)(sums) if self.layout.is_last_pp_stage else None,
+            tuple(sums.shape),
+            torch.float64,
+            self.layout,
+        )
+        values = sums.tolist()
+        return {name: value / max(values[-1], 1.0) for name, value in zip(names, values[:-1], strict=True)}
+
+    def _explain(self, norm: float, parts: tuple[tuple[Any, LossFn], ...], losses: list[LossSum]) -> SkippedUpdate:
+        """The most telling rank's account: one that saw a loss that is not finite, else one that saw a gradient."""
+        rows = [microbatch.row_ids.tolist() for batch, _ in parts for microbatch in self._cut(batch)]
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(float(loss.total))]
+        names = [n for n, p in self.module.named_parameters() if not torch.isfinite(p.main_grad).all()]  # type: ignore[attr-defined]
+        mine = SkippedUpdate(
+            rank=self.layout.rank,
+            gradient_norm=norm,
+            microbatch=bad[0] if bad else None,
+            row_ids=tuple(rows[bad[0]]) if bad else (),
+            parameters=tuple(names[:4]),
+        )
+        accounts = gather_objects(mine, self.layout)
+        return max(accounts, key=lambda a: (a.microbatch is not None, bool(a.parameters), -a.rank))
+
+
+def concat_readouts(readouts: list[Readout]) -> Readout:
+    """Readouts of consecutive microbatches of one model as one."""
+    present = [f.name for f in fields(Readout) if getattr(readouts[0], f.name) is not None]
+    return Readout(**{name: torch.cat([getattr(r, name) for r in readouts]) for name in present})

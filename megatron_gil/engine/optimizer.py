@@ -1,0 +1,148 @@
+"""The optimizer of one model: megatron-core's, a stateless learning-rate schedule, and Adam's state by parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_gil.config import OptimizerSection
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(section: OptimizerSection, *, update: int, num_updates: int) -> float:
+    """The rate of update number `update` (from 0) of `num_updates`: linear warm-up, then the schedule's decay.
+
+    A pure function of the update's number, so that a resumed run needs no scheduler state.
+    """
+    warmup = round(section.warmup_fraction * num_updates)
+    if update < warmup:
+        return section.lr * (update + 1) / warmup
+    progress = min(1.0, (update - warmup) / max(1, num_updates - warmup))
+    decay = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return section.min_lr + (section.lr - section.min_lr) * decay[section.schedule]
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The part of a parameter whose optimizer state this rank holds: [start, end) of the flattened local parameter."""
+
+    name: str
+    param: torch.nn.Parameter
+    start: int
+    end: int
+    sharded: bool  # other data-parallel ranks hold the rest
+    mixed: bool  # there are float32 master weights apart from the model's own
+    main: Tensor | None  # the master weights of the part
+    state: dict[str, Any] | None  # Adam's, to be read and written in place; None on a rank that holds no part
+
+
+class ModelOptimizer:
+    """Steps one model; knows where megatron-core keeps what a checkpoint must hold."""
+
+    def __init__(self, ddp: DistributedDataParallel, section: OptimizerSection, *, dtype: torch.dtype) -> None:
+        self._section = section
+        self._mixed = dtype == torch.bfloat16
+        self._distributed = ddp.ddp_config.use_distributed_optimizer
+        self._ddp = ddp
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.beta1,
+            adam_beta2=section.beta2,
+            adam_eps=section.eps,
+            clip_grad=section.clip_grad,
+            bf16=self._mixed,
+            params_dtype=dtype,
+            use_distributed_optimizer=self._distributed,
+        )
+        self._optimizer = get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)  # a ChainedOptimizer
+
+    def zero_grad(self) -> None:
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def step(self, lr: float) -> tuple[bool, float]:
+        """(took the step, global gradient norm before clipping); with a norm that is not finite no rank steps."""
+        self._optimizer.prepare_grads()
+        norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            return False, norm
+        for part in self._optimizer.chained_optimizers:
+            if self._section.clip_grad > 0 and part.get_parameters():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self._section.clip_grad, norm)
+            for group in part.param_groups:
+                group["lr"] = lr
+        self._optimizer.step_with_ready_grads()
+        return True, norm
+
+    def fragments(self) -> Iterator[Fragment]:
+        """One per parameter of this rank, in the model's order; the state is created where there is none yet."""
+        for part in self._optimizer.chained_optimizers:
+            self._create_state(part)
+        for name, param in self._ddp.module.named_parameters():
+            if not param.requires_grad:
+                continue
+            for part in self._optimizer.chained_optimizers:
+                fragment = self._fragment(part, name, param)
+                if fragment is not None:
+                    yield fragment
+
+    def _fragment(self, part: Any, name: str, param: torch.nn.Parameter) -> Fragment | None:
+        if isinstance(part, DistributedOptimizer):
+            if param not in part.model_param_group_index_map:
+                return Fragment(name, param, 0, 0, True, self._mixed, None, None)
+            where = part._get_model_param_range_map(param)["param"]
+            group, order = part.model_param_group_index_map[param]
+            main = part.optimizer.param_groups[group]["params"][order]
+            state = part.optimizer.state[main]
+            return Fragment(
+                name, param, where.start, where.end, True, self._mixed, main if self._mixed else None, state
+            )
+        main = getattr(param, "main_param", None) if self._mixed else param
+        assert main is not None, f"megatron-core keeps no main_param for {name}"
+        state = part.optimizer.state[main]
+        return Fragment(name, param, 0, param.numel(), False, self._mixed, main if self._mixed else None, state)
+
+    @staticmethod
+    def _create_state(part: Any) -> None:
+        """Adam's state as its first step makes it; torch keeps `step` per parameter, TE and Apex per group."""
+        if part.optimizer is None:
+            return
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                state = part.optimizer.state[param]
+                if not state:
+                    if isinstance(part.optimizer, torch.optim.Optimizer) and type(part.optimizer).__module__.startswith(
+                        "torch."
+                    ):
+                        state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                    state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Adam's own count of steps, for its bias correction."""
+        for part in self._optimizer.chained_optimizers:
+            self._create_state(part)
+            if part.optimizer is None:
+                continue
+            for group in part.optimizer.param_groups:
+                if any("step" in part.optimizer.state[p] for p in group["params"]):
+                    for param in group["params"]:
+                        part.optimizer.state[param]["step"].fill_(float(num_steps))
+                else:
+                    group["step"] = num_steps
+
+    def reload_master_weights(self) -> None:
+        """Copy the model's weights into the master weights; after weights were loaded without optimizer state."""
+        self._optimizer.reload_model_params()

@@ -1,0 +1,122 @@
+"""The order of shaping: from a rollout and its scores to an Experience, every coupling settled as a constant.
+
+score -> normalise and clip -> p(g_high) -> token rewards with the adaptive KL -> group statistics, omega and c ->
+GAE (-> whitening). This order breaks the circle rewards -> returns -> groups -> KL -> rewards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_gil.algo.advantages import gae, shape_rewards
+from megatron_gil.algo.masked import ScoreMoments, whiten
+from megatron_gil.config import GilSection, PpoSection
+from megatron_gil.training.grouping import Grouping, Invariance
+from megatron_gil.training.metrics import Means
+from megatron_gil.types import AllSum, Experience, Rollout, Scores
+
+
+@torch.no_grad()
+def shape_experience(
+    rollout: Rollout,
+    scores: Scores,
+    *,
+    moments: ScoreMoments,
+    grouping: Grouping,
+    num_updates: int,
+    ppo: PpoSection,
+    gil: GilSection,
+    all_sum: AllSum,
+) -> tuple[Experience, ScoreMoments, dict[str, float]]:
+    """(experience, moments with this rollout's scores, metrics over all ranks).
+
+    num_updates: the critic's updates before this iteration (warm-up and ramp of the groups).
+    """
+    mask = rollout.response_mask
+    normalized = scores.scores
+    if ppo.normalize_score:
+        moments = moments.merge(scores.scores, all_sum=all_sum)
+        normalized = moments.normalize(scores.scores, clip=ppo.score_clip)
+
+    flipped = grouping.observe_scores(scores.group_probs, scores.scores)
+    kl_weights = grouping.kl_weights(scores.group_probs, num_updates)
+    rewards = shape_rewards(
+        normalized, scores.log_probs, scores.ref_log_probs, mask, kl_coef=ppo.kl_coef, kl_weights=kl_weights
+    )
+    trajectory_returns = normalized if gil.group_return == "score" else rewards.sum(1)
+    ordering = trajectory_returns
+    if gil.group_value == "weighted_log_prob":  # the printed formula; wrong sign, see algo/groups.py
+        ordering = (scores.log_probs * mask * rewards.flip(1).cumsum(1).flip(1)).sum(1)
+    invariance = grouping.settle(scores.group_probs, ordering, num_updates)
+
+    advantages, returns = gae(rewards, scores.values, mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
+    if ppo.whiten_advantages:
+        advantages = whiten(advantages, mask, all_sum=all_sum)
+    experience = Experience(
+        tokens=rollout.tokens,
+        lengths=rollout.lengths,
+        response_mask=mask,
+        log_probs=scores.log_probs,
+        values=scores.values,
+        advantages=advantages,
+        returns=returns,
+        invariance_weights=invariance.weights,
+        classifier_coefs=invariance.coefs,
+        row_ids=rollout.row_ids,
+    )
+    metrics = _metrics(rollout, scores, normalized, trajectory_returns, kl_weights, invariance, all_sum)
+    return experience, moments, metrics | _group_metrics(grouping, invariance, flipped)
+
+
+def _metrics(
+    rollout: Rollout,
+    scores: Scores,
+    normalized: Tensor,
+    returns: Tensor,
+    kl_weights: Tensor,
+    invariance: Invariance,
+    all_sum: AllSum,
+) -> dict[str, float]:
+    mask, means = rollout.response_mask, Means()
+    kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0)
+    means.add("reward/score_mean", scores.scores)
+    means.add("reward/score_squared", scores.scores.double().square())
+    means.add("reward/normalized_mean", normalized)
+    means.add("reward/return_mean", returns)
+    means.add("policy/kl", kl, mask)
+    means.add("policy/kl_sequence", kl.sum(1))
+    means.add("policy/kl_weight", kl_weights)
+    means.add("policy/entropy", scores.entropy, mask)
+    means.add("policy/sampling_mismatch", (rollout.sampled_log_probs - scores.log_probs).abs(), mask)
+    means.add("response/tokens", mask.sum(1))
+    means.add("response/finished_fraction", rollout.finished)
+    if scores.group_probs.shape[1] > 1:
+        means.add("group/negative_weights", (invariance.weights < 0).double())
+        means.add("group/weight_squared", invariance.weights.double().square())
+        for group, weight in enumerate(scores.group_probs.unbind(1)):
+            means.add(f"reward/score_mean_group_{group}", scores.scores, weight)
+            means.add(f"policy/kl_group_{group}", kl.sum(1), weight)
+            means.add(f"response/tokens_group_{group}", mask.sum(1), weight)
+    metrics = means.reduce(all_sum)
+    metrics["reward/score_std"] = (
+        max(0.0, metrics.pop("reward/score_squared") - metrics["reward/score_mean"] ** 2) ** 0.5
+    )
+    if "group/weight_squared" in metrics:
+        metrics["group/weight_std"] = max(0.0, metrics.pop("group/weight_squared") - 1.0) ** 0.5
+    return metrics
+
+
+def _group_metrics(grouping: Grouping, invariance: Invariance, flipped: bool) -> dict[str, float]:
+    if grouping.num_groups == 1:
+        return {}
+    stats = invariance.stats
+    metrics = {
+        "group/return_variance": stats.variance,
+        "group/high": float(grouping.high),
+        "group/flipped": float(flipped),
+    }
+    for group in range(grouping.num_groups):
+        metrics[f"group/mass_{group}"] = float(stats.mass[group]) / stats.num_rows
+        metrics[f"group/return_{group}"] = float(stats.group_return[group])
+    return metrics

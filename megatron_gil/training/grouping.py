@@ -1,0 +1,177 @@
+"""Who is in which group, and what follows from it: the strategies of the one PPO trainer.
+
+`SingleGroup` is plain PPO: probability 1, KL weight 1, omega exactly 1, no classifier. `LearnedGroups` infers the groups
+(stage 1 of the method). `KnownGroups` takes the labels that came with the data. Equations: algo/groups.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_gil.algo.groups import HighGroup, classifier_coefs, classifier_loss, group_statistics, invariance_weights
+from megatron_gil.config import GilSection
+from megatron_gil.types import AllSum, GroupStats, Readout, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invariance:
+    """What group inference settles for one rollout, as constants."""
+
+    stats: GroupStats
+    weights: Tensor  # [B] omega
+    coefs: Tensor  # [B, M] c
+
+
+class Grouping(Protocol):
+    """A strategy. `num_updates` counts the critic's updates so far."""
+
+    num_groups: int
+
+    @property
+    def high(self) -> int:
+        """The group whose score is highest."""
+        ...
+
+    def warming_up(self, num_updates: int) -> bool:
+        """Whether the policy must wait for the classifier."""
+        ...
+
+    def probs(self, rollout: Rollout, classifier: Readout) -> Tensor:
+        """[B, M] probability of each group, under the classifier as it is now."""
+        ...
+
+    def observe_scores(self, probs: Tensor, scores: Tensor) -> bool:
+        """Take in a rollout's scores [B] to decide which group is high; True if that flipped."""
+        ...
+
+    def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
+        """[B] factor on each trajectory's KL penalty: p(g_high) or 1."""
+        ...
+
+    def settle(self, probs: Tensor, returns: Tensor, num_updates: int) -> Invariance:
+        """Statistics over the global batch, omega and c; returns [B], one per trajectory."""
+        ...
+
+    def loss(self, readout: Readout, coefs: Tensor) -> Tensor:
+        """The classifier's loss summed over rows: -beta_critic sum_i sum_g c_ig p(g|i); added to the critic's."""
+        ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class SingleGroup:
+    """All rows in one group: PPO."""
+
+    num_groups = 1
+    high = 0
+
+    def __init__(self, all_sum: AllSum) -> None:
+        self._all_sum = all_sum
+
+    def warming_up(self, num_updates: int) -> bool:
+        return False
+
+    def probs(self, rollout: Rollout, classifier: Readout) -> Tensor:
+        return torch.ones(len(rollout.tokens), 1, device=rollout.tokens.device)
+
+    def observe_scores(self, probs: Tensor, scores: Tensor) -> bool:
+        return False
+
+    def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
+        return torch.ones_like(probs[:, 0])
+
+    def settle(self, probs: Tensor, returns: Tensor, num_updates: int) -> Invariance:
+        stats = group_statistics(probs, returns, all_sum=self._all_sum)
+        return Invariance(stats=stats, weights=torch.ones_like(returns), coefs=torch.zeros_like(probs))
+
+    def loss(self, readout: Readout, coefs: Tensor) -> Tensor:
+        return torch.zeros((), device=coefs.device)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        assert not state, "a checkpoint of a run with groups cannot continue as plain PPO"
+
+
+class _InvariantGroups:
+    """What learned and known groups share: statistics, omega, c, the high group, warm-up and ramp."""
+
+    def __init__(self, section: GilSection, num_groups: int, all_sum: AllSum) -> None:
+        self._section, self.num_groups, self._all_sum = section, num_groups, all_sum
+        self._high = HighGroup.start(num_groups)
+
+    def warming_up(self, num_updates: int) -> bool:
+        return num_updates < self._section.warmup_updates
+
+    def observe_scores(self, probs: Tensor, scores: Tensor) -> bool:
+        stats = group_statistics(probs, scores, all_sum=self._all_sum, min_group_mass=self._section.min_group_mass)
+        before, self._high = (
+            self._high,
+            self._high.update(stats.group_return, stats.counts, decay=self._section.ema_decay),
+        )
+        return before.index != self._high.index
+
+    def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
+        if not self._section.adaptive_kl or self.warming_up(num_updates):
+            return torch.ones_like(probs[:, 0])
+        return probs[:, self._high.index]
+
+    def settle(self, probs: Tensor, returns: Tensor, num_updates: int) -> Invariance:
+        section = self._section
+        stats = group_statistics(probs, returns, all_sum=self._all_sum, min_group_mass=section.min_group_mass)
+        return Invariance(
+            stats=stats,
+            weights=invariance_weights(
+                probs, stats, invariance_coef=self._invariance_coef(num_updates), weight_floor=section.weight_floor
+            ),
+            coefs=classifier_coefs(probs, returns, stats, balance_coef=section.balance_coef),
+        )
+
+    def _invariance_coef(self, num_updates: int) -> float:
+        """beta_policy now: 0 until the warm-up ends, then a linear ramp."""
+        section, since = self._section, num_updates - self._section.warmup_updates
+        if since < 0:
+            return 0.0
+        return section.invariance_coef * min(1.0, since / section.ramp_updates if section.ramp_updates else 1.0)
+
+    @property
+    def high(self) -> int:
+        return self._high.index
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self._high)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._high = HighGroup(ema=tuple(state["ema"]), index=state["index"])
+
+
+class LearnedGroups(_InvariantGroups):
+    """Groups inferred by the classifier: a head beside the value head, or of a critic-shaped model of its own."""
+
+    def __init__(self, section: GilSection, all_sum: AllSum) -> None:
+        super().__init__(section, section.num_groups, all_sum)
+
+    def probs(self, rollout: Rollout, classifier: Readout) -> Tensor:
+        assert classifier.group_logits is not None, "the model has no group head"
+        return classifier.group_logits.float().softmax(-1)
+
+    def loss(self, readout: Readout, coefs: Tensor) -> Tensor:
+        assert readout.group_logits is not None, "the model has no group head"
+        return self._section.classifier_coef * classifier_loss(readout.group_logits, coefs)
+
+
+class KnownGroups(_InvariantGroups):
+    """The oracle of the ablations: the labels that came with the data, never wrong and never learned."""
+
+    def probs(self, rollout: Rollout, classifier: Readout) -> Tensor:
+        return torch.nn.functional.one_hot(rollout.known_groups, self.num_groups).float()
+
+    def loss(self, readout: Readout, coefs: Tensor) -> Tensor:
+        return torch.zeros((), device=coefs.device)

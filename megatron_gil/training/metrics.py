@@ -1,0 +1,138 @@
+"""Numbers of a run: means over all ranks, and where they are written (metrics.jsonl, TensorBoard, the console)."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from megatron_gil.types import AllSum, Metrics
+
+
+class Means:
+    """Weighted means over all data-parallel ranks, in one all-reduce. The names must be the same on every rank."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """Take in sum(values * weights) / sum(weights); weights default to 1."""
+        weights = torch.ones_like(values, dtype=torch.float64) if weights is None else weights.double()
+        self._sums[name] = ((values.double() * weights).sum(), weights.sum())
+
+    def reduce(self, all_sum: AllSum) -> dict[str, float]:
+        """name -> mean; a name whose weights sum to 0 is left out."""
+        if not self._sums:
+            return {}
+        pairs = all_sum(torch.stack([torch.stack(pair) for pair in self._sums.values()])).tolist()
+        return {name: total / weight for name, (total, weight) in zip(self._sums, pairs, strict=True) if weight != 0}
+
+
+class RunLog:
+    """Writes one object an iteration. Only rank 0 has a directory; elsewhere everything is silent."""
+
+    def __init__(
+        self, directory: Path | None, *, num_iterations: int, start: int, tensorboard: bool, line: tuple[str, ...]
+    ) -> None:
+        """start: the first iteration to come; later ones in the files, of a run that crashed, are dropped.
+
+        line: the metrics of the console line.
+        """
+        self._directory, self._num_iterations, self._line = directory, num_iterations, line
+        self._started, self._start = time.monotonic(), start
+        if directory is None:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_iterations_below(directory / name, start)
+        self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self._samples = (directory / "samples.jsonl").open("a", encoding="utf-8")
+        self._board = _open_tensorboard(directory, start) if tensorboard else None
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(directory.name, total=num_iterations, completed=start)
+        self._bar.start()
+
+    def note(self, text: str) -> None:
+        """One line for the person who watches."""
+        if self._directory is not None:
+            self._console.print(text, markup=False)
+
+    def iteration(self, iteration: int, metrics: Metrics, samples: list[dict[str, Any]]) -> None:
+        """Write iteration number `iteration` (from 0)."""
+        if self._directory is None:
+            return
+        self._metrics.write(json.dumps({"iteration": iteration, **{k: _plain(v) for k, v in metrics.items()}}) + "\n")
+        self._metrics.flush()
+        for sample in samples:
+            self._samples.write(json.dumps({"iteration": iteration, **sample}, ensure_ascii=False) + "\n")
+        self._samples.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, iteration)
+        self._bar.update(self._task, completed=iteration + 1)
+        self._console.print(self._console_line(iteration, metrics), markup=False)
+
+    def _console_line(self, iteration: int, metrics: Metrics) -> str:
+        done = iteration + 1 - self._start
+        left = (time.monotonic() - self._started) / done * (self._num_iterations - iteration - 1)
+        width = len(str(self._num_iterations))
+        shown = [f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self._line if name in metrics]
+        return f"{iteration + 1:>{width}}/{self._num_iterations}  {'  '.join(shown)}  left {_clock(left)}"
+
+    def close(self) -> None:
+        if self._directory is not None:
+            self._bar.stop()
+            self._metrics.close()
+            self._samples.close()
+            if self._board is not None:
+                self._board.close()
+
+
+def keep_iterations_below(path: Path, iteration: int) -> None:
+    """Drop rows of iterations that will be run again and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # only the line being written when the process died can be incomplete
+        if row["iteration"] < iteration:
+            kept.append(line + "\n")
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
+
+
+def _open_tensorboard(directory: Path, start: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+    return SummaryWriter(str(directory), purge_step=start)
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,202 @@
+"""PPO with group-invariant learning. `PpoTrainer.iterate` is the algorithm; plain PPO is the case of one group."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_gil.algo.likelihood import token_nll
+from megatron_gil.algo.masked import ScoreMoments
+from megatron_gil.algo.ppo import explained_variance, policy_loss, value_loss
+from megatron_gil.config import PpoConfig
+from megatron_gil.engine.generation import Generator
+from megatron_gil.engine.megatron import MegatronModel, TrainableModel
+from megatron_gil.engine.optimizer import learning_rate
+from megatron_gil.training.experience import shape_experience
+from megatron_gil.training.grouping import Grouping
+from megatron_gil.training.sources import PretrainSource, PromptSource
+from megatron_gil.types import AllSum, Experience, LossSum, Metrics, Readout, Rollout, Scores, TokenBatch, take_rows
+
+
+class PpoTrainer:
+    """Policy, reference, critic with group classifier, and reward model, all on one process-group layout."""
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        *,
+        policy: TrainableModel,
+        ref_policy: MegatronModel,
+        critic: TrainableModel,
+        reward_model: MegatronModel,
+        classifier: TrainableModel | None,
+        grouping: Grouping,
+        generator: Generator,
+        prompts: PromptSource,
+        pretrain: PretrainSource | None,
+        all_sum: AllSum,
+    ) -> None:
+        """classifier: the group classifier's own model; None where it is a head of the critic, or there is none."""
+        self.config, self.num_iterations = config, config.ppo.iterations
+        self.policy, self.ref_policy, self.critic, self.reward_model = policy, ref_policy, critic, reward_model
+        self.classifier, self.grouping, self.generator = classifier, grouping, generator
+        self.prompts, self.pretrain, self.all_sum = prompts, pretrain, all_sum
+        self.moments = ScoreMoments()
+        self.num_updates = 0
+        minibatches = config.ppo.prompts * config.ppo.responses_per_prompt // config.batch.global_size
+        self.num_planned_updates = config.ppo.iterations * config.ppo.epochs * minibatches
+
+    def iterate(self, iteration: int) -> Metrics:
+        """One iteration: sample responses, score them, settle rewards and groups, update critic and policy."""
+        clock = [time.perf_counter()]
+        rollout = self.generator.sample(self.prompts.batch(iteration))
+        clock.append(time.perf_counter())
+        scores = self.score(rollout)
+        experience, metrics = self.shape(rollout, scores)
+        clock.append(time.perf_counter())
+        metrics |= self.optimize(experience, iteration)
+        clock.append(time.perf_counter())
+        self.last_rollout, self.last_scores = rollout, scores
+        return metrics | _times(clock, metrics["response/tokens"] * self.prompts.num_rows)
+
+    def score(self, rollout: Rollout) -> Scores:
+        """What every model says of the rollout, before any update."""
+        policy = self.policy.evaluate(rollout, entropy=True)
+        critic = self.critic.evaluate(rollout)
+        groups = self.classifier.evaluate(rollout) if self.classifier else critic
+        return Scores(
+            log_probs=policy.log_probs,
+            entropy=policy.entropy,
+            ref_log_probs=self.ref_policy.evaluate(rollout).log_probs,
+            values=critic.values,
+            group_probs=self.grouping.probs(rollout, groups),
+            scores=self.reward_model.evaluate(rollout).scores,
+        )
+
+    def shape(self, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
+        """Rewards, advantages, and the group weights: constants of this iteration."""
+        experience, self.moments, metrics = shape_experience(
+            rollout,
+            scores,
+            moments=self.moments,
+            grouping=self.grouping,
+            num_updates=self.num_updates,
+            ppo=self.config.ppo,
+            gil=self.config.gil,
+            all_sum=self.all_sum,
+        )
+        explained = explained_variance(scores.values, experience.returns, rollout.response_mask, all_sum=self.all_sum)
+        return experience, metrics | {"critic/explained_variance": float(explained)}
+
+    def optimize(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """Both halves of the method: the critic with the classifier (stage 1), the policy with omega (stage 2)."""
+        steps: list[Metrics] = []
+        for minibatch in self._minibatches(experience):
+            step = self._update_critic(minibatch, len(experience.tokens) / len(minibatch.tokens))
+            if not self._policy_waits():
+                step |= self._update_policy(minibatch, iteration)
+            self.num_updates += 1
+            steps.append(step)
+        names = {name for step in steps for name in step}
+        return {name: sum(step.get(name, 0.0) for step in steps) / len(steps) for name in sorted(names)}
+
+    def _policy_waits(self) -> bool:
+        return self.num_updates < self.config.ppo.critic_warmup_updates or self.grouping.warming_up(self.num_updates)
+
+    def _minibatches(self, experience: Experience) -> Iterator[Experience]:
+        """This rank's part of each minibatch; rows were dealt so that its composition depends on no layout."""
+        num_rows = len(experience.tokens)
+        size = self.config.batch.global_size * num_rows // self.prompts.num_rows
+        for _ in range(self.config.ppo.epochs):
+            for start in range(0, num_rows, size):
+                yield take_rows(experience, slice(start, start + size))
+
+    def _update_critic(self, minibatch: Experience, num_minibatches: float) -> dict[str, float]:
+        """Value loss averaged over tokens, plus the classifier's loss summed over the global batch."""
+        ppo = self.config.ppo
+        lr = learning_rate(self.config.critic_optimizer, update=self.num_updates, num_updates=self.num_planned_updates)
+        num_tokens = self.all_sum(minibatch.response_mask.sum())
+
+        def group_loss(readout: Readout, rows: Experience) -> torch.Tensor:
+            return num_minibatches * self.grouping.loss(readout, rows.classifier_coefs)
+
+        def critic_loss(readout: Readout, rows: Experience) -> LossSum:
+            loss = value_loss(
+                readout.values, rows.values, rows.returns, rows.response_mask, value_clip_range=ppo.value_clip_range
+            )
+            if self.classifier:
+                return loss
+            return LossSum(
+                total=loss.total + num_tokens * group_loss(readout, rows), count=loss.count, metrics=loss.metrics
+            )
+
+        def classifier_loss(readout: Readout, rows: Experience) -> LossSum:
+            return LossSum(total=num_tokens * group_loss(readout, rows), count=rows.response_mask.sum(), metrics={})
+
+        step = _named("critic", self.critic.update((minibatch, critic_loss), lr=lr))
+        if self.classifier:
+            step |= _named("classifier", self.classifier.update((minibatch, classifier_loss), lr=lr))
+        return step
+
+    def _update_policy(self, minibatch: Experience, iteration: int) -> dict[str, float]:
+        ppo = self.config.ppo
+        lr = learning_rate(self.config.optimizer, update=self.num_updates, num_updates=self.num_planned_updates)
+
+        def invariant_policy_loss(readout: Readout, rows: Experience) -> LossSum:
+            weighted = rows.invariance_weights[:, None] * rows.advantages  # A' = omega A, before the min and the clip
+            return policy_loss(
+                readout.log_probs, rows.log_probs, weighted, rows.response_mask, clip_range=ppo.clip_range
+            )
+
+        parts: list[Any] = [(minibatch, invariant_policy_loss)]
+        if self.pretrain:
+            parts.append(self._pretraining_part(minibatch, iteration))
+        return _named("policy", self.policy.update(*parts, lr=lr))
+
+    def _pretraining_part(self, minibatch: Experience, iteration: int) -> tuple[TokenBatch, Any]:
+        """ptx_coef times the mean next-token loss on pre-training text, as a part that counts no tokens of its own."""
+        assert self.pretrain is not None
+        text = self.pretrain.batch(self.num_updates, num_rows=len(minibatch.tokens))
+        counts = self.all_sum(torch.stack([minibatch.response_mask.sum(), text.response_mask.sum()]))
+        scale = self.config.ppo.ptx_coef * counts[0] / counts[1]
+
+        def ptx_loss(readout: Readout, rows: TokenBatch) -> LossSum:
+            loss = token_nll(readout.log_probs, rows.response_mask)
+            metrics = {"policy/ptx_loss": scale / self.config.ppo.ptx_coef * loss.total.detach()}
+            return LossSum(total=scale * loss.total, count=torch.zeros_like(loss.count), metrics=metrics)
+
+        return text, ptx_loss
+
+    def models(self) -> dict[str, TrainableModel]:
+        """What a checkpoint holds."""
+        own = {"classifier": self.classifier} if self.classifier else {}
+        return {"policy": self.policy, "critic": self.critic, **own}
+
+    def state(self) -> dict[str, Any]:
+        moments = {"count": self.moments.count, "mean": self.moments.mean, "m2": self.moments.m2}
+        return {"num_updates": self.num_updates, "moments": moments, "grouping": self.grouping.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.num_updates, self.moments = state["num_updates"], ScoreMoments(**state["moments"])
+        self.grouping.load_state(state["grouping"])
+
+
+def _named(family: str, metrics: Metrics) -> dict[str, float]:
+    """gradient_norm -> policy/gradient_norm; names that have a family keep it."""
+    return {name if "/" in name else f"{family}/{name}": value for name, value in metrics.items()}
+
+
+def _times(clock: list[float], num_tokens: float) -> dict[str, float]:
+    rollout, score, update = (b - a for a, b in itertools.pairwise(clock))
+    total = clock[-1] - clock[0]
+    return {
+        "time/rollout_s": rollout,
+        "time/score_s": score,
+        "time/update_s": update,
+        "time/iteration_s": total,
+        "time/tokens_per_s": num_tokens / total,
+    }

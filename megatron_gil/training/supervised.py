@@ -1,0 +1,111 @@
+"""Training on rows that come with their answer: SFT, reward model and DPO are this one trainer with three losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_gil.algo.likelihood import token_nll
+from megatron_gil.algo.preference import dpo_loss, pairwise_loss
+from megatron_gil.config import DpoSection, OptimizerSection
+from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.optimizer import learning_rate
+from megatron_gil.engine.protocol import LossFn
+from megatron_gil.training.metrics import Means
+from megatron_gil.training.sources import RowSource
+from megatron_gil.types import AllSum, LossSum, Metrics, PreferenceBatch, Readout, TokenBatch
+
+
+class SupervisedTrainer:
+    """One update an iteration."""
+
+    def __init__(
+        self,
+        role: str,
+        model: TrainableModel,
+        loss_fn: LossFn,
+        *,
+        optimizer: OptimizerSection,
+        rows: RowSource,
+        eval_rows: RowSource | None,
+        num_iterations: int,
+        all_sum: AllSum,
+        line: tuple[str, ...],
+        prepare: Callable[[Any], Any] = lambda batch: batch,
+    ) -> None:
+        """role: the model's name in a checkpoint. prepare: what a batch needs before it meets the loss."""
+        self.num_iterations, self.line = num_iterations, line
+        self._role, self._model, self._loss_fn, self._optimizer = role, model, loss_fn, optimizer
+        self._rows, self._eval_rows, self._all_sum, self._prepare = rows, eval_rows, all_sum, prepare
+
+    def iterate(self, iteration: int) -> Metrics:
+        started = time.perf_counter()
+        batch = self._prepare(self._rows.batch(iteration))
+        loaded = time.perf_counter()
+        lr = learning_rate(self._optimizer, update=iteration, num_updates=self.num_iterations)
+        metrics = self._model.update((batch, self._loss_fn), lr=lr)
+        num_tokens = float(self._all_sum(batch.lengths.sum()))
+        seconds = time.perf_counter() - started
+        own = {name if "/" in name else f"{self._role}/{name}": value for name, value in metrics.items()}
+        return {
+            **own,
+            "time/data_s": loaded - started,
+            "time/iteration_s": seconds,
+            "time/tokens_per_s": num_tokens / seconds,
+        }
+
+    def evaluate(self) -> Metrics:
+        """The loss's metrics on all held-out rows, under eval/."""
+        if self._eval_rows is None:
+            return {}
+        sums: dict[str, torch.Tensor] = {}
+        count = torch.zeros((), dtype=torch.float64, device=self._model.layout.device)
+        for batch in map(self._prepare, self._eval_rows.all_batches()):
+            loss = self._loss_fn(self._model.evaluate(batch), batch)
+            count = count + loss.count
+            for name, value in loss.metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+        means = Means()
+        for name, value in sums.items():
+            means.add(f"eval/{name}", value / count.clamp(min=1), count)
+        return means.reduce(self._all_sum)
+
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        return []
+
+    def models(self) -> dict[str, TrainableModel]:
+        return {self._role: self._model}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
+def sft_loss(readout: Readout, rows: TokenBatch) -> LossSum:
+    return token_nll(readout.log_probs, rows.response_mask)
+
+
+def reward_loss(readout: Readout, rows: PreferenceBatch) -> LossSum:
+    return pairwise_loss(readout.scores)
+
+
+def dpo_loss_fn(section: DpoSection) -> LossFn:
+    def loss(readout: Readout, rows: PreferenceBatch) -> LossSum:
+        return dpo_loss(
+            response_log_probs(readout, rows),
+            rows.ref_log_probs,
+            beta=section.beta,
+            label_smoothing=section.label_smoothing,
+        )
+
+    return loss
+
+
+def response_log_probs(readout: Readout, rows: PreferenceBatch) -> torch.Tensor:
+    """[B, 2] log-prob of each response, summed over its tokens."""
+    return torch.where(rows.response_mask, readout.log_probs, 0).sum(-1)
