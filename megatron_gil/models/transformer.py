@@ -16,7 +16,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_gil.config import ConfigError
-from megatron_gil.models.attention import FusedAttention
+from megatron_gil.models.attention import CachedSelfAttention, FusedAttention
 from megatron_gil.models.heads import ScalarHead
 from megatron_gil.models.llama import Head, LlamaSpec, check_layout, rope_frequencies
 from megatron_gil.models.norm import RMSNorm
@@ -120,5 +120,7 @@ def _layer_specs(layer: str, layout: ParallelLayout, num_layers: int) -> Any:
         spec.submodules.pre_mlp_layernorm = RMSNorm
     else:
         spec = get_gpt_layer_with_transformer_engine_spec()  # its norms are part of the linear layers after them
-    spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    attention = spec.submodules.self_attention
+    attention.module = CachedSelfAttention
+    attention.submodules.core_attention = FusedAttention
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=ModuleSpec(module=RMSNorm))

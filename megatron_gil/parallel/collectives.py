@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +56,29 @@ def share_from_last_pp_stage(
     return tensor
 
 
+def share_object_from_last_pp_stage(obj: Any, layout: ParallelLayout) -> Any:
+    """The last pipeline stage's object (by pickle), on every stage; what the others give is ignored."""
+    box = [obj]
+    if layout.pp_size > 1:
+        dist.broadcast_object_list(box, group=layout.pp_pg, group_src=layout.pp_size - 1, device=layout.device)
+    return box[0]
+
+
+def send_to_next_pp_stage(tensor: Tensor, layout: ParallelLayout) -> None:
+    """Nothing on the last stage."""
+    if not layout.is_last_pp_stage:
+        dist.send(tensor.contiguous(), group=layout.pp_pg, group_dst=layout.pp_rank + 1)
+
+
+def receive_from_previous_pp_stage(shape: tuple[int, ...], dtype: torch.dtype, layout: ParallelLayout) -> Tensor | None:
+    """None on the first stage."""
+    if layout.is_first_pp_stage:
+        return None
+    tensor = torch.empty(shape, dtype=dtype, device=layout.device)
+    dist.recv(tensor, group=layout.pp_pg, group_src=layout.pp_rank - 1)
+    return tensor
+
+
 def gather_rows(rows: Rows, layout: ParallelLayout) -> Rows:
     """All data-parallel ranks' rows, in the order of ranks: of a tensor, or of every tensor of a batch of types.py.
 
@@ -64,7 +87,6 @@ def gather_rows(rows: Rows, layout: ParallelLayout) -> Rows:
     if isinstance(rows, Tensor):
         return _gather_tensor(rows, layout)
     batch: Any = rows
-    assert is_dataclass(batch), type(batch)
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return replace(batch, **{n: v if v is None else _gather_tensor(v, layout) for n, v in values.items()})
 
@@ -75,6 +97,13 @@ def broadcast_object(obj: Any, layout: ParallelLayout) -> Any:
     if layout.world_size > 1:
         dist.broadcast_object_list(box, src=0, device=layout.device)
     return box[0]
+
+
+def gather_objects(obj: Any, layout: ParallelLayout) -> list[Any]:
+    """Every rank's object (by pickle), in the order of ranks, on every rank."""
+    objects: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(objects, obj)
+    return objects
 
 
 def barrier(layout: ParallelLayout) -> None:
@@ -95,3 +124,11 @@ def _gather_tensor(tensor: Tensor, layout: ParallelLayout) -> Any:
     parts = [torch.empty_like(local) for _ in range(layout.dp_size)]
     dist.all_gather(parts, local, group=layout.dp_pg)
     return torch.cat(parts).to(tensor.device)
+
+
+def gather_objects(obj: Any, layout: ParallelLayout) -> list[Any]:
+    """Every rank's object, in the order of ranks, on every rank (by pickle)."""
+    objects = [obj] * layout.world_size
+    if layout.world_size > 1:
+        dist.all_gather_object(objects, obj)
+    return objects

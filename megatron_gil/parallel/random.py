@@ -13,7 +13,8 @@ from megatron.core import tensor_parallel
 def get_rng_state() -> dict[str, Any]:
     """Python's, numpy's, torch's (CPU and this GPU) and megatron's streams: tensors, numbers, strings and containers
     of them, which `torch.load` reads with weights_only."""
-    numpy_name, numpy_words, *numpy_rest = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
+    numpy_name, numpy_words, *numpy_rest = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (numpy_name, torch.from_numpy(numpy_words.astype(np.int64)), *numpy_rest),

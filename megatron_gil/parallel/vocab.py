@@ -17,7 +17,7 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32 at a time
 
 
-def vocab_parallel_log_probs(logits: Tensor, targets: Tensor, *, tp_pg: dist.ProcessGroup, vocab_size: int) -> Tensor:
+def vocab_parallel_log_probs(logits: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int) -> Tensor:
     """log softmax(logits)[target]: logits [..., V / tp], targets [...] int64 -> [...] float32 (float64 for float64).
 
     The same on every rank. Contiguous logits are not copied: hand over all positions and drop the last column after.
@@ -26,7 +26,7 @@ def vocab_parallel_log_probs(logits: Tensor, targets: Tensor, *, tp_pg: dist.Pro
 
 
 @torch.no_grad()
-def vocab_parallel_entropy(logits: Tensor, *, tp_pg: dist.ProcessGroup, vocab_size: int) -> Tensor:
+def vocab_parallel_entropy(logits: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int) -> Tensor:
     """-sum_v p_v log p_v in nats: logits [..., V / tp] -> [...] float32 (float64 for float64); no gradient."""
     rows = logits.reshape(-1, logits.shape[-1])
     num_real = _num_real_columns(rows, tp_pg, vocab_size)
