@@ -72,9 +72,9 @@ def explained_variance(
     *,
     all_sum: AllSum,
 ) -> Float[Tensor, ""]:
-    """1 - Var(returns - values) / Var(returns) over the response tokens of all ranks, float64; 0 if returns are constant.
+    """1 - Var(returns - values) / Var(returns) over the response tokens of all ranks, float64.
 
-    1 is a perfect critic, 0 one that knows no more than the mean, below 0 one that knows less.
+    1 is a perfect critic, 0 one no better than the mean, below 0 worse; 0 if the returns are constant.
     """
 
     def variance(x: Tensor) -> Tensor:
