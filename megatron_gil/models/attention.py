@@ -28,7 +28,7 @@ class PromptContext(StaticInferenceContext):
         self.prompt_columns = prompt_width - 1
 
     def hidden(self) -> Tensor:
-        """[B, 1, 1, columns so far and the next] bool: the padding, and each prompt's last token, which is fed again."""
+        """[B, 1, 1, columns so far and the next] bool: padding, and each prompt's last token, fed again later."""
         columns = torch.arange(self.sequence_len_offset + 1, device=self.lengths.device)
         return ((columns >= self.lengths[:, None] - 1) & (columns < self.prompt_columns))[:, None, None, :]
 
@@ -64,7 +64,8 @@ class CachedSelfAttention(SelfAttention):
             angles = find(rotary_pos_emb[0], start, stop)
             key = apply_rotary_pos_emb(key, angles, config=self.config)
             rotary_pos_emb, rotary = None, (angles, None)
-        query, key, value, _, mask_type, block_table = super()._adjust_key_value_for_inference(
+        super_adjust: Any = super()._adjust_key_value_for_inference
+        query, key, value, _, mask_type, block_table = super_adjust(
             inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
         )
         return query, key, value, rotary, mask_type, block_table

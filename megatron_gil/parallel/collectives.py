@@ -56,29 +56,6 @@ def share_from_last_pp_stage(
     return tensor
 
 
-def share_object_from_last_pp_stage(obj: Any, layout: ParallelLayout) -> Any:
-    """The last pipeline stage's object (by pickle), on every stage; what the others give is ignored."""
-    box = [obj]
-    if layout.pp_size > 1:
-        dist.broadcast_object_list(box, group=layout.pp_pg, group_src=layout.pp_size - 1, device=layout.device)
-    return box[0]
-
-
-def send_to_next_pp_stage(tensor: Tensor, layout: ParallelLayout) -> None:
-    """Nothing on the last stage."""
-    if not layout.is_last_pp_stage:
-        dist.send(tensor.contiguous(), group=layout.pp_pg, group_dst=layout.pp_rank + 1)
-
-
-def receive_from_previous_pp_stage(shape: tuple[int, ...], dtype: torch.dtype, layout: ParallelLayout) -> Tensor | None:
-    """None on the first stage."""
-    if layout.is_first_pp_stage:
-        return None
-    tensor = torch.empty(shape, dtype=dtype, device=layout.device)
-    dist.recv(tensor, group=layout.pp_pg, group_src=layout.pp_rank - 1)
-    return tensor
-
-
 def gather_rows(rows: Rows, layout: ParallelLayout) -> Rows:
     """All data-parallel ranks' rows, in the order of ranks: of a tensor, or of every tensor of a batch of types.py.
 
@@ -101,8 +78,9 @@ def broadcast_object(obj: Any, layout: ParallelLayout) -> Any:
 
 def gather_objects(obj: Any, layout: ParallelLayout) -> list[Any]:
     """Every rank's object (by pickle), in the order of ranks, on every rank."""
-    objects: list[Any] = [None] * layout.world_size
-    dist.all_gather_object(objects, obj)
+    objects = [obj] * layout.world_size
+    if layout.world_size > 1:
+        dist.all_gather_object(objects, obj)
     return objects
 
 
@@ -124,11 +102,3 @@ def _gather_tensor(tensor: Tensor, layout: ParallelLayout) -> Any:
     parts = [torch.empty_like(local) for _ in range(layout.dp_size)]
     dist.all_gather(parts, local, group=layout.dp_pg)
     return torch.cat(parts).to(tensor.device)
-
-
-def gather_objects(obj: Any, layout: ParallelLayout) -> list[Any]:
-    """Every rank's object, in the order of ranks, on every rank (by pickle)."""
-    objects = [obj] * layout.world_size
-    if layout.world_size > 1:
-        dist.all_gather_object(objects, obj)
-    return objects
