@@ -1,0 +1,92 @@
+"""What a model directory says about special tokens, beside the vocabulary itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_gil.config import ConfigError
+
+JSON_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "config.json",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialTokens:
+    """From tokenizer_config.json, special_tokens_map.json and added_tokens.json (tokens), generation_config.json and
+    config.json (ids)."""
+
+    tokens: Mapping[str, str]  # "bos_token", "eos_token", "pad_token", "unk_token" -> token, where one is named
+    ids: Mapping[str, tuple[int, ...]]  # "bos", "eos", "pad" -> ids the model's configs name, most specific file first
+    added_tokens: Mapping[str, int]
+    add_bos: bool | None  # add_bos_token, where tokenizer_config.json says it
+    chat_template: str | None
+    embedding_size: int | None  # vocab_size of config.json
+
+
+def read_special_tokens(directory: str, files: Mapping[str, bytes]) -> SpecialTokens:
+    """`files` maps names to contents. ConfigError names a file that is not a JSON object."""
+    parsed = {name: _parse_optional(directory, files, name) for name in JSON_FILES}
+    tokenizer_config, special_map = parsed["tokenizer_config.json"], parsed["special_tokens_map.json"]
+    tokens = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = _content(tokenizer_config.get(name)) or _content(special_map.get(name))
+        if token is not None:
+            tokens[name] = token
+    model_configs = [parsed["generation_config.json"], parsed["config.json"]]
+    decoder = tokenizer_config.get("added_tokens_decoder") or {}
+    added = {_content(token): int(i) for i, token in decoder.items()}
+    added |= parsed["added_tokens.json"]
+    add_bos = tokenizer_config.get("add_bos_token")
+    return SpecialTokens(
+        tokens=tokens,
+        ids={name: _ids(model_configs, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+        added_tokens={token: i for token, i in added.items() if token},
+        add_bos=add_bos if isinstance(add_bos, bool) else None,
+        chat_template=_chat_template(tokenizer_config, files),
+        embedding_size=parsed["config.json"].get("vocab_size"),
+    )
+
+
+def _parse_optional(directory: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{directory}/{name}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{directory}/{name}: must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """A token is written as text or as {"content": text, ...}; null and empty mean none."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _ids(configs: list[dict[str, Any]], key: str) -> tuple[int, ...]:
+    """Every id under `key`, one or a list, in order, without repeats."""
+    found: list[int] = []
+    for config in configs:
+        value = config.get(key)
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
+
+
+def _chat_template(tokenizer_config: dict[str, Any], files: Mapping[str, bytes]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8", errors="replace")
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
