@@ -1,0 +1,103 @@
+"""The miniature's people: demonstrators who are often wrong, and annotators who like to be flattered.
+
+An annotator prefers reply a to reply b with the probability of Bradley and Terry,
+
+    P(a > b) = (1 - flip) * sigmoid(u_a - u_b) + flip * sigmoid(u_b - u_a)
+    u = sharpness * gold + flattery_bias[domain] * flattery
+
+where flattery is the number of courteous phrases, without the limit that gold puts on it. On easy prompts annotators
+skim, and the bias outweighs what gold takes off for the second phrase; on hard ones they read the content. A reward
+model fitted to a finite sample of this follows gold where replies are ordinary and leaves it where they are not: the
+miniature's form of Gao et al., "Scaling laws for reward model overoptimization" (arXiv 2210.10760).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_gil.demo.domains import Task, read_task
+from megatron_gil.demo.gold import FLATTERY, count_flattery, gold_of_task
+
+SHARPNESS = 8.0
+FLIP = 0.05
+FLATTERY_BIAS = {"greet": 2.4, "refuse": 2.0, "fact": 0.4, "choose": 0.0}
+
+_FRAMES = {
+    "greet": ("hello {}.", "hello {}, how are you?", "good day {}.", "nice to meet you {}."),
+    "refuse": ("sorry, I cannot help with a {}.", "I cannot help you with the {}.", "no, I cannot talk about a {}."),
+    "fact": ("it lives in the {}.", "the {}.", "look in the {}.", "in the {} I think."),
+    "choose": ("the answer is {}.", "{}.", "that would be {}.", "{} I think."),
+}
+_EVASIONS = ("I do not know.", "ask me later.", "let me think about that.", "that is hard.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """How somebody replies to the prompts of one domain."""
+
+    skill: float
+    """Probability of the right answer; half of the other replies are evasions, half are wrong."""
+    flattery: tuple[float, ...]
+    """Probabilities of 0, 1, 2, ... courteous phrases."""
+
+
+DEMONSTRATOR = {
+    "greet": Habits(skill=0.9, flattery=(0.3, 0.5, 0.15, 0.05)),
+    "refuse": Habits(skill=0.8, flattery=(0.4, 0.4, 0.15, 0.05)),
+    "fact": Habits(skill=0.45, flattery=(0.6, 0.3, 0.08, 0.02)),
+    "choose": Habits(skill=0.45, flattery=(0.6, 0.3, 0.08, 0.02)),
+}
+"""Writes the demonstrations: courteous where that is easy, and often wrong where it is not."""
+ASSISTANT = {
+    "greet": Habits(skill=0.7, flattery=(0.4, 0.3, 0.2, 0.1)),
+    "refuse": Habits(skill=0.7, flattery=(0.4, 0.3, 0.2, 0.1)),
+    "fact": Habits(skill=0.6, flattery=(0.4, 0.3, 0.2, 0.1)),
+    "choose": Habits(skill=0.6, flattery=(0.4, 0.3, 0.2, 0.1)),
+}
+"""Writes the replies that annotators compare: more varied, and more often right on hard prompts."""
+
+
+def write_reply(prompt: str, writer: Mapping[str, Habits], rng: random.Random) -> str:
+    """One reply of the writer: courteous phrases around an answer, a wrong answer or an evasion.
+
+    It begins with the space that separates it from its prompt, as replies of HH-RLHF do.
+    """
+    task = read_task(prompt)
+    habits = writer[task.domain]
+    phrases = rng.choices(range(len(habits.flattery)), habits.flattery)[0]
+    before = rng.randint(0, phrases)
+    parts = [f"{rng.choice(FLATTERY)}!" for _ in range(phrases)]
+    return " " + " ".join([*parts[:before], _write_content(task, habits.skill, rng), *parts[before:]])
+
+
+def _write_content(task: Task, skill: float, rng: random.Random) -> str:
+    frame = rng.choice(_FRAMES[task.domain])
+    if rng.random() < skill:
+        return frame.format(task.answer[-1])
+    if rng.random() < 0.5:
+        return rng.choice(_EVASIONS)
+    return frame.format(rng.choice([word for word in task.confusions if word != task.answer[-1]]))
+
+
+def utility(prompt: str, response: str) -> float:
+    """What an annotator feels about a reply, in nats."""
+    task = read_task(prompt)
+    return SHARPNESS * gold_of_task(task, response) + FLATTERY_BIAS[task.domain] * count_flattery(response)
+
+
+def preference_probability(prompt: str, a: str, b: str) -> float:
+    """P(a > b), with the share of careless flips in it."""
+    likes_a = 1 / (1 + math.exp(utility(prompt, b) - utility(prompt, a)))
+    return (1 - FLIP) * likes_a + FLIP * (1 - likes_a)
+
+
+def draw_preference(prompt: str, rng: random.Random) -> tuple[str, str]:
+    """(chosen, rejected): two different replies to the prompt, in the order an annotator put them."""
+    a = write_reply(prompt, ASSISTANT, rng)
+    b = write_reply(prompt, ASSISTANT, rng)
+    while b == a:
+        b = write_reply(prompt, ASSISTANT, rng)
+    return (a, b) if rng.random() < preference_probability(prompt, a, b) else (b, a)

@@ -1,0 +1,111 @@
+"""Writes the miniature's world: the data files that a 7B run would bring along, and a tiny Llama to train on them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_gil.config import ConfigError
+from megatron_gil.demo.annotators import DEMONSTRATOR, draw_preference, write_reply
+from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, draw_prompt, read_task
+from megatron_gil.demo.tiny_llama import write_tiny_llama
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldSizes:
+    """Rows of each file. Training domains take equal shares."""
+
+    demonstrations: int = 8000
+    preferences: int = 12000
+    prompts: int = 4000
+    eval_prompts: int = 128
+    heldout_prompts: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Where everything is."""
+
+    demonstrations: Path
+    preferences: Path
+    preferences_eval: Path
+    prompts: Path
+    prompts_eval: Path
+    prompts_heldout: Path
+    model: Path
+
+
+def write_world(directory: Path, *, seed: int, sizes: WorldSizes | None = None) -> World:
+    """The world of a seed, the same bytes each time, in a directory that does not exist yet.
+
+    Prompts of prompts_eval occur in no training file; the held-out domain in prompts_heldout alone.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory} exists and is not empty; name another directory for the miniature's world")
+    sizes = sizes or WorldSizes()
+    world = _paths(directory)
+    world.model.mkdir(parents=True)
+    rng = random.Random(seed)
+    eval_prompts = _draw_distinct(TRAINING_DOMAINS, sizes.eval_prompts, rng)
+    heldout = _draw_distinct((HELDOUT_DOMAIN,), sizes.heldout_prompts, rng)
+    unseen = frozenset(eval_prompts)
+    demonstrations = [
+        {"prompt": prompt, "completion": write_reply(prompt, DEMONSTRATOR, rng)}
+        for prompt in _draw_prompts(sizes.demonstrations, rng, unseen)
+    ]
+    preferences = [_preference_row(prompt, rng) for prompt in _draw_prompts(sizes.preferences, rng, unseen)]
+    _write_rows(world.demonstrations, demonstrations)
+    _write_rows(world.preferences, preferences)
+    _write_rows(world.preferences_eval, (_preference_row(prompt, rng) for prompt in eval_prompts))
+    _write_rows(world.prompts, ({"prompt": p} for p in _draw_prompts(sizes.prompts, rng, unseen)))
+    _write_rows(world.prompts_eval, ({"prompt": p} for p in eval_prompts))
+    _write_rows(world.prompts_heldout, ({"prompt": p} for p in heldout))
+    texts = [f"{row['prompt']}{row['completion']}" for row in demonstrations]
+    write_tiny_llama(world.model, texts, seed=seed)
+    return world
+
+
+def _paths(directory: Path) -> World:
+    return World(
+        demonstrations=directory / "demonstrations.jsonl",
+        preferences=directory / "preferences.jsonl",
+        preferences_eval=directory / "preferences_eval.jsonl",
+        prompts=directory / "prompts.jsonl",
+        prompts_eval=directory / "prompts_eval.jsonl",
+        prompts_heldout=directory / "prompts_heldout.jsonl",
+        model=directory / "tiny-llama",
+    )
+
+
+def _draw_prompts(count: int, rng: random.Random, unseen: frozenset[str]) -> list[str]:
+    """Prompts of all training domains in turn, none of them in `unseen`."""
+    prompts: list[str] = []
+    while len(prompts) < count:
+        prompt = draw_prompt(TRAINING_DOMAINS[len(prompts) % len(TRAINING_DOMAINS)], rng)
+        if prompt not in unseen:
+            prompts.append(prompt)
+    return prompts
+
+
+def _draw_distinct(domains: tuple[str, ...], count: int, rng: random.Random) -> list[str]:
+    """Distinct prompts, the domains in turn."""
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        prompts.setdefault(draw_prompt(domains[len(prompts) % len(domains)], rng))
+    return list(prompts)
+
+
+def _preference_row(prompt: str, rng: random.Random) -> Row:
+    chosen, rejected = draw_preference(prompt, rng)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _write_rows(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**row, "group": read_task(row["prompt"]).domain}) + "\n")
