@@ -33,6 +33,11 @@ class PromptDataset:
         """Prompts cut to fit, among those asked for so far."""
         return len(self._cut_rows)
 
+    @property
+    def num_labelled(self) -> int:
+        """Rows that came with a group."""
+        return int((self._group_ids >= 0).sum())
+
     def collate(self, row_ids: Sequence[int], sample_ids: Sequence[int], *, pad_to_multiple: int = 1) -> PromptBatch:
         """The prompts of the rows, in that order; a row may be asked for several times."""
         encoded = {row_id: self._encode(row_id) for row_id in dict.fromkeys(row_ids)}

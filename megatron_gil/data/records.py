@@ -82,7 +82,7 @@ def _parse_line(line: bytes, where: str) -> Any:
 def _iter_files(files: list[str], kind: str) -> Iterator[Row]:
     num_rows = 0
     for name in files:
-        iterate = _iter_parquet if name.endswith(".parquet") else iter_jsonl
+        iterate = iter_parquet if name.endswith(".parquet") else iter_jsonl
         for number, record in iterate(Path(name)):
             yield check_record(record, kind, f"{name}:{number}")
             num_rows += 1
@@ -90,7 +90,8 @@ def _iter_files(files: list[str], kind: str) -> Iterator[Row]:
         raise ConfigError(f"{', '.join(files)}: no rows")
 
 
-def _iter_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+def iter_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of every row."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
