@@ -281,7 +281,7 @@ class GilSection:
     balance_coef: float = 0.0
     """Weight of KL(mean_i w_i || uniform) in the classifier's loss."""
     init_scale: float = 1.0
-    """alpha: classifier rows start as +-alpha times the reward model's score head (direction normalised); never 0."""
+    """alpha: the classifier's rows start from +alpha to -alpha times the reward model's score head; never 0."""
     warmup_updates: int = 50
     """Critic-and-classifier updates before the policy moves and the groups steer it; until then p_high = 1."""
     ramp_updates: int = 50
@@ -293,6 +293,10 @@ class GilSection:
         _require(self.num_groups >= 1, f"gil.num_groups={self.num_groups} must be at least 1")
         _require(
             self.init_scale != 0, "gil.init_scale=0 is a stationary point that the classifier never leaves; use 1.0"
+        )
+        _require(
+            self.weight_floor is None or self.weight_floor <= 1,
+            f"gil.weight_floor={self.weight_floor} must be at most 1, the mean of the weights",
         )
         _require(0 <= self.ema_decay < 1, f"gil.ema_decay={self.ema_decay} must lie in [0, 1)")
         _require(

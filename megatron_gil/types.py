@@ -78,18 +78,21 @@ class Rollout:
     known_groups: Tensor  # [B] int64
 
 
+_ABSENT: Any = None  # not Optional in the type: a loss that reads a field its model lacks is our mistake, not a case
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readout:
-    """What one model says of a batch; a model fills the fields it has.
+    """What one model says of a batch; a model fills the fields it has, the others are None.
 
     The same on every tensor- and pipeline-parallel rank. Leading axes are the batch's: [B], or [B, 2] for pairs.
     """
 
-    log_probs: Tensor | None = None  # [B, S] log pi(tokens[:, t+1] | tokens[:, :t+1]), temperature 1
-    entropy: Tensor | None = None  # [B, S] nats, of the next-token distribution; no gradient
-    values: Tensor | None = None  # [B, S] the critic's V of the state before tokens[:, t+1]
+    log_probs: Tensor = _ABSENT  # [B, S] log pi(tokens[:, t+1] | tokens[:, :t+1]), temperature 1
+    entropy: Tensor = _ABSENT  # [B, S] nats, of the next-token distribution; no gradient
+    values: Tensor = _ABSENT  # [B, S] the critic's V of the state before tokens[:, t+1]
     group_logits: Tensor | None = None  # [B, M] read at the last real token
-    scores: Tensor | None = None  # [B] the reward model's score, read at the last real token
+    scores: Tensor = _ABSENT  # [B] the reward model's score, read at the last real token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

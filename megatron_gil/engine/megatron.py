@@ -64,7 +64,8 @@ class MegatronModel:
         dtype: torch.dtype | None = None,
     ) -> None:
         models = models or ModelsSection()
-        self.spec, self.layout, self.head, self.micro_size = spec, layout, head, micro_size
+        self.spec, self.layout, self.micro_size = spec, layout, micro_size
+        self.head: Head = head
         self.num_groups = num_groups if num_groups > 1 else 0
         self.dtype = dtype or DTYPES[models.dtype]
         self.module = build_model(

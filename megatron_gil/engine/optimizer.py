@@ -66,7 +66,7 @@ class ModelOptimizer:
             params_dtype=dtype,
             use_distributed_optimizer=self._distributed,
         )
-        self._optimizer = get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)  # a ChainedOptimizer
+        self._optimizer: Any = get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)  # ChainedOptimizer
 
     def zero_grad(self) -> None:
         self._ddp.zero_grad_buffer()

@@ -31,11 +31,10 @@ def read_output(
         # The last position predicts nothing; dropping its answer instead of its logits saves a copy of the logits.
         targets = tokens.roll(-1, dims=1)
         log_probs = vocab_parallel_log_probs(output, targets, tp_pg=layout.tp_pg, vocab_size=vocab_size)[:, :-1]
-        nats = vocab_parallel_entropy(output, tp_pg=layout.tp_pg, vocab_size=vocab_size)[:, :-1] if entropy else None
-        return Readout(
-            log_probs=log_probs.unflatten(0, leading),
-            entropy=None if nats is None else nats.unflatten(0, leading),
-        )
+        if not entropy:
+            return Readout(log_probs=log_probs.unflatten(0, leading))
+        nats = vocab_parallel_entropy(output, tp_pg=layout.tp_pg, vocab_size=vocab_size)[:, :-1]
+        return Readout(log_probs=log_probs.unflatten(0, leading), entropy=nats.unflatten(0, leading))
     output = output.to(torch.promote_types(output.dtype, torch.float32))
     rows = torch.arange(len(tokens), device=tokens.device)
     last = output[rows, batch.lengths.flatten() - 1]  # [R, 1 | 1 + M]

@@ -27,11 +27,13 @@ def shape_experience(
     num_updates: int,
     ppo: PpoSection,
     gil: GilSection,
+    known_names: tuple[str, ...],
     all_sum: AllSum,
 ) -> tuple[Experience, ScoreMoments, dict[str, float]]:
     """(experience, moments with this rollout's scores, metrics over all ranks).
 
-    num_updates: the critic's updates before this iteration (warm-up and ramp of the groups).
+    num_updates: the critic's updates before this iteration (warm-up and ramp of the groups). known_names: of the labels
+    that came with the data, for metrics alone.
     """
     mask = rollout.response_mask
     normalized = scores.scores
@@ -65,32 +67,35 @@ def shape_experience(
         classifier_coefs=invariance.coefs,
         row_ids=rollout.row_ids,
     )
-    metrics = _metrics(rollout, scores, normalized, trajectory_returns, kl_weights, invariance, all_sum)
+    means = rollout_means(rollout, scores.scores, known_names)
+    _add_means(means, rollout, scores, trajectory_returns, kl_weights, invariance)
+    metrics = with_deviations(means.reduce(all_sum))
     return experience, moments, metrics | _group_metrics(grouping, invariance, flipped)
 
 
-def _metrics(
-    rollout: Rollout,
-    scores: Scores,
-    normalized: Tensor,
-    returns: Tensor,
-    kl_weights: Tensor,
-    invariance: Invariance,
-    all_sum: AllSum,
-) -> dict[str, float]:
-    mask, means = rollout.response_mask, Means()
+def rollout_means(rollout: Rollout, scores: Tensor, known_names: tuple[str, ...]) -> Means:
+    """What can be said of responses and their scores [B] alone, by known label too."""
+    means = Means()
+    means.add("reward/score_mean", scores)
+    means.add("reward/score_squared", scores.double().square())
+    means.add("response/tokens", rollout.response_mask.sum(1))
+    means.add("response/finished_fraction", rollout.finished)
+    for number, name in enumerate(known_names):
+        means.add(f"reward/score_mean_known_{name}", scores, rollout.known_groups == number)
+    return means
+
+
+def _add_means(
+    means: Means, rollout: Rollout, scores: Scores, returns: Tensor, kl_weights: Tensor, invariance: Invariance
+) -> None:
+    mask = rollout.response_mask
     kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0)
-    means.add("reward/score_mean", scores.scores)
-    means.add("reward/score_squared", scores.scores.double().square())
-    means.add("reward/normalized_mean", normalized)
     means.add("reward/return_mean", returns)
     means.add("policy/kl", kl, mask)
     means.add("policy/kl_sequence", kl.sum(1))
     means.add("policy/kl_weight", kl_weights)
     means.add("policy/entropy", scores.entropy, mask)
     means.add("policy/sampling_mismatch", (rollout.sampled_log_probs - scores.log_probs).abs(), mask)
-    means.add("response/tokens", mask.sum(1))
-    means.add("response/finished_fraction", rollout.finished)
     if scores.group_probs.shape[1] > 1:
         means.add("group/negative_weights", (invariance.weights < 0).double())
         means.add("group/weight_squared", invariance.weights.double().square())
@@ -98,11 +103,13 @@ def _metrics(
             means.add(f"reward/score_mean_group_{group}", scores.scores, weight)
             means.add(f"policy/kl_group_{group}", kl.sum(1), weight)
             means.add(f"response/tokens_group_{group}", mask.sum(1), weight)
-    metrics = means.reduce(all_sum)
-    metrics["reward/score_std"] = (
-        max(0.0, metrics.pop("reward/score_squared") - metrics["reward/score_mean"] ** 2) ** 0.5
-    )
-    if "group/weight_squared" in metrics:
+
+
+def with_deviations(metrics: dict[str, float]) -> dict[str, float]:
+    """Standard deviations in the place of mean squares."""
+    variance = metrics.pop("reward/score_squared") - metrics["reward/score_mean"] ** 2
+    metrics["reward/score_std"] = max(0.0, variance) ** 0.5
+    if "group/weight_squared" in metrics:  # omega averages 1
         metrics["group/weight_std"] = max(0.0, metrics.pop("group/weight_squared") - 1.0) ** 0.5
     return metrics
 

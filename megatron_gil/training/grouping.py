@@ -1,7 +1,7 @@
 """Who is in which group, and what follows from it: the strategies of the one PPO trainer.
 
-`SingleGroup` is plain PPO: probability 1, KL weight 1, omega exactly 1, no classifier. `LearnedGroups` infers the groups
-(stage 1 of the method). `KnownGroups` takes the labels that came with the data. Equations: algo/groups.py.
+`SingleGroup` is plain PPO: probability 1, KL weight 1, omega exactly 1, no classifier. `LearnedGroups` infers the
+groups (stage 1 of the method). `KnownGroups` takes the labels that came with the data. Equations: algo/groups.py.
 """
 
 from __future__ import annotations

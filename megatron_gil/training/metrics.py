@@ -27,6 +27,15 @@ class Means:
         weights = torch.ones_like(values, dtype=torch.float64) if weights is None else weights.double()
         self._sums[name] = ((values.double() * weights).sum(), weights.sum())
 
+    @staticmethod
+    def total(parts: list[Means]) -> Means:
+        """The means over several batches, which have the same names."""
+        whole = Means()
+        for name in parts[0]._sums:
+            sums, weights = zip(*(part._sums[name] for part in parts), strict=True)
+            whole._sums[name] = (torch.stack(sums).sum(), torch.stack(weights).sum())
+        return whole
+
     def reduce(self, all_sum: AllSum) -> dict[str, float]:
         """name -> mean; a name whose weights sum to 0 is left out."""
         if not self._sums:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,17 +13,28 @@ from megatron_gil.algo.likelihood import token_nll
 from megatron_gil.algo.masked import ScoreMoments
 from megatron_gil.algo.ppo import explained_variance, policy_loss, value_loss
 from megatron_gil.config import PpoConfig
+from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
-from megatron_gil.training.experience import shape_experience
+from megatron_gil.training.experience import rollout_means, shape_experience, with_deviations
 from megatron_gil.training.grouping import Grouping
-from megatron_gil.training.sources import PretrainSource, PromptSource
+from megatron_gil.training.metrics import Means
+from megatron_gil.training.samples import sample_texts
+from megatron_gil.training.sources import PromptSource, RowSource
 from megatron_gil.types import AllSum, Experience, LossSum, Metrics, Readout, Rollout, Scores, TokenBatch, take_rows
 
 
 class PpoTrainer:
     """Policy, reference, critic with group classifier, and reward model, all on one process-group layout."""
+
+    line: tuple[str, ...] = (
+        "reward/score_mean",
+        "policy/kl_sequence",
+        "group/return_variance",
+        "critic/value_loss",
+        "time/iteration_s",
+    )
 
     def __init__(
         self,
@@ -37,14 +48,21 @@ class PpoTrainer:
         grouping: Grouping,
         generator: Generator,
         prompts: PromptSource,
-        pretrain: PretrainSource | None,
+        eval_prompts: PromptSource | None,
+        pretrain: RowSource | None,
+        tokenizer: Tokenizer,
+        safe_point: Callable[[], None],
         all_sum: AllSum,
     ) -> None:
-        """classifier: the group classifier's own model; None where it is a head of the critic, or there is none."""
+        """classifier: the group classifier's own model; None where it is a head of the critic, or there is none.
+
+        safe_point: called where nothing has changed since the last iteration; it may raise to stop the run there.
+        """
         self.config, self.num_iterations = config, config.ppo.iterations
         self.policy, self.ref_policy, self.critic, self.reward_model = policy, ref_policy, critic, reward_model
         self.classifier, self.grouping, self.generator = classifier, grouping, generator
-        self.prompts, self.pretrain, self.all_sum = prompts, pretrain, all_sum
+        self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
+        self.tokenizer, self.safe_point, self.all_sum = tokenizer, safe_point, all_sum
         self.moments = ScoreMoments()
         self.num_updates = 0
         minibatches = config.ppo.prompts * config.ppo.responses_per_prompt // config.batch.global_size
@@ -56,9 +74,10 @@ class PpoTrainer:
         rollout = self.generator.sample(self.prompts.batch(iteration))
         clock.append(time.perf_counter())
         scores = self.score(rollout)
+        self.safe_point()
         experience, metrics = self.shape(rollout, scores)
         clock.append(time.perf_counter())
-        metrics |= self.optimize(experience, iteration)
+        metrics |= self.optimize(experience)
         clock.append(time.perf_counter())
         self.last_rollout, self.last_scores = rollout, scores
         return metrics | _times(clock, metrics["response/tokens"] * self.prompts.num_rows)
@@ -87,18 +106,19 @@ class PpoTrainer:
             num_updates=self.num_updates,
             ppo=self.config.ppo,
             gil=self.config.gil,
+            known_names=self.prompts.dataset.group_names,
             all_sum=self.all_sum,
         )
         explained = explained_variance(scores.values, experience.returns, rollout.response_mask, all_sum=self.all_sum)
         return experience, metrics | {"critic/explained_variance": float(explained)}
 
-    def optimize(self, experience: Experience, iteration: int) -> dict[str, float]:
+    def optimize(self, experience: Experience) -> dict[str, float]:
         """Both halves of the method: the critic with the classifier (stage 1), the policy with omega (stage 2)."""
         steps: list[Metrics] = []
         for minibatch in self._minibatches(experience):
             step = self._update_critic(minibatch, len(experience.tokens) / len(minibatch.tokens))
             if not self._policy_waits():
-                step |= self._update_policy(minibatch, iteration)
+                step |= self._update_policy(minibatch)
             self.num_updates += 1
             steps.append(step)
         names = {name for step in steps for name in step}
@@ -142,7 +162,7 @@ class PpoTrainer:
             step |= _named("classifier", self.classifier.update((minibatch, classifier_loss), lr=lr))
         return step
 
-    def _update_policy(self, minibatch: Experience, iteration: int) -> dict[str, float]:
+    def _update_policy(self, minibatch: Experience) -> dict[str, float]:
         ppo = self.config.ppo
         lr = learning_rate(self.config.optimizer, update=self.num_updates, num_updates=self.num_planned_updates)
 
@@ -154,13 +174,13 @@ class PpoTrainer:
 
         parts: list[Any] = [(minibatch, invariant_policy_loss)]
         if self.pretrain:
-            parts.append(self._pretraining_part(minibatch, iteration))
+            parts.append(self._pretraining_part(minibatch))
         return _named("policy", self.policy.update(*parts, lr=lr))
 
-    def _pretraining_part(self, minibatch: Experience, iteration: int) -> tuple[TokenBatch, Any]:
+    def _pretraining_part(self, minibatch: Experience) -> tuple[TokenBatch, Any]:
         """ptx_coef times the mean next-token loss on pre-training text, as a part that counts no tokens of its own."""
         assert self.pretrain is not None
-        text = self.pretrain.batch(self.num_updates, num_rows=len(minibatch.tokens))
+        text = self.pretrain.batch(self.num_updates)
         counts = self.all_sum(torch.stack([minibatch.response_mask.sum(), text.response_mask.sum()]))
         scale = self.config.ppo.ptx_coef * counts[0] / counts[1]
 
@@ -170,6 +190,24 @@ class PpoTrainer:
             return LossSum(total=scale * loss.total, count=torch.zeros_like(loss.count), metrics=metrics)
 
         return text, ptx_loss
+
+    def evaluate(self) -> Metrics:
+        """Scores of responses to the held-out prompts, under eval/."""
+        if self.eval_prompts is None:
+            return {}
+        rollouts = [self.generator.sample(batch) for batch in self.eval_prompts.all_batches(self.generator.micro_size)]
+        scores = [self.reward_model.evaluate(rollout).scores for rollout in rollouts]
+        names = self.eval_prompts.dataset.group_names
+        parts = [rollout_means(r, s, names) for r, s in zip(rollouts, scores, strict=True)]
+        metrics = with_deviations(Means.total(parts).reduce(self.all_sum))
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
+    def samples(self, count: int) -> list[dict[str, Any]]:
+        texts = sample_texts(self.last_rollout, self.tokenizer, count)
+        scores = self.last_scores
+        groups = scores.group_probs.tolist()
+        rows = zip(texts, scores.scores.tolist(), groups, strict=False)
+        return [{**text, "score": score, "group_probs": probs} for text, score, probs in rows]
 
     def models(self) -> dict[str, TrainableModel]:
         """What a checkpoint holds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from megatron_gil.algo.likelihood import token_nll
 from megatron_gil.algo.preference import dpo_loss, pairwise_loss
 from megatron_gil.config import DpoSection, OptimizerSection
-from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import LossFn
 from megatron_gil.training.metrics import Means
@@ -104,6 +105,11 @@ def dpo_loss_fn(section: DpoSection) -> LossFn:
         )
 
     return loss
+
+
+def fill_ref_log_probs(batch: PreferenceBatch, ref_policy: MegatronModel) -> PreferenceBatch:
+    """The pairs with what the frozen reference says of them."""
+    return replace(batch, ref_log_probs=response_log_probs(ref_policy.evaluate(batch), batch))
 
 
 def response_log_probs(readout: Readout, rows: PreferenceBatch) -> torch.Tensor:

@@ -1,0 +1,92 @@
+"""What a user can get wrong, checked before a model is built; the same answer on every rank."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_gil.config import CommandConfig, ConfigError, PpoConfig, TrainConfig
+from megatron_gil.data.preferences import PreferenceDataset
+from megatron_gil.data.prompts import PromptDataset
+from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.parallel.collectives import gather_objects
+from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.training.build import model_path, read_spec
+from megatron_gil.training.directory import take_directory
+
+T = TypeVar("T")
+
+
+def agree(layout: ParallelLayout, check: Callable[[], T]) -> T:
+    """check() on every rank; if it raises ConfigError anywhere, every rank raises the first rank's."""
+    result, message = None, None
+    try:
+        result = check()
+    except ConfigError as error:
+        message = str(error)
+    for rank, found in enumerate(gather_objects(message, layout)):
+        if found is not None:
+            raise ConfigError(found if rank == 0 else f"rank {rank}: {found}")
+    return result  # type: ignore[return-value]
+
+
+def take_run_directory(config: TrainConfig, layout: ParallelLayout) -> None:
+    """Rank 0 takes the run directory for all; every rank ends the same way if it cannot."""
+
+    def take() -> list[str]:
+        return take_directory(config) if layout.is_main else []
+
+    for difference in agree(layout, take):
+        print(f"resuming with another setting: {difference}", file=sys.stderr)
+
+
+def check_preferences(config: TrainConfig, role: str) -> tuple[Any, Any, Path]:
+    read_spec(config, role)
+    tokenizer, where = read_tokenizer(config, role)
+    return *read_train_and_eval(config, PreferenceDataset, tokenizer, **limits(config)), where
+
+
+def check_rollout(config: PpoConfig, layout: ParallelLayout, train: PromptDataset) -> None:
+    num_rows = config.ppo.prompts * config.ppo.responses_per_prompt
+    if num_rows % config.batch.global_size:
+        raise ConfigError(
+            f"ppo.prompts={config.ppo.prompts} x ppo.responses_per_prompt={config.ppo.responses_per_prompt} cannot "
+            f"be divided by batch.global_size={config.batch.global_size}; change one of them"
+        )
+    if config.gil.groups == "known" and train.num_labelled < len(train):
+        raise ConfigError(
+            f"data.train={config.data.train}: gil.groups=known needs a group in every row, "
+            f"{len(train) - train.num_labelled} of {len(train)} have none"
+        )
+
+
+def limits(config: CommandConfig) -> dict[str, int]:
+    return {"max_tokens": config.data.max_tokens, "max_prompt_tokens": config.data.max_prompt_tokens}
+
+
+def read_tokenizer(config: CommandConfig, role: str) -> tuple[Tokenizer, Path]:
+    """(tokenizer, its directory): data.tokenizer, or that of the role's model."""
+    path = Path(config.data.tokenizer) if config.data.tokenizer else model_path(config, role)
+    return Tokenizer.read(path), path
+
+
+def read_train_and_eval(config: CommandConfig, kind: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, T | None]:
+    train = kind(require(config.data.train, "data.train", "it is what the command trains on"), *args, **kwargs)
+    return train, kind(config.data.eval, *args, **kwargs) if config.data.eval else None
+
+
+def require(value: str | None, key: str, reason: str) -> str:
+    if not value:
+        raise ConfigError(f"{key} is not set: {reason}; give a file as {key}=PATH")
+    return value
+
+
+def new_file(value: str) -> Path:
+    path = Path(value)
+    if path.exists():
+        raise ConfigError(f"output={path} exists already; nothing is overwritten, choose another name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"output={path}: the directory {path.parent} does not exist")
+    return path

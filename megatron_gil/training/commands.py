@@ -1,0 +1,240 @@
+"""What the training commands do: check everything, take the run directory, build the models, resume or start."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_gil.config import BatchPlan, DpoConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from megatron_gil.data.demonstrations import DemonstrationDataset, TextDataset
+from megatron_gil.data.prompts import PromptDataset
+from megatron_gil.data.sampler import Sampler
+from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
+from megatron_gil.engine.generation import Generator
+from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.protocol import LossFn
+from megatron_gil.parallel.collectives import all_sum
+from megatron_gil.parallel.layout import ParallelLayout, read_world_size, start_parallel, stop_parallel
+from megatron_gil.training.build import (
+    build_frozen,
+    build_trainable,
+    read_spec,
+    start_group_head,
+    start_score_head,
+)
+from megatron_gil.training.checks import (
+    agree,
+    check_preferences,
+    check_rollout,
+    limits,
+    read_tokenizer,
+    read_train_and_eval,
+    require,
+    take_run_directory,
+)
+from megatron_gil.training.grouping import Grouping, KnownGroups, LearnedGroups, SingleGroup
+from megatron_gil.training.loop import RunFailed, Trainer, run_loop
+from megatron_gil.training.ppo import PpoTrainer
+from megatron_gil.training.respond import generate, score
+from megatron_gil.training.signals import StopSignal
+from megatron_gil.training.sources import PromptSource, RowSource
+from megatron_gil.training.supervised import (
+    SupervisedTrainer,
+    dpo_loss_fn,
+    fill_ref_log_probs,
+    reward_loss,
+    sft_loss,
+)
+
+
+def run_command(name: str, config: Any) -> int:
+    """Run a configured command on this rank; the exit code."""
+    stop = StopSignal(config.run.max_minutes)
+    BatchPlan.of(read_world_size(), config.parallel, config.batch)  # before any process group is formed
+    layout = start_parallel(config.parallel, seed=config.run.seed)
+    commands: dict[str, Callable[..., int]] = {
+        "sft": _sft,
+        "reward": _reward,
+        "dpo": _dpo,
+        "ppo": _ppo,
+        "generate": generate,
+        "score": score,
+    }
+    try:
+        return commands[name](config, layout, stop)
+    except (RunFailed, CheckpointError) as error:
+        if layout.is_main:
+            print(f"megatron-gil {name}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        stop_parallel()
+
+
+def _sft(config: SftConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+    def check() -> tuple[Any, Any, Path]:
+        read_spec(config, "policy")
+        tokenizer, where = read_tokenizer(config, "policy")
+        return *read_train_and_eval(config, DemonstrationDataset, tokenizer, **limits(config)), where
+
+    train, held_out, tokenizer_dir = agree(layout, check)
+    take_run_directory(config, layout)
+    policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
+    trainer = _supervised("policy", policy, sft_loss, config, layout, train, held_out, ("sft/loss",))
+    return _train(trainer, config, layout, stop, tokenizer_dir)
+
+
+def _reward(config: RewardConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+    train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "reward_model"))
+    take_run_directory(config, layout)
+    model, absent = build_trainable(config, "reward_model", "score", layout, config.optimizer)
+    if absent:
+        start_score_head(model, config.run.seed)
+    line = ("reward/loss", "reward/accuracy")
+    trainer = _supervised("reward_model", model, reward_loss, config, layout, train, held_out, line)
+    return _train(trainer, config, layout, stop, tokenizer_dir)
+
+
+def _dpo(config: DpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+    train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "policy"))
+    take_run_directory(config, layout)
+    policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
+    ref_policy = build_frozen(config, "ref_policy", "lm", layout)
+    trainer = _supervised(
+        "policy",
+        policy,
+        dpo_loss_fn(config.dpo),
+        config,
+        layout,
+        train,
+        held_out,
+        ("dpo/loss", "dpo/accuracy", "dpo/margin"),
+        prepare=lambda batch: fill_ref_log_probs(batch, ref_policy),
+    )
+    return _train(trainer, config, layout, stop, tokenizer_dir)
+
+
+def _ppo(config: PpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+    def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, Tokenizer, Path]:
+        for role in ("policy", "ref_policy", "reward_model", "critic"):
+            read_spec(config, role)
+        tokenizer, where = read_tokenizer(config, "policy")
+        train, held_out = read_train_and_eval(
+            config, PromptDataset, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
+        )
+        pretrain = None
+        if config.ppo.ptx_coef:
+            path = require(config.data.pretrain, "data.pretrain", "ppo.ptx_coef is above 0")
+            pretrain = TextDataset(path, tokenizer, **limits(config))
+        check_rollout(config, layout, train)
+        return train, held_out, pretrain, tokenizer, where
+
+    train, held_out, pretrain, tokenizer, tokenizer_dir = agree(layout, check)
+    take_run_directory(config, layout)
+    gil, sums = config.gil, all_sum(layout)
+    grouping: Grouping = SingleGroup(sums)
+    if gil.num_groups > 1 or gil.groups == "known":
+        known = KnownGroups(gil, len(train.group_names), sums)
+        grouping = LearnedGroups(gil, sums) if gil.groups == "learned" else known
+    learned = isinstance(grouping, LearnedGroups)
+    head_groups = gil.num_groups if learned and gil.classifier == "critic_head" else 0
+
+    policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
+    critic, absent = build_trainable(
+        config, "critic", "critic", layout, config.critic_optimizer, num_groups=head_groups
+    )
+    classifier = None
+    if "group_head.weight" in absent:
+        start_group_head(critic, gil, config.run.seed)
+    if learned and gil.classifier == "own_model":
+        classifier, absent = build_trainable(
+            config, "reward_model", "critic", layout, config.critic_optimizer, num_groups=gil.num_groups
+        )
+        start_group_head(classifier, gil, config.run.seed)
+    generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+    trainer = PpoTrainer(
+        config,
+        policy=policy,
+        ref_policy=build_frozen(config, "ref_policy", "lm", layout),
+        critic=critic,
+        reward_model=build_frozen(config, "reward_model", "score", layout),
+        classifier=classifier,
+        grouping=grouping,
+        generator=generator,
+        prompts=_prompt_source(config, layout, train),
+        pretrain=None if pretrain is None else _row_source(config, layout, pretrain),
+        tokenizer=tokenizer,
+        eval_prompts=None if held_out is None else PromptSource(held_out, None, layout, len(held_out)),
+        safe_point=lambda: stop.safe_point(layout),
+        all_sum=sums,
+    )
+    return _train(trainer, config, layout, stop, tokenizer_dir)
+
+
+def _train(trainer: Trainer, config: TrainConfig, layout: ParallelLayout, stop: StopSignal, tokenizer_dir: Path) -> int:
+    """Resume from the newest good checkpoint where there is one, then loop."""
+    directory = Path(config.run.dir)
+    store = CheckpointStore(directory / "checkpoints", layout, config.checkpoint, tokenizer_dir=tokenizer_dir)
+    found = store.find(note=lambda text: print(text, file=sys.stderr))
+    start = 0
+    if found is not None:
+        loaded = store.load(found, trainer.models())
+        trainer.load_state(loaded.trainer)
+        start = loaded.iteration
+        if layout.is_main:
+            print(f"resuming {directory} at iteration {start} of {trainer.num_iterations}", file=sys.stderr)
+    if start >= trainer.num_iterations:
+        return 0
+    return run_loop(trainer, config, layout=layout, directory=directory, checkpoints=store, stop=stop, start=start)
+
+
+def _supervised(
+    role: str,
+    model: TrainableModel,
+    loss_fn: LossFn,
+    config: SftConfig | RewardConfig | DpoConfig,
+    layout: ParallelLayout,
+    train: Any,
+    held_out: Any,
+    line: tuple[str, ...],
+    **kwargs: Any,
+) -> SupervisedTrainer:
+    size = config.batch.global_size
+    return SupervisedTrainer(
+        role,
+        model,
+        loss_fn,
+        optimizer=config.optimizer,
+        rows=_row_source(config, layout, train),
+        eval_rows=None if held_out is None else RowSource(held_out, None, layout, config.batch.micro_size),
+        num_iterations=config.train.updates or max(1, config.train.epochs * len(train) // size),
+        all_sum=all_sum(layout),
+        line=(*line, f"{role}/gradient_norm", "time/tokens_per_s"),
+        **kwargs,
+    )
+
+
+def _row_source(config: TrainConfig, layout: ParallelLayout, dataset: Any) -> RowSource:
+    sampler = Sampler(
+        len(dataset),
+        seed=config.run.seed,
+        batch_size=config.batch.global_size,
+        dp_size=layout.dp_size,
+        dp_rank=layout.dp_rank,
+    )
+    return RowSource(dataset, sampler, layout, config.batch.micro_size)
+
+
+def _prompt_source(config: PpoConfig, layout: ParallelLayout, prompts: PromptDataset) -> PromptSource:
+    sampler = Sampler(
+        len(prompts),
+        seed=config.run.seed,
+        batch_size=config.ppo.prompts,
+        dp_size=layout.dp_size,
+        dp_rank=layout.dp_rank,
+        repeats=config.ppo.responses_per_prompt,
+        minibatch_size=config.batch.global_size,
+    )
+    return PromptSource(prompts, sampler, layout, config.ppo.prompts * config.ppo.responses_per_prompt)

@@ -1,0 +1,79 @@
+"""generate and score: files of prompts to files of responses, files of responses to files of scores."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_gil.config import GenerateConfig, ScoreConfig
+from megatron_gil.data.demonstrations import ResponseDataset
+from megatron_gil.data.prompts import PromptDataset
+from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.engine.generation import Generator
+from megatron_gil.engine.shards import write_text
+from megatron_gil.parallel.collectives import gather_objects
+from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.training.build import build_frozen, read_spec
+from megatron_gil.training.checks import agree, limits, new_file, read_tokenizer, require
+from megatron_gil.training.samples import sample_texts
+from megatron_gil.training.signals import StopSignal
+from megatron_gil.training.sources import PromptSource, RowSource
+
+
+def generate(config: GenerateConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+    """One response per prompt of data.train, into `output`."""
+
+    def check() -> tuple[PromptDataset, Tokenizer, Path]:
+        tokenizer, _ = read_tokenizer(config, "policy")
+        read_spec(config, "policy")
+        path = require(config.data.train, "data.train", "its prompts are answered")
+        prompts = PromptDataset(path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
+        return prompts, tokenizer, new_file(config.output)
+
+    prompts, tokenizer, output = agree(layout, check)
+    policy = build_frozen(config, "policy", "lm", layout)
+    generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+    rows = {}
+    for batch in PromptSource(prompts, None, layout, len(prompts)).all_batches(config.sampling.micro_size):
+        rollout = generator.sample(batch)
+        for row_id, group, text in zip(
+            batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
+        ):
+            label = {"group": prompts.group_names[group]} if group >= 0 else {}
+            rows[row_id] = {"prompt": prompts.text(row_id), "response": text["response"], **label}
+    _write_rows(rows, output, layout)
+    return 0
+
+
+def score(config: ScoreConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+    """The reward model's score of every {prompt, response} of data.train, into `output`."""
+
+    def check() -> tuple[ResponseDataset, Path]:
+        tokenizer, _ = read_tokenizer(config, "reward_model")
+        read_spec(config, "reward_model")
+        path = require(config.data.train, "data.train", "its responses are scored")
+        return ResponseDataset(path, tokenizer, **limits(config)), new_file(config.output)
+
+    responses, output = agree(layout, check)
+    model = build_frozen(config, "reward_model", "score", layout)
+    rows = {}
+    for batch in RowSource(responses, None, layout, config.batch.micro_size).all_batches():
+        for row_id, value in zip(batch.row_ids.tolist(), model.evaluate(batch).scores.tolist(), strict=True):
+            prompt, response = responses.text(row_id)
+            group = responses.known_groups([row_id])[0]
+            label = {"group": responses.group_names[group]} if group >= 0 else {}
+            rows[row_id] = {"prompt": prompt, "response": response, "score": value, **label}
+    _write_rows(rows, output, layout)
+    return 0
+
+
+def _write_rows(rows: dict[int, dict[str, Any]], output: Path, layout: ParallelLayout) -> None:
+    """All ranks' rows in the order of their ids, written beside and renamed."""
+    parts = gather_objects(rows if layout.tp_rank == layout.pp_rank == 0 else {}, layout)
+    if layout.is_main:
+        merged = {row_id: row for part in parts for row_id, row in part.items()}
+        lines = [json.dumps(merged[row_id], ensure_ascii=False) + "\n" for row_id in sorted(merged)]
+        write_text(output, "".join(lines))
+        print(f"{len(lines)} rows in {output}", file=sys.stderr)

@@ -1,0 +1,74 @@
+"""Rows for the loops: a data set, a sampler, and the deal of global rows to data-parallel ranks.
+
+What iteration k gets is a pure function of (seed, k): no position is kept, and a resumed run reads on exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from megatron_gil.data.prompts import PromptDataset
+from megatron_gil.data.sampler import Sampler
+from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.types import PromptBatch
+
+Rows = TypeVar("Rows")
+
+EVALUATION = 1 << 62
+"""First sample id of rows that are not trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Batches of demonstrations, preferences or texts."""
+
+    dataset: Any
+    sampler: Sampler | None  # None: only all_batches is called
+    layout: ParallelLayout
+    micro_size: int
+
+    def batch(self, update: int) -> Any:
+        """This rank's rows of update number `update`."""
+        assert self.sampler is not None
+        row_ids, _ = self.sampler.next(update * self.sampler.batch_size)
+        return to_device(self.dataset.collate(row_ids), self.layout)
+
+    def all_batches(self) -> Iterator[Any]:
+        """Every row of the data set once, over all data-parallel ranks."""
+        mine = list(range(self.layout.dp_rank, len(self.dataset), self.layout.dp_size))
+        for start in range(0, len(mine), self.micro_size):
+            yield to_device(self.dataset.collate(mine[start : start + self.micro_size]), self.layout)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSource:
+    """The prompts of each rollout, every one repeated responses_per_prompt times in consecutive rows."""
+
+    dataset: PromptDataset
+    sampler: Sampler | None  # None: only all_batches is called
+    layout: ParallelLayout
+
+    num_rows: int
+    """Rows of one rollout over all ranks."""
+
+    def batch(self, iteration: int) -> PromptBatch:
+        """This rank's prompts; a sample id is never used twice in a run, and seeds the row's sampling."""
+        assert self.sampler is not None
+        row_ids, places = self.sampler.next(iteration * self.sampler.batch_size)
+        sample_ids = [iteration * self.num_rows + place for place in places]
+        return to_device(self.dataset.collate(row_ids, sample_ids), self.layout)
+
+    def all_batches(self, size: int) -> Iterator[PromptBatch]:
+        """Every prompt once, over all data-parallel ranks; sample ids apart from those of training."""
+        mine = list(range(self.layout.dp_rank, len(self.dataset), self.layout.dp_size))
+        for start in range(0, len(mine), size):
+            row_ids = mine[start : start + size]
+            yield to_device(self.dataset.collate(row_ids, [EVALUATION + i for i in row_ids]), self.layout)
+
+
+def to_device(batch: Rows, layout: ParallelLayout) -> Rows:
+    """The batch's tensors on this rank's device."""
+    values = {f.name: getattr(batch, f.name).to(layout.device) for f in fields(batch)}  # type: ignore[arg-type]
+    return replace(batch, **values)  # type: ignore[type-var]
