@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -61,6 +62,7 @@ def _start_rank(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_
 
 def _run_rank(call: bytes, environment: dict[str, str], sender: multiprocessing.connection.Connection) -> None:
     os.environ.update(environment)
+    torch.set_num_threads(1)
     try:
         fn, args = pickle.loads(call)
         answer = pickle.dumps((True, fn(*args)))

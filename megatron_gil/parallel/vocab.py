@@ -56,22 +56,22 @@ class _LogProbs(torch.autograd.Function):
         for chunk in _chunks(rows):
             sums[0, chunk] = (_widen(rows[chunk, :num_real]) - peak[chunk, None]).exp_().sum(-1)
         _all_reduce(sums, dist.ReduceOp.SUM, tp_pg)
-        log_sum = sums[0].log()
-        ctx.save_for_backward(rows, columns, is_here, peak + log_sum)
+        ctx.save_for_backward(rows, columns, is_here, peak, sums[0])
         ctx.num_real, ctx.shape = num_real, logits.shape
-        return (sums[1] - log_sum).view(targets.shape)
+        return (sums[1] - sums[0].log()).view(targets.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """(1[v = target] - softmax_v) * grad, from the saved logits and their log-sum-exp; no communication."""
-        rows, columns, is_here, log_sum_exp = ctx.saved_tensors
+        """(1[v = target] - softmax_v) * grad, from the saved logits, their peak and sum; no communication."""
+        rows, columns, is_here, peak, exp_sum = ctx.saved_tensors
         grad = grads[0].reshape(-1)
         grad_rows = torch.zeros_like(rows) if ctx.num_real < rows.shape[1] else torch.empty_like(rows)
         for chunk in _chunks(rows):
-            probs = (_widen(rows[chunk, : ctx.num_real]) - log_sum_exp[chunk, None]).exp_()
+            part = (_widen(rows[chunk, : ctx.num_real]) - peak[chunk, None]).exp_()
+            part.mul_(-(grad[chunk] / exp_sum[chunk])[:, None])
             at_target = torch.where(is_here[chunk], grad[chunk], 0)
-            probs.mul_(-grad[chunk, None]).scatter_add_(1, columns[chunk, None], at_target[:, None])
-            grad_rows[chunk, : ctx.num_real] = probs  # rounded once, here
+            part.scatter_add_(1, columns[chunk, None], at_target[:, None])
+            grad_rows[chunk, : ctx.num_real] = part  # rounded once, here
         return grad_rows.view(ctx.shape), None, None, None
 
 

@@ -1,0 +1,152 @@
+"""The weight map: what was loaded comes back bit for bit at every layout; and the errors of a wrong directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForSequenceClassification
+
+from megatron_gil.config import ConfigError
+from megatron_gil.models.hf import LAYER_RULES, WeightMap, load_weights
+from megatron_gil.models.hf_files import HfTensors
+from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.transformer import build_model
+from tests.models.running import LAYOUTS, layout_name, load_model, parallel, world_size
+from tests.models.tiny import make_llama
+from tests.ranks import run_ranks
+
+NAMES = {"tied": "lm", "untied": "lm", "score": "critic"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("llamas")
+    make_llama(root / "tied", tie_word_embeddings=True)
+    make_llama(root / "untied", max_shard_size="20KB")  # several files and an index
+    make_llama(root / "score", kind=LlamaForSequenceClassification)
+    return root
+
+
+def _read_all(hf_dir: Path) -> dict[str, Tensor]:
+    return {k: v for path in sorted(hf_dir.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def _round_trip(layout: dict[str, Any], root: Path) -> dict[str, dict[str, Tensor]]:
+    with parallel(layout) as started:
+        return {name: _read_back(*load_model(root / name, started, head), started) for name, head in NAMES.items()}  # type: ignore[arg-type]
+
+
+def _read_back(spec: LlamaSpec, model: Any, layout: Any) -> dict[str, Tensor]:
+    """Full tensors, after a check that cutting them again gives this rank's parameters."""
+    weights = WeightMap(spec, model, layout)
+    written = {}
+    for entry in weights.entries:
+        parameter = model.get_parameter(entry.param_name).detach()
+        full = weights.to_full(entry.param_name, parameter)
+        assert tuple(full) == entry.hf_names
+        assert tuple(tuple(t.shape) for t in full.values()) == weights.full_shape(entry)
+        local = weights.to_local(entry.param_name, lambda name, index, full=full: full[name][index])
+        assert torch.equal(local, parameter), entry.param_name
+        if not entry.is_copy:
+            written.update(full)
+    return written
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+def test_round_trip_is_bitwise(layout: dict[str, Any], root: Path) -> None:
+    ranks = run_ranks(_round_trip, world_size(layout), layout, root)
+    for name in NAMES:
+        expected = _read_all(root / name)
+        found: dict[str, Tensor] = {}
+        for rank in ranks:
+            for key, tensor in rank[name].items():
+                assert key not in found or torch.equal(found[key], tensor), f"ranks differ in {key}"
+                found[key] = tensor
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_sharded_directory_has_several_files(root: Path) -> None:
+    assert len(list((root / "untied").glob("model-*.safetensors"))) > 2
+
+
+def test_both_spellings_of_the_norms_name_the_same_tensors() -> None:
+    assert LAYER_RULES["input_layernorm.weight"] == LAYER_RULES["self_attention.linear_qkv.layer_norm_weight"]
+    assert LAYER_RULES["pre_mlp_layernorm.weight"] == LAYER_RULES["mlp.linear_fc1.layer_norm_weight"]
+
+
+def _load_heads(hf_dir: Path, num_groups: int) -> tuple[list[str], bool]:
+    with parallel(LAYOUTS[0]) as layout:
+        spec = LlamaSpec.read(hf_dir)
+        model: Any = build_model(spec, layout, head="critic", num_groups=num_groups, dtype=torch.bfloat16)
+        absent = load_weights(model, spec, hf_dir, layout)
+        return absent, bool(model.output_layer.score.weight.any())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_groups", "absent"),
+    [("untied", 2, ["score.weight", "group_head.weight"]), ("score", 2, ["group_head.weight"]), ("score", 1, [])],
+)
+def test_absent_heads_are_named(name: str, num_groups: int, absent: list[str], root: Path) -> None:
+    found, score_is_filled = run_ranks(_load_heads, 1, root / name, num_groups)[0]
+    assert found == absent
+    assert score_is_filled == ("score.weight" not in absent)
+
+
+def _load_error(hf_dir: Path) -> str:
+    with parallel(LAYOUTS[0]) as layout:
+        try:
+            load_model(hf_dir, layout)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def _copy_changed(source: Path, target: Path, tensors: dict[str, Tensor]) -> Path:
+    target.mkdir()
+    (target / "config.json").write_bytes((source / "config.json").read_bytes())
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def test_a_missing_tensor_is_named(root: Path, tmp_path: Path) -> None:
+    tensors = _read_all(root / "tied")
+    del tensors["model.layers.2.self_attn.k_proj.weight"]
+    message = run_ranks(_load_error, 1, _copy_changed(root / "tied", tmp_path / "copy", tensors))[0]
+    assert "model.layers.2.self_attn.k_proj.weight" in message
+    assert str(tmp_path) in message
+    assert "\n" not in message
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(root: Path, tmp_path: Path) -> None:
+    tensors = _read_all(root / "tied")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(47, 32)
+    message = run_ranks(_load_error, 1, _copy_changed(root / "tied", tmp_path / "copy", tensors))[0]
+    for part in ("model.safetensors", "model.layers.0.mlp.up_proj.weight", "[47, 32]", "[48, 32]"):
+        assert part in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}'])
+def test_a_broken_index_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"index\.json.*weight_map"):
+        HfTensors.open(tmp_path)
+
+
+def test_a_missing_or_cut_file_is_named(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.safetensors: not found"):
+        HfTensors.open(tmp_path)
+    whole = (root / "tied" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"model\.safetensors: cannot be read"):
+        HfTensors.open(tmp_path)
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"model-00001-of-00001\.safetensors: not found"):
+        HfTensors.open(tmp_path)

@@ -1,0 +1,110 @@
+"""config.json as transformers 4 and 5 write it, what is refused, and the layouts a model fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megatron_gil.config import ConfigError
+from megatron_gil.models.llama import LlamaSpec, check_layout, rope_frequencies
+from tests.models.tiny import LLAMA3_ROPE, SIZES
+
+PLAIN: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
+
+
+def _read(tmp_path: Path, **changes: Any) -> LlamaSpec:
+    (tmp_path / "config.json").write_text(json.dumps({**PLAIN, **changes}))
+    return LlamaSpec.read(tmp_path)
+
+
+def test_both_generations_of_transformers_say_the_same(tmp_path: Path) -> None:
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    old = _read(tmp_path, rope_theta=500000.0, rope_scaling=scaling)
+    new = _read(tmp_path, rope_parameters={**LLAMA3_ROPE, "rope_theta": 500000.0})
+    assert old == new
+    assert (old.rope_theta, old.rope_scaling.factor, old.rope_scaling.original_max_positions) == (500000.0, 4.0, 16)  # type: ignore[union-attr]
+    assert _read(tmp_path, rope_theta=500.0, rope_scaling=None) == _read(
+        tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
+
+
+@pytest.mark.parametrize("head", ["lm", "critic"])
+def test_transformers_reads_what_we_write(head: Any, tmp_path: Path) -> None:
+    spec = _read(tmp_path, rope_parameters=LLAMA3_ROPE, eos_token_id=[2, 5])
+    written = spec.hf_config(head=head, num_groups=2, dtype=torch.bfloat16)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert LlamaSpec.read(tmp_path) == spec
+    config: Any = LlamaConfig.from_pretrained(tmp_path)
+    assert (config.hidden_size, config.head_dim, config.eos_token_id) == (32, 8, [2, 5])
+    assert config.architectures == [{"lm": "LlamaForCausalLM", "critic": "LlamaForSequenceClassification"}[head]]
+    theirs = LlamaRotaryEmbedding(config).inv_freq
+    assert torch.equal(rope_frequencies(spec, torch.device("cpu")), theirs)
+
+
+@pytest.mark.parametrize("rope", [LLAMA3_ROPE, {"rope_type": "default", "rope_theta": 500000.0}])
+def test_rope_frequencies_equal_transformers_bit_for_bit(rope: dict[str, Any], tmp_path: Path) -> None:
+    spec = _read(tmp_path, rope_parameters=rope, head_dim=64, hidden_size=256)
+    config = LlamaConfig(**{**SIZES, "head_dim": 64, "hidden_size": 256}, rope_parameters=rope)  # type: ignore[arg-type]
+    assert torch.equal(rope_frequencies(spec, torch.device("cpu")), LlamaRotaryEmbedding(config).inv_freq)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model_type": "mistral"}, ["model_type", "'mistral'", "'llama'"]),
+        ({"architectures": ["MixtralForCausalLM"]}, ["architectures", "MixtralForCausalLM", "LlamaForCausalLM"]),
+        ({"attention_bias": True}, ["attention_bias", "True", "False"]),
+        ({"mlp_bias": True}, ["mlp_bias"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'", "'llama3'"]),
+        ({"rope_parameters": {**LLAMA3_ROPE, "factor": None}}, ["factor", "None"]),
+        ({"hidden_size": "32"}, ["hidden_size", "'32'"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
+        ({"eos_token_id": "</s>"}, ["eos_token_id"]),
+    ],
+)
+def test_anything_but_a_plain_llama_is_refused(changes: dict[str, Any], parts: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        _read(tmp_path, **changes)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert all(part in message for part in [str(tmp_path / "config.json"), *parts]), message
+
+
+def test_a_missing_or_broken_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
+        LlamaSpec.read(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: not valid JSON"):
+        LlamaSpec.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "parts"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 6}, (4, 1), ["num_attention_heads=6", "tensor_size=4", "3"]),
+        ({}, (4, 1), ["num_key_value_heads=2", "tensor_size=4", "1, 2"]),
+        ({"intermediate_size": 47}, (2, 1), ["intermediate_size=47", "tensor_size=2"]),
+        ({}, (1, 3), ["num_hidden_layers=4", "pipeline_size=3", "1, 2, 4"]),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(
+    changes: dict[str, Any], layout: tuple[int, int], parts: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_layout(_read(tmp_path, **changes), *layout, sequence_parallel=False)
+    assert all(part in str(raised.value) for part in parts), raised.value
+
+
+def test_a_layout_that_fits_is_taken_and_pads_the_vocabulary(tmp_path: Path) -> None:
+    spec = _read(tmp_path)
+    check_layout(spec, 2, 2, sequence_parallel=True)
+    assert [spec.padded_vocab_size(n) for n in (1, 2, 4)] == [61, 62, 64]
+    with pytest.raises(ConfigError, match="sequence_parallel"):
+        check_layout(spec, 1, 1, sequence_parallel=True)
