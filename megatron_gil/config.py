@@ -27,21 +27,23 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSection:
-    dir: str = MISSING
-    """Run directory: config.yaml, metrics.jsonl, TensorBoard events, samples.jsonl, checkpoints/."""
     seed: int = 1
     """Seeds sampling, data order and new heads. Dropout is not used."""
-    resume: bool = True
-    """Continue from the newest checkpoint where the run directory already exists; false refuses such a directory."""
     max_minutes: float | None = None
     """Save and exit 75 once the process has run this long; null never."""
-    max_skipped_updates: int = 10
-    """Stop after this many updates skipped for a NaN or Inf loss or gradient."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be above 0"
-        )
+        _require(self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRunSection(RunSection):
+    dir: str = MISSING
+    """Run directory: config.yaml, metrics.jsonl, TensorBoard events, samples.jsonl, checkpoints/."""
+    resume: bool = True
+    """Continue from the newest checkpoint where the run directory holds a run; false refuses such a directory."""
+    max_skipped_updates: int = 10
+    """Stop after this many updates skipped for a NaN or Inf loss or gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +327,7 @@ class CommandConfig:
 class TrainConfig(CommandConfig):
     """What every training command has."""
 
+    run: TrainingRunSection = _section(TrainingRunSection)
     optimizer: OptimizerSection = _section(OptimizerSection)
     checkpoint: CheckpointSection = _section(CheckpointSection)
     log: LogSection = _section(LogSection)
@@ -382,11 +385,12 @@ def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str]) 
     tree = OmegaConf.structured(cls)
     OmegaConf.set_readonly(tree, False)
     layers = [*_read_with_bases(path, []), *(_read_override(text) for text in overrides)]
+    source = "command line"
     try:
         for source, layer in layers:
             _check_keys(cls, layer, prefix="", source=source)
             tree = OmegaConf.merge(tree, layer)
-        config = OmegaConf.to_object(tree)
+        config: Any = OmegaConf.to_object(tree)
     except MissingMandatoryValue as error:
         raise ConfigError(
             f"{path or 'command line'}: {error.full_key} is not set; give it in the file or as {error.full_key}=VALUE"
@@ -412,7 +416,7 @@ def _read_with_bases(path: Path | None, seen: list[Path]) -> list[tuple[str, Any
         return []
     _require(path.resolve() not in seen, f"{path}: base files form a circle: {' -> '.join(map(str, [*seen, path]))}")
     try:
-        layer = OmegaConf.load(path)
+        layer: Any = OmegaConf.load(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # a YAML error's class depends on the parser
@@ -432,8 +436,8 @@ def _check_keys(cls: type, layer: Any, prefix: str, source: str) -> None:
             raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
         default = known[key].default_factory
         if isinstance(default, type) and is_dataclass(default):
-            value = OmegaConf.to_container(layer, resolve=False)[key] if not OmegaConf.is_missing(layer, key) else None
-            _require(isinstance(value, dict), f"{source}: {prefix}{key} is a section of keys, found {value!r}")
+            found = layer._get_node(key)
+            _require(OmegaConf.is_dict(found), f"{source}: {prefix}{key} is a section of keys, found {found}")
             _check_keys(default, layer[key], f"{prefix}{key}.", source)
 
 
