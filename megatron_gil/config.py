@@ -214,6 +214,16 @@ class TrainSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSection:
+    center_coef: float = 0.01
+    """Weight of (score_chosen + score_rejected)^2, which keeps the mean score near 0, where the group classifier that
+    starts from the score head splits; 0 switches off."""
+
+    def __post_init__(self) -> None:
+        _require(self.center_coef >= 0, f"reward.center_coef={self.center_coef} must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DpoSection:
     beta: float = 0.1
     """Strength of the implicit KL constraint (arXiv 2305.18290, eq. 7)."""
@@ -341,6 +351,7 @@ class SftConfig(TrainConfig):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig(TrainConfig):
     train: TrainSection = _section(TrainSection)
+    reward: RewardSection = _section(RewardSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

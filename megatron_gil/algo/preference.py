@@ -10,17 +10,23 @@ from torch.nn.functional import logsigmoid
 from megatron_gil.types import LossSum
 
 
-def pairwise_loss(scores: Float[Tensor, "batch 2"]) -> LossSum:
+def pairwise_loss(scores: Float[Tensor, "batch 2"], *, center_coef: float = 0.0) -> LossSum:
     """- sum_i log sigmoid(score_chosen - score_rejected) (Bradley-Terry); counts pairs.
 
-    Metrics: reward/loss, reward/margin (score_chosen - score_rejected), reward/accuracy (a tie counts one half, so
-    that swapped labels give exactly 1 - accuracy and a constant model 0.5).
+    Only differences of scores are learned; `center_coef` adds center_coef * (score_chosen + score_rejected)^2, which
+    keeps their mean near 0 (arXiv 2312.09244, section 3), where a group classifier that starts from the score head
+    splits them.
+
+    Metrics: reward/loss (without that term), reward/margin (score_chosen - score_rejected), reward/mean_score,
+    reward/accuracy (a tie counts one half, so that swapped labels give exactly 1 - accuracy and a constant model 0.5).
     """
     margin = scores[:, 0] - scores[:, 1]
-    total = -logsigmoid(margin).sum()
+    loss = -logsigmoid(margin).sum()
+    total = loss if center_coef == 0 else loss + center_coef * scores.sum(1).square().sum()
     metrics = {
-        "reward/loss": total.detach(),
+        "reward/loss": loss.detach(),
         "reward/margin": margin.detach().sum(),
+        "reward/mean_score": scores.detach().mean(1).sum(),
         "reward/accuracy": _wins(margin),
     }
     return LossSum(total=total, count=_num_pairs(scores), metrics=metrics)

@@ -13,7 +13,7 @@ def penalize_repetition(
     present: Bool[Tensor, "batch pos"],
     penalty: float,
 ) -> Float[Tensor, "batch vocab"]:
-    """Logits of tokens already in the row divided (positive) or multiplied (negative) by `penalty` (arXiv 1909.05858)."""
+    """Logits of tokens in the row divided (positive) or multiplied (negative) by `penalty` (arXiv 1909.05858)."""
     seen = torch.zeros_like(logits).scatter_add_(1, tokens, present.to(logits.dtype)) > 0
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 

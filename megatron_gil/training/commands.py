@@ -45,7 +45,7 @@ from megatron_gil.training.supervised import (
     SupervisedTrainer,
     dpo_loss_fn,
     fill_ref_log_probs,
-    reward_loss,
+    reward_loss_fn,
     sft_loss,
 )
 
@@ -93,7 +93,7 @@ def _reward(config: RewardConfig, layout: ParallelLayout, stop: StopSignal) -> i
     if absent:
         start_score_head(model, config.run.seed)
     line = ("reward/loss", "reward/accuracy")
-    trainer = _supervised("reward_model", model, reward_loss, config, layout, train, held_out, line)
+    trainer = _supervised("reward_model", model, reward_loss_fn(config.reward), config, layout, train, held_out, line)
     return _train(trainer, config, layout, stop, tokenizer_dir)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_gil.algo.likelihood import token_nll
 from megatron_gil.algo.preference import dpo_loss, pairwise_loss
-from megatron_gil.config import DpoSection, OptimizerSection
+from megatron_gil.config import DpoSection, OptimizerSection, RewardSection
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import LossFn
@@ -91,8 +91,11 @@ def sft_loss(readout: Readout, rows: TokenBatch) -> LossSum:
     return token_nll(readout.log_probs, rows.response_mask)
 
 
-def reward_loss(readout: Readout, rows: PreferenceBatch) -> LossSum:
-    return pairwise_loss(readout.scores)
+def reward_loss_fn(section: RewardSection) -> LossFn:
+    def loss(readout: Readout, rows: PreferenceBatch) -> LossSum:
+        return pairwise_loss(readout.scores, center_coef=section.center_coef)
+
+    return loss
 
 
 def dpo_loss_fn(section: DpoSection) -> LossFn:

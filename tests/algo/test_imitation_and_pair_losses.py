@@ -42,6 +42,15 @@ def test_pairwise_loss_is_the_loop(dtype):
     assert loss.count.item() == 6
 
 
+def test_centring_is_the_loop_and_leaves_the_metrics_alone():
+    scores, _ = pairs(torch.float64)
+    plain, centred = pairwise_loss(scores), pairwise_loss(scores, center_coef=0.3)
+    penalty = 0.3 * math.fsum((chosen + rejected) ** 2 for chosen, rejected in scores.tolist())
+    assert centred.total.item() == pytest.approx(plain.total.item() + penalty, rel=1e-12)
+    assert centred.metrics == plain.metrics
+    assert plain.metrics["reward/mean_score"].item() == pytest.approx(math.fsum(map(math.fsum, scores.tolist())) / 2)
+
+
 def test_accuracy_can_fail():
     """Swapped labels give exactly 1 - accuracy; a constant model 0.5; NaN scores 0."""
     scores, _ = pairs(torch.float32)
