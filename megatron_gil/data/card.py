@@ -93,10 +93,11 @@ def format_card(card: Mapping[str, Any]) -> str:
     ]
     dropped = [[kind, why, n] for kind, reasons in card["dropped"].items() for why, n in reasons.items()]
     noted = [[what, n] for what, n in card["noted"].items()]
+    num_read = sum(card["rows_read"].values())
     parts = [
         f"# {card['source']}: {', '.join(card['inputs'])}",
-        f"{sum(card['rows_read'].values())} rows read. Split by {card['split_rule']}, {card['eval_fraction']:g} of them "
-        f"to eval; split hash {card['split_hash'][:16]}.",
+        f"{num_read} rows read. Split by {card['split_rule']}, {card['eval_fraction']:g} of them to eval; split hash "
+        f"{card['split_hash'][:16]}.",
         _table(["file", "rows", "characters, median (95 %, most)"], files),
     ]
     if card["exclude"]:

@@ -37,13 +37,13 @@ def check_record(record: Any, kind: str, where: str) -> Row:
 
 
 def _check_prompt_row(record: Mapping[str, Any], where: str) -> Row:
-    if "prompt" not in record and "messages" in record:
+    if _has_messages(record):
         return {"messages": _check_messages(record, where)}
     return _check_texts(record, ("prompt",), where)
 
 
 def _check_demonstration(record: Mapping[str, Any], where: str) -> Row:
-    if "prompt" in record or "messages" not in record:
+    if not _has_messages(record):
         return _check_texts(record, ("prompt", "completion"), where)
     messages = _check_messages(record, where)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
@@ -61,7 +61,13 @@ def _check_preference(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _check_text_row(record: Mapping[str, Any], where: str) -> Row:
-    return _check_texts(record, ("text",), where) if "text" in record else _check_demonstration(record, where)
+    has_text = record.get("text") is not None
+    return _check_texts(record, ("text",), where) if has_text else _check_demonstration(record, where)
+
+
+def _has_messages(record: Mapping[str, Any]) -> bool:
+    """A Parquet row has every column: an absent field is a null."""
+    return record.get("prompt") is None and record.get("messages") is not None
 
 
 _CHECKS: Mapping[str, Callable[[Mapping[str, Any], str], Row]] = {

@@ -79,5 +79,6 @@ class Sampler:
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         # sorting the raw words of a counter-based generator: numpy keeps that stream the same in all its versions
-        words = np.random.Philox(key=[self._seed % 2**64, epoch]).random_raw(self.num_rows)
+        key = np.array([self._seed % 2**64, epoch], dtype=np.uint64)
+        words = np.random.Philox(key=key).random_raw(self.num_rows)
         return np.argsort(words, kind="stable")
