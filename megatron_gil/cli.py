@@ -68,9 +68,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command in CONFIGURED:
         return _run_configured(arguments)
     if arguments.command == "evaluate":
+        from megatron_gil.demo.gold import gold_score
         from megatron_gil.evaluation.command import evaluate
 
-        return evaluate(arguments)
+        return evaluate(arguments, gold_score=gold_score)
     if arguments.command == "report":
         from megatron_gil.evaluation.command import report
 
