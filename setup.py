@@ -10,6 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_gil", "megatron_gil.*"]),
+    package_data={"megatron_gil.demo": ["recipes/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

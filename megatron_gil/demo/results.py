@@ -1,0 +1,190 @@
+"""What the miniature found: gold score per domain and method, win rates, pictures, the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+
+from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
+from megatron_gil.demo.gold import gold_score
+from megatron_gil.evaluation.figures import FrontierPoint, bars, frontier, score_distributions, to_svg
+from megatron_gil.evaluation.judge import ScoreJudge
+from megatron_gil.evaluation.page import Picture, Table
+from megatron_gil.evaluation.report import write_report
+from megatron_gil.evaluation.runs import Run, read_run
+from megatron_gil.evaluation.statistics import bootstrap
+from megatron_gil.evaluation.winrate import HEADER, WinRate, table_rows, verdicts, win_rate
+
+METHODS: Mapping[str, str] = {
+    "sft": "SFT",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "ppo_kl": "PPO w/ KL",
+    "ppo_gil": "PPO-GIL",
+}
+"""Directory name -> name in tables, in the order of tables."""
+POLICIES = tuple(METHODS)
+OURS = "ppo_gil"
+TIE_MARGIN = 0.05
+"""A difference in gold score that the judge calls a tie."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    prompt: str
+    response: str
+    domain: str
+    gold: float
+    proxy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    replies: Mapping[str, Sequence[Reply]]  # method -> replies to the held-out prompts, all methods to the same ones
+    runs: Mapping[str, Run]
+
+
+def read_results(output: Path) -> Results:
+    """Everything the stages left in `output`."""
+    replies = {}
+    for method in METHODS:
+        lines = (output / "scores" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()
+        replies[method] = [_read_reply(json.loads(line)) for line in lines]
+    names = {**METHODS, "reward": "reward model"}
+    return Results(replies=replies, runs={name: read_run(output / name, name=names[name]) for name in names})
+
+
+def _read_reply(row: dict[str, str]) -> Reply:
+    return Reply(
+        prompt=row["prompt"],
+        response=row["response"],
+        domain=row["group"],
+        gold=gold_score(row["prompt"], row["response"]),
+        proxy=float(row["score"]),
+    )
+
+
+def write_results(results: Results, output: Path, console: Console) -> Path:
+    """Print the tables, write results.json and report.html; the page's path."""
+    gold, rates = gold_table(results), win_rates(results)
+    for shown in (gold_table(results, with_interval=False), win_table(rates)):
+        _print(shown, console)
+    numbers = {
+        "gold": {
+            m: {d: _mean_gold(r, d) for d in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)} for m, r in results.replies.items()
+        },
+        "win_rate": {m: {"win": r.win.value, "tie": r.tie.value, "lose": r.lose.value} for m, r in rates.items()},
+    }
+    (output / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    page = output / "report.html"
+    write_report(
+        [output / name for name in results.runs],
+        page,
+        title="megatron-gil: the miniature",
+        introduction="One run of each method on one seed: a picture of the pipeline, not evidence about the method.",
+        tables=[gold, win_table(rates)],
+        pictures=pictures(results),
+    )
+    return page
+
+
+def gold_table(results: Results, *, with_interval: bool = True) -> Table:
+    """A row per method: gold score over all training domains, per domain, the gap, the worst, the held-out domain."""
+    gold_name = "gold (95 %)" if with_interval else "gold"
+    header = ("method", gold_name, *TRAINING_DOMAINS, "gap", "worst", f"held out: {HELDOUT_DOMAIN}", "proxy", "KL")
+    rows = []
+    for method, replies in results.replies.items():
+        known = [reply for reply in replies if reply.domain != HELDOUT_DOMAIN]
+        by_domain = [_mean_gold(replies, domain) for domain in TRAINING_DOMAINS]
+        kl = results.runs[method].series("policy/kl_sequence")[1]
+        gold = bootstrap([reply.gold for reply in known])
+        rows.append(
+            (
+                METHODS[method],
+                str(gold) if with_interval else f"{gold.value:.3f}",
+                *(f"{value:.3f}" for value in by_domain),
+                f"{max(by_domain) - min(by_domain):.3f}",
+                f"{min(by_domain):.3f}",
+                f"{_mean_gold(replies, HELDOUT_DOMAIN):.3f}",
+                f"{fmean(reply.proxy for reply in known):.2f}",
+                f"{fmean(kl[-10:]):.2f}" if kl else "",
+            )
+        )
+    note = (
+        "Gold in [0, 1], its interval over the prompts of one run. KL: nats a reply, mean of the last ten iterations."
+    )
+    return Table(caption="Gold score on prompts that no method was trained on", header=header, rows=rows, note=note)
+
+
+def win_rates(results: Results) -> dict[str, WinRate]:
+    """PPO-GIL against each other method, by the gold judge, prompt by prompt."""
+    judge = ScoreJudge("gold", gold_score, tie_margin=TIE_MARGIN)
+    texts = {
+        m: [{"prompt": r.prompt, "response": r.response} for r in replies] for m, replies in results.replies.items()
+    }
+    return {m: win_rate(verdicts(judge, texts[OURS], texts[m])) for m in METHODS if m != OURS}
+
+
+def win_table(rates: Mapping[str, WinRate]) -> Table:
+    rows = table_rows({METHODS[method]: rate for method, rate in rates.items()})
+    note = f"Gold judge; a difference of at most {TIE_MARGIN} is a tie. Percent of prompts."
+    return Table(caption="PPO-GIL against each method: win / tie / lose", header=HEADER, rows=rows, note=note)
+
+
+def pictures(results: Results) -> list[Picture]:
+    domains = (*TRAINING_DOMAINS, HELDOUT_DOMAIN)
+    gold = {METHODS[m]: {d: _mean_gold(r, d) for d in domains} for m, r in results.replies.items()}
+    proxy = {METHODS[m]: [reply.proxy for reply in replies] for m, replies in results.replies.items()}
+    points = {METHODS[m]: _frontier(results.runs[m]) for m in METHODS if _frontier(results.runs[m])}
+    return [
+        Picture(svg=to_svg(bars(gold, label="gold score")), caption="Gold score per domain and method."),
+        Picture(
+            svg=to_svg(score_distributions(proxy)),
+            caption="Distribution of the reward model's score per method, against the normal of equal mean and spread.",
+        ),
+        Picture(
+            svg=to_svg(frontier(points)),
+            caption="Reward-model (proxy) and gold score against KL during training, on training prompts.",
+        ),
+    ]
+
+
+def _frontier(run: Run) -> list[FrontierPoint]:
+    """A point for each iteration whose samples were kept."""
+    kl = dict(zip(*run.series("policy/kl_sequence"), strict=True))
+    by_iteration: dict[int, list[tuple[float, float]]] = {}
+    for row in run.samples:
+        pair = (row["score"], gold_score(row["prompt"], row["response"]))
+        by_iteration.setdefault(row["iteration"], []).append(pair)
+    return [
+        FrontierPoint(kl=max(kl[i], 0.0), proxy=fmean(p for p, _ in pairs), gold=fmean(g for _, g in pairs))
+        for i, pairs in by_iteration.items()
+    ]
+
+
+def _mean_gold(replies: Sequence[Reply], domain: str) -> float:
+    return fmean(reply.gold for reply in replies if reply.domain == domain)
+
+
+def _print(content: Table, console: Console) -> None:
+    shown = ConsoleTable(
+        title=content.caption,
+        title_justify="left",
+        caption=content.note,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for number, name in enumerate(content.header):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in content.rows:
+        shown.add_row(*row)
+    console.print(shown)
