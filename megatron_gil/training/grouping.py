@@ -160,7 +160,8 @@ class LearnedGroups(_InvariantGroups):
 
     def probs(self, rollout: Rollout, classifier: Readout) -> Tensor:
         assert classifier.group_logits is not None, "the model has no group head"
-        return classifier.group_logits.float().softmax(-1)
+        logits = classifier.group_logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
 
     def loss(self, readout: Readout, coefs: Tensor) -> Tensor:
         assert readout.group_logits is not None, "the model has no group head"
