@@ -86,7 +86,7 @@ class CheckpointStore:
             if final.exists():  # saved twice at one iteration: a stop right after a resume
                 shutil.rmtree(final)
             beside.rename(final)
-            self._prune()
+            self._prune(iteration)
         barrier(self._layout)
         return final
 
@@ -151,12 +151,16 @@ class CheckpointStore:
         merged = {name: entry for part in gather_objects(mine, self._layout) for name, entry in part.items()}
         return dict(sorted(merged.items()))
 
-    def _prune(self) -> None:
-        """Delete all but the newest keep_last and every keep_every-th. Never called before a newer one is whole."""
-        for path in self._candidates()[self._section.keep_last :]:
-            iteration = int(path.name[5:])
+    def _prune(self, newest: int) -> None:
+        """Delete all but the last keep_last and every keep_every-th, once that of iteration `newest` is whole.
+
+        Later ones, which can only be damaged (the run went back behind them), are not counted: they would push out
+        good ones.
+        """
+        iterations = [iteration for path in self._candidates() if (iteration := int(path.name[5:])) <= newest]
+        for iteration in iterations[self._section.keep_last :]:
             if not self._section.keep_every or iteration % self._section.keep_every:
-                shutil.rmtree(path)
+                shutil.rmtree(self._directory / f"iter_{iteration:07}")
 
 
 def save_model(model: TrainableModel, directory: Path, tokenizer_dir: Path | None) -> None:

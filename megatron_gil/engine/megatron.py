@@ -113,15 +113,12 @@ class MegatronModel:
     def _run(self, work: list[tuple[Any, Callable[[Tensor, Any], Any]]], *, forward_only: bool) -> list[Any]:
         """Microbatches through megatron-core's schedule; what the reader returned for each, on the last pp_stage."""
         multiple = self.layout.tp_size if self.layout.sequence_parallel else 1
-        length = max(microbatch.tokens.shape[-1] for microbatch, _ in work)
-        length += -length % multiple
-        rows = work[0][0].tokens.flatten(0, -2).shape[0]
 
         def forward_step(iterator: Iterator[Any], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             microbatch, reader = next(iterator)
             tokens = microbatch.tokens.flatten(0, -2)
-            tokens = torch.nn.functional.pad(tokens, (0, length - tokens.shape[1]))
-            positions = torch.arange(length, device=tokens.device).expand_as(tokens)
+            tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % multiple))
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             output = module(tokens, positions, None)
             return output, lambda output, non_loss_data=False: reader(output, microbatch)
 
@@ -131,8 +128,8 @@ class MegatronModel:
             data_iterator=iter(work),
             model=self._schedule_module,
             num_microbatches=len(work),
-            seq_length=length,
-            micro_batch_size=rows,
+            seq_length=1,  # not read: with variable_seq_lengths the stages tell one another each shape
+            micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.parallel.collectives import concat_over_tp
 from megatron_gil.parallel.layout import ParallelLayout
 
 Fusion = Literal["one", "qkv", "gate_up"]
@@ -105,7 +105,8 @@ class WeightMap:
         assert tuple(local.shape) == entry.local_shape, (param_name, local.shape, entry.local_shape)
         full = {}
         for name, part in zip(entry.hf_names, self._split(entry, local), strict=True):
-            whole = self._gather(part.contiguous(), entry.rule.shard_dim)
+            dim = entry.rule.shard_dim
+            whole = part.contiguous() if dim is None else concat_over_tp(part.contiguous(), dim, self.layout)
             full[name] = whole[: self.spec.vocab_size] if self._is_vocab(entry) else whole
         return full
 
@@ -165,13 +166,6 @@ class WeightMap:
             ]
             return torch.cat(heads, dim=1).flatten(0, 2)
         return parts[0]
-
-    def _gather(self, part: Tensor, dim: int | None) -> Tensor:
-        if dim is None or self.layout.tp_size == 1:
-            return part
-        parts = [torch.empty_like(part) for _ in range(self.layout.tp_size)]
-        dist.all_gather(parts, part, group=self.layout.tp_pg)
-        return torch.cat(parts, dim=dim)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_gil.config import ConfigError
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.types import AllSum
 
 Rows = TypeVar("Rows")
+Result = TypeVar("Result")
 
 
 def all_sum(layout: ParallelLayout) -> AllSum:
@@ -68,6 +71,15 @@ def gather_rows(rows: Rows, layout: ParallelLayout) -> Rows:
     return replace(batch, **{n: v if v is None else _gather_tensor(v, layout) for n, v in values.items()})
 
 
+def concat_over_tp(part: Tensor, dim: int, layout: ParallelLayout) -> Tensor:
+    """The tensor-parallel ranks' parts, in their order, along an axis."""
+    if layout.tp_size == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(layout.tp_size)]
+    dist.all_gather(parts, part, group=layout.tp_pg)
+    return torch.cat(parts, dim=dim)
+
+
 def broadcast_object(obj: Any, layout: ParallelLayout) -> Any:
     """Rank 0's object, on every rank (by pickle)."""
     box = [obj]
@@ -82,6 +94,19 @@ def gather_objects(obj: Any, layout: ParallelLayout) -> list[Any]:
     if layout.world_size > 1:
         dist.all_gather_object(objects, obj)
     return objects
+
+
+def agree(layout: ParallelLayout, check: Callable[[], Result]) -> Result:
+    """check() on every rank; if it raises ConfigError anywhere, every rank raises the first rank's."""
+    result, message = None, None
+    try:
+        result = check()
+    except ConfigError as error:
+        message = str(error)
+    for rank, found in enumerate(gather_objects(message, layout)):
+        if found is not None:
+            raise ConfigError(found if rank == 0 else f"rank {rank}: {found}")
+    return result  # type: ignore[return-value]
 
 
 def barrier(layout: ParallelLayout) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from megatron_gil.config import CommandConfig, ConfigError, GilSection, OptimizerSection
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.heads import ScalarHead
+from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import Head, LlamaSpec, check_layout
+from megatron_gil.parallel.collectives import agree, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 
 
@@ -35,15 +38,22 @@ def read_spec(config: CommandConfig, role: str) -> LlamaSpec:
     return spec
 
 
+def check_model(config: CommandConfig, role: str, *, scored: bool = False) -> None:
+    """ConfigError for a model that is absent, unreadable, not a Llama, too small for the layout, or, where it must give
+    scores, without a score head; from the files' headers alone."""
+    read_spec(config, role)
+    path = model_path(config, role)
+    tensors = HfTensors.open(path)
+    if scored and "score.weight" not in tensors:
+        raise ConfigError(f"models.{role}={path} has no score.weight; train it with `megatron-gil reward` first")
+
+
 def build_frozen(config: CommandConfig, role: str, head: Head, layout: ParallelLayout) -> MegatronModel:
     """A model that is only read: the reference, the reward model, or whatever generate and score use."""
     model = MegatronModel(
         read_spec(config, role), layout, head=head, micro_size=config.batch.micro_size, models=config.models
     )
-    path = model_path(config, role)
-    absent = model.load(path)
-    if absent:
-        raise ConfigError(f"models.{role}={path} has no {absent[0]}; train it with `megatron-gil reward` first")
+    _load(model, model_path(config, role))
     return model
 
 
@@ -61,7 +71,13 @@ def build_trainable(
         distributed_optimizer=config.parallel.distributed_optimizer,
         **kwargs,
     )
-    return model, model.load(model_path(config, role))
+    return model, _load(model, model_path(config, role))
+
+
+def _load(model: MegatronModel, path: Path) -> list[str]:
+    """The head tensors that the directory lacks, on every rank: only the last pipeline stage looks for them."""
+    absent = agree(model.layout, lambda: model.load(path))
+    return sorted(set(chain.from_iterable(gather_objects(absent, model.layout))))
 
 
 @torch.no_grad()

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_gil.config import CommandConfig, ConfigError, PpoConfig, TrainConfig
+from megatron_gil.config import BatchPlan, CommandConfig, ConfigError, PpoConfig, TrainConfig
 from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
-from megatron_gil.parallel.collectives import gather_objects
-from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.build import model_path, read_spec
+from megatron_gil.parallel.collectives import agree
+from megatron_gil.parallel.layout import ParallelLayout, read_world_size
+from megatron_gil.training.build import check_model, model_path
 from megatron_gil.training.directory import take_directory
 
-T = TypeVar("T")
-
-
-def agree(layout: ParallelLayout, check: Callable[[], T]) -> T:
-    """check() on every rank; if it raises ConfigError anywhere, every rank raises the first rank's."""
-    result, message = None, None
-    try:
-        result = check()
-    except ConfigError as error:
-        message = str(error)
-    for rank, found in enumerate(gather_objects(message, layout)):
-        if found is not None:
-            raise ConfigError(found if rank == 0 else f"rank {rank}: {found}")
-    return result  # type: ignore[return-value]
+T = TypeVar("T", bound=Sized)
 
 
 def take_run_directory(config: TrainConfig, layout: ParallelLayout) -> None:
@@ -43,7 +30,7 @@ def take_run_directory(config: TrainConfig, layout: ParallelLayout) -> None:
 
 
 def check_preferences(config: TrainConfig, role: str) -> tuple[Any, Any, Path]:
-    read_spec(config, role)
+    check_model(config, role)
     tokenizer, where = read_tokenizer(config, role)
     return *read_train_and_eval(config, PreferenceDataset, tokenizer, **limits(config)), where
 
@@ -74,7 +61,16 @@ def read_tokenizer(config: CommandConfig, role: str) -> tuple[Tokenizer, Path]:
 
 def read_train_and_eval(config: CommandConfig, kind: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, T | None]:
     train = kind(require(config.data.train, "data.train", "it is what the command trains on"), *args, **kwargs)
-    return train, kind(config.data.eval, *args, **kwargs) if config.data.eval else None
+    if not config.data.eval:
+        return train, None
+    held_out = kind(config.data.eval, *args, **kwargs)
+    dp_size = BatchPlan.of(read_world_size(), config.parallel, config.batch).dp_size
+    if len(held_out) < dp_size:
+        raise ConfigError(
+            f"data.eval={config.data.eval}: {len(held_out)} rows are too few for {dp_size} data-parallel ranks; add "
+            "rows or set data.eval=null"
+        )
+    return train, held_out
 
 
 def require(value: str | None, key: str, reason: str) -> str:

@@ -16,17 +16,16 @@ from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import LossFn
-from megatron_gil.parallel.collectives import all_sum
+from megatron_gil.parallel.collectives import agree, all_sum
 from megatron_gil.parallel.layout import ParallelLayout, read_world_size, start_parallel, stop_parallel
 from megatron_gil.training.build import (
     build_frozen,
     build_trainable,
-    read_spec,
+    check_model,
     start_group_head,
     start_score_head,
 )
 from megatron_gil.training.checks import (
-    agree,
     check_preferences,
     check_rollout,
     limits,
@@ -75,7 +74,7 @@ def run_command(name: str, config: Any) -> int:
 
 def _sft(config: SftConfig, layout: ParallelLayout, stop: StopSignal) -> int:
     def check() -> tuple[Any, Any, Path]:
-        read_spec(config, "policy")
+        check_model(config, "policy")
         tokenizer, where = read_tokenizer(config, "policy")
         return *read_train_and_eval(config, DemonstrationDataset, tokenizer, **limits(config)), where
 
@@ -119,7 +118,7 @@ def _dpo(config: DpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
 def _ppo(config: PpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
     def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, Tokenizer, Path]:
         for role in ("policy", "ref_policy", "reward_model", "critic"):
-            read_spec(config, role)
+            check_model(config, role, scored=role == "reward_model")
         tokenizer, where = read_tokenizer(config, "policy")
         train, held_out = read_train_and_eval(
             config, PromptDataset, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens

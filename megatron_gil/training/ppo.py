@@ -121,8 +121,9 @@ class PpoTrainer:
                 step |= self._update_policy(minibatch)
             self.num_updates += 1
             steps.append(step)
-        names = {name for step in steps for name in step}
-        return {name: sum(step.get(name, 0.0) for step in steps) / len(steps) for name in sorted(names)}
+        names = sorted({name for step in steps for name in step})
+        values = {name: [step[name] for step in steps if name in step] for name in names}  # the policy may have waited
+        return {name: sum(found) / len(found) for name, found in values.items()}
 
     def _policy_waits(self) -> bool:
         return self.num_updates < self.config.ppo.critic_warmup_updates or self.grouping.warming_up(self.num_updates)

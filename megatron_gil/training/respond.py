@@ -13,10 +13,10 @@ from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.shards import write_text
-from megatron_gil.parallel.collectives import gather_objects
+from megatron_gil.parallel.collectives import agree, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.build import build_frozen, read_spec
-from megatron_gil.training.checks import agree, limits, new_file, read_tokenizer, require
+from megatron_gil.training.build import build_frozen, check_model
+from megatron_gil.training.checks import limits, new_file, read_tokenizer, require
 from megatron_gil.training.samples import sample_texts
 from megatron_gil.training.signals import StopSignal
 from megatron_gil.training.sources import PromptSource, RowSource
@@ -27,7 +27,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, stop: StopSignal) -
 
     def check() -> tuple[PromptDataset, Tokenizer, Path]:
         tokenizer, _ = read_tokenizer(config, "policy")
-        read_spec(config, "policy")
+        check_model(config, "policy")
         path = require(config.data.train, "data.train", "its prompts are answered")
         prompts = PromptDataset(path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
         return prompts, tokenizer, new_file(config.output)
@@ -52,7 +52,7 @@ def score(config: ScoreConfig, layout: ParallelLayout, stop: StopSignal) -> int:
 
     def check() -> tuple[ResponseDataset, Path]:
         tokenizer, _ = read_tokenizer(config, "reward_model")
-        read_spec(config, "reward_model")
+        check_model(config, "reward_model", scored=True)
         path = require(config.data.train, "data.train", "its responses are scored")
         return ResponseDataset(path, tokenizer, **limits(config)), new_file(config.output)
 
