@@ -1,4 +1,5 @@
-"""What a Llama is: the sizes of config.json, checked, and the layouts that can hold it."""
+"""What a Llama is: the sizes of config.json, checked, and the layouts that can hold it. Does not import torch, so that
+a directory is read and checked at once."""
 
 from __future__ import annotations
 
@@ -6,12 +7,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from megatron_gil.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Head = Literal["lm", "score", "critic"]
 TokenIds = int | tuple[int, ...] | None
@@ -55,14 +56,7 @@ class LlamaSpec:
     @classmethod
     def read(cls, hf_dir: Path) -> Self:
         """From config.json as transformers 4 or 5 writes it; ConfigError for anything but a plain Llama."""
-        path = Path(hf_dir) / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ConfigError(f"{path}: not valid JSON: {error}") from None
-        return cls.from_config(raw, source=str(path))
+        return cls.from_config(read_config(hf_dir), source=str(Path(hf_dir) / "config.json"))
 
     @classmethod
     def from_config(cls, raw: Any, source: str) -> Self:
@@ -70,20 +64,28 @@ class LlamaSpec:
         reader.check_plain_llama()
         num_heads = reader.size("num_attention_heads")
         hidden_size = reader.size("hidden_size")
+        num_kv_heads = reader.size("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise ConfigError(
+                f"{source}: num_attention_heads={num_heads} cannot be divided by num_key_value_heads={num_kv_heads}"
+            )
+        head_dim = reader.size("head_dim", hidden_size // num_heads)
+        if head_dim % 2:
+            raise ConfigError(f"{source}: head_dim is {head_dim}, expected an even number: RoPE turns pairs")
         theta, scaling = reader.rope()
         return cls(
             hidden_size=hidden_size,
             ffn_size=reader.size("intermediate_size"),
             num_layers=reader.size("num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=reader.size("num_key_value_heads", num_heads),
-            head_dim=reader.size("head_dim", hidden_size // num_heads),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             vocab_size=reader.size("vocab_size"),
             max_positions=reader.size("max_position_embeddings", 2048),
             norm_eps=reader.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tied=bool(raw.get("tie_word_embeddings", False)),
+            tied=reader.flag("tie_word_embeddings"),
             bos_token_id=reader.token_ids("bos_token_id"),
             eos_token_id=reader.token_ids("eos_token_id"),
             pad_token_id=reader.token_ids("pad_token_id"),
@@ -128,6 +130,17 @@ class LlamaSpec:
         return config
 
 
+def read_config(hf_dir: Path) -> Any:
+    """What config.json holds, not yet checked."""
+    path = Path(hf_dir) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+
+
 def check_layout(spec: LlamaSpec, tp_size: int, pp_size: int, sequence_parallel: bool) -> None:
     """ConfigError where the model cannot be cut so; the vocabulary always can (it is padded)."""
     parts = (
@@ -148,30 +161,6 @@ def check_layout(spec: LlamaSpec, tp_size: int, pp_size: int, sequence_parallel:
         raise ConfigError(
             f"the model's vocab_size={spec.vocab_size} leaves a rank of parallel.tensor_size={tp_size} empty; lower it"
         )
-
-
-def rope_frequencies(spec: LlamaSpec, device: torch.device) -> Tensor:
-    """[head_dim / 2] radians per position, float32 whatever the model's dtype; made on the CPU, equal everywhere."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
-    frequencies = 1.0 / (spec.rope_theta**exponents)
-    if spec.rope_scaling is not None:
-        frequencies = _stretch(frequencies, spec.rope_scaling)
-    return frequencies.to(device)
-
-
-def _stretch(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
-    """Divides low frequencies by the factor, keeps high ones and blends between; the order of operations is
-    transformers', for equal bits. megatron's own flag has Llama 3.1's numbers built in."""
-    wavelengths = 2 * math.pi / frequencies
-    longest = scaling.original_max_positions / scaling.low_freq_factor
-    shortest = scaling.original_max_positions / scaling.high_freq_factor
-    divided = torch.where(wavelengths > longest, frequencies / scaling.factor, frequencies)
-    share = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blended = (1 - share) * divided / scaling.factor + share * divided
-    between = (wavelengths >= shortest) & (wavelengths <= longest)
-    return torch.where(between, blended, divided)
 
 
 def _scaling_config(scaling: Llama3Scaling | None) -> dict[str, Any] | None:
@@ -203,7 +192,10 @@ class _ConfigReader:
             found = self.raw.get(key, default)
             if found != expected:
                 raise ConfigError(f"{self.source}: {key} is {found!r}, expected {expected!r}: only Llama is supported")
-        for architecture in self.raw.get("architectures") or []:
+        architectures = self.raw.get("architectures") or []
+        if not isinstance(architectures, list):
+            raise ConfigError(f"{self.source}: architectures is {architectures!r}, expected a list of names")
+        for architecture in architectures:
             if architecture not in (*ARCHITECTURES.values(), "LlamaModel"):
                 known = " or ".join(sorted(set(ARCHITECTURES.values())))
                 raise ConfigError(f"{self.source}: architectures is {architecture!r}, expected {known}")
@@ -212,7 +204,7 @@ class _ConfigReader:
         found = self.raw.get(key)
         if found is None:
             found = default
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        if not isinstance(found, int) or isinstance(found, bool) or not 0 < found < 2**63:
             raise ConfigError(f"{self.source}: {key} is {found!r}, expected a whole number above 0")
         return found
 
@@ -220,9 +212,15 @@ class _ConfigReader:
         found = (self.raw if table is None else table).get(key)
         if found is None:
             found = default
-        if not isinstance(found, int | float) or isinstance(found, bool) or found <= 0:
+        if not isinstance(found, int | float) or isinstance(found, bool) or not 0 < found < 2**63:
             raise ConfigError(f"{self.source}: {key} is {found!r}, expected a number above 0")
         return float(found)
+
+    def flag(self, key: str) -> bool:
+        found = self.raw.get(key)
+        if found is not None and not isinstance(found, bool):
+            raise ConfigError(f"{self.source}: {key} is {found!r}, expected true or false")
+        return bool(found)
 
     def token_ids(self, key: str) -> TokenIds:
         found = self.raw.get(key)
@@ -234,7 +232,7 @@ class _ConfigReader:
 
     def rope(self) -> tuple[float, Llama3Scaling | None]:
         """transformers 5: all in rope_parameters; transformers 4: rope_theta and rope_scaling."""
-        table = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        table = self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {}  # transformers' own order
         if not isinstance(table, dict):
             raise ConfigError(f"{self.source}: rope_parameters is {table!r}, expected a JSON object")
         theta = self.number("rope_theta", self.number("rope_theta", 10000.0), table)

@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_gil.config import ConfigError
 from megatron_gil.models.attention import CachedSelfAttention, FusedAttention
 from megatron_gil.models.heads import ScalarHead
-from megatron_gil.models.llama import Head, LlamaSpec, check_layout, rope_frequencies
+from megatron_gil.models.llama import Head, LlamaSpec, check_layout
 from megatron_gil.models.norm import RMSNorm
+from megatron_gil.models.rope import rope_frequencies
 from megatron_gil.parallel.layout import ParallelLayout
 
 

@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_gil.config import ConfigError
-from megatron_gil.models.llama import LlamaSpec, check_layout, rope_frequencies
+from megatron_gil.models.llama import LlamaSpec, check_layout
+from megatron_gil.models.rope import rope_frequencies
 from tests.models.tiny import LLAMA3_ROPE, SIZES
 
 PLAIN: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
