@@ -1,0 +1,237 @@
+"""Pictures. Each function returns a matplotlib Figure; `to_svg` and `save` write it without a display."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+
+from megatron_gil.evaluation.statistics import skewness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series = tuple[Sequence[float], Sequence[float]]
+"""(iterations, values)."""
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+"""Okabe and Ito's: told apart by colour-blind readers, too."""
+
+_STYLE: Any = {  # matplotlib types the keys as literals
+    "font.size": 9.0,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8f98",
+    "axes.labelcolor": "#3c4148",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e8eb",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#5a6068",
+    "ytick.color": "#5a6068",
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "megatron-gil",
+    "figure.facecolor": "white",
+}
+
+
+Drawing = TypeVar("Drawing", bound=Callable[..., Any])
+
+
+def _styled(function: Drawing) -> Drawing:
+    """Run it with our style, without a display; matplotlib is imported no earlier than that."""
+
+    @functools.wraps(function)
+    def drawn(*args: Any, **options: Any) -> Any:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        with matplotlib.rc_context(_STYLE):
+            return function(*args, **options)
+
+    return cast(Drawing, drawn)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierPoint:
+    """One policy of one method: how far it went, and what that bought."""
+
+    kl: float
+    """Mean over replies of log pi(reply) - log pi_ref(reply), nats."""
+    proxy: float
+    """Mean score of the reward model."""
+    gold: float
+
+
+def colors(names: Sequence[str]) -> dict[str, str]:
+    """One colour per name, the same in every picture that gets the same names."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+
+
+@_styled
+def curve_grid(
+    panels: Mapping[str, Mapping[str, Series]], *, columns: int = 3, smooth: int = 0, share_y: bool = False
+) -> Figure:
+    """A panel per metric, in it a line per run (or group) over iterations.
+
+    smooth: width in iterations of a running mean drawn over the faint raw curve; 0 takes a twentieth of its length.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    color = colors(names)
+    figure, axes = _grid(len(panels), columns, share_y)
+    for ax, (title, lines) in zip(axes, panels.items(), strict=False):
+        ax.set_title(title)
+        for name, (x, y) in lines.items():
+            _curve(ax, x, y, color[name], smooth)
+    for ax in axes[-columns:]:
+        ax.set_xlabel("iteration")
+    if len(names) > 1:
+        _legend(figure, color)
+    return figure
+
+
+@_styled
+def score_distributions(scores: Mapping[str, Sequence[float]], *, label: str = "reward-model score") -> Figure:
+    """A histogram per method on one axis of scores, over the normal distribution of the same mean and spread."""
+    from matplotlib import pyplot
+
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, dtype=float) for v in scores.values()]), bins=40)
+    figure, axes = pyplot.subplots(
+        len(scores), 1, sharex=True, squeeze=False, figsize=(8.2, 1.0 * len(scores) + 0.6), layout="constrained"
+    )
+    for ax, (name, values), color in zip(axes[:, 0], scores.items(), _cycle(len(scores)), strict=True):
+        ax.hist(values, bins=edges, density=True, color=color, alpha=0.55)
+        _normal(ax, np.asarray(values, dtype=float), edges)
+        ax.axvline(float(np.mean(values)), color=color, linewidth=1.5)
+        ax.set_yticks([])
+        ax.grid(False)
+        ax.spines["left"].set_visible(False)
+        ax.text(0.0, 0.86, name, transform=ax.transAxes, weight="bold", color=color, va="top")
+        shape = f"mean {np.mean(values):.2f}\nsd {np.std(values):.2f}\nskewness {skewness(values):+.2f}"
+        ax.text(0.0, 0.62, shape, transform=ax.transAxes, va="top", fontsize=8, color="#5a6068")
+    axes[-1, 0].set_xlabel(label)
+    return figure
+
+
+@_styled
+def frontier(methods: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
+    """Proxy and gold score against sqrt(KL), the axis on which Gao et al. (arXiv 2210.10760) fit both. A method's
+    points are joined in the order given, the last one is filled."""
+    from matplotlib import pyplot
+
+    color = colors(list(methods))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.65, 3.3), sharex=True, layout="constrained")
+    for name, points in methods.items():
+        x = [max(point.kl, 0.0) ** 0.5 for point in points]
+        for ax, y in ((left, [p.proxy for p in points]), (right, [p.gold for p in points])):
+            ax.plot(x, y, "-o", color=color[name], markersize=4, markerfacecolor="white", linewidth=1.3)
+            ax.plot(x[-1], y[-1], "o", color=color[name], markersize=7)
+    for ax, title in ((left, "proxy: the reward model's score"), (right, "gold score")):
+        ax.set_title(title)
+        ax.set_xlabel("sqrt(KL from the reference), nats$^{1/2}$")
+    _legend(figure, color)
+    return figure
+
+
+@_styled
+def bars(values: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
+    """Groups of bars: {method: {category: value}}, categories on the x axis."""
+    from matplotlib import pyplot
+
+    categories = list(dict.fromkeys(c for parts in values.values() for c in parts))
+    color, width = colors(list(values)), 0.8 / len(values)
+    figure, ax = pyplot.subplots(figsize=(10.65, 2.9), layout="constrained")
+    for i, (name, parts) in enumerate(values.items()):
+        x = np.arange(len(categories)) + (i - (len(values) - 1) / 2) * width
+        ax.bar(x, [parts.get(c, float("nan")) for c in categories], width * 0.92, color=color[name])
+    ax.set_xticks(range(len(categories)), categories)
+    ax.set_ylabel(label)
+    ax.grid(False, axis="x")
+    _legend(figure, color)
+    return figure
+
+
+@_styled
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG text, the same bytes for the same figure; the figure is closed."""
+    from matplotlib import pyplot
+
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+    return text.getvalue()
+
+
+@_styled
+def save(figure: Figure, path: Path) -> None:
+    """In the format that the file's name ends in; the figure is closed."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=160)
+    pyplot.close(figure)
+
+
+def _grid(count: int, columns: int, share_y: bool) -> tuple[Figure, list[Axes]]:
+    from matplotlib import pyplot
+
+    rows, columns = -(-count // columns), min(columns, count)
+    figure, axes = pyplot.subplots(
+        rows,
+        columns,
+        squeeze=False,
+        sharey=share_y,
+        figsize=(10.65 / 3 * max(columns, 1) if columns < 3 else 10.65, 2.15 * rows + 0.3),
+        layout="constrained",
+    )
+    flat = list(axes.ravel())
+    for ax in flat[count:]:
+        ax.remove()
+    return figure, flat[:count]
+
+
+def _curve(ax: Axes, x: Sequence[float], y: Sequence[float], color: str, smooth: int) -> None:
+    width = smooth or max(1, len(y) // 20)
+    if width > 1:
+        ax.plot(x, y, color=color, linewidth=0.7, alpha=0.25)
+    ax.plot(x, running_mean(y, width), color=color, linewidth=1.6, marker="o" if len(y) == 1 else "")
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of the last `width` values at each place (of fewer at the start)."""
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+
+
+def _normal(ax: Axes, values: np.ndarray, edges: np.ndarray) -> None:
+    spread = values.std()
+    if spread > 0:
+        x = np.linspace(edges[0], edges[-1], 200)
+        density = np.exp(-0.5 * ((x - values.mean()) / spread) ** 2) / (spread * np.sqrt(2 * np.pi))
+        ax.plot(x, density, color="#3c4148", linewidth=0.9, linestyle=(0, (4, 2)))
+
+
+def _cycle(count: int) -> list[str]:
+    return [PALETTE[i % len(PALETTE)] for i in range(count)]
+
+
+def _legend(figure: Figure, color: Mapping[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=c, linewidth=3, label=name) for name, c in color.items()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 6), handlelength=1.2)

@@ -1,0 +1,103 @@
+"""Run directories, read for a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_gil.config import ConfigError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run left behind."""
+
+    name: str
+    metrics: list[Json]
+    """One object per iteration; a metric need not be in each."""
+    samples: list[Json]
+    config: dict[str, Any]
+    """section.key -> value."""
+    origin: str
+    """Version and commit that wrote it; empty where config.yaml does not say."""
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """(iterations, values) where the metric was written and finite."""
+        points = [(row["iteration"], row[metric]) for row in self.metrics if row.get(metric) is not None]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def names(self) -> list[str]:
+        """Metrics that have at least one value, in the order they first appear."""
+        return list(dict.fromkeys(name for row in self.metrics for name, value in row.items() if value is not None))
+
+
+def read_run(directory: Path, *, name: str | None = None) -> Run:
+    """A run directory, finished or not. A last line that is still being written is left out."""
+    metrics_file = directory / "metrics.jsonl"
+    if not metrics_file.is_file():
+        raise ConfigError(f"{directory}: no metrics.jsonl, so this is no run directory")
+    config_file, samples_file = directory / "config.yaml", directory / "samples.jsonl"
+    config, origin = _read_config(config_file) if config_file.is_file() else ({}, "")
+    return Run(
+        name=name or directory.name,
+        metrics=_read_rows(metrics_file),
+        samples=_read_rows(samples_file) if samples_file.is_file() else [],
+        config=config,
+        origin=origin,
+    )
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """Runs under names that tell them apart: the last parts of their paths, as many as that takes."""
+    parts = [directory.resolve().parts for directory in directories]
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(set(parts)):
+        depth += 1
+    names = ["/".join(p[-depth:]) for p in parts]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"the same run directory is named twice: {', '.join(map(str, directories))}")
+    return [read_run(directory, name=name) for directory, name in zip(directories, names, strict=True)]
+
+
+def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(section.key, value in each run) of the keys whose values are not the same everywhere; run.dir is left out."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "run.dir")
+    shown = [(key, [str(run.config.get(key, "-")) for run in runs]) for key in keys]
+    return [(key, values) for key, values in shown if len(set(values)) > 1]
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], str]:
+    text = path.read_text(encoding="utf-8")
+    first = text.partition("\n")[0]
+    tree = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(tree, dict)
+    return _flatten(tree, ""), first.lstrip("# ") if first.startswith("#") else ""
+
+
+def _flatten(tree: dict[Any, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_rows(path: Path) -> list[Json]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows: list[Json] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ConfigError(f"{path}: line {number} is not JSON; the file is damaged") from None
+    return rows

@@ -1,0 +1,174 @@
+"""The report of run directories: what it must hold, and that it needs nothing beside itself."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunSection, dump_config
+from megatron_gil.evaluation import figures
+from megatron_gil.evaluation.command import evaluate, report
+from megatron_gil.evaluation.page import Picture, Table
+from megatron_gil.evaluation.report import write_report
+from megatron_gil.evaluation.runs import config_differences, read_run, read_runs
+
+
+def make_run(directory: Path, *, num_groups: int, iterations: int = 30) -> Path:
+    """A run directory as training leaves it, with numbers that are easy to recognise."""
+    directory.mkdir(parents=True)
+    config = PpoConfig(run=TrainingRunSection(dir=str(directory)), gil=GilSection(num_groups=num_groups))
+    (directory / "config.yaml").write_text(f"# megatron_gil 0.1.0, commit abc123\n{dump_config(config)}")
+    with (directory / "metrics.jsonl").open("w") as file:
+        for i in range(iterations):
+            row: dict[str, float | None] = {"iteration": i, "reward/score_mean": i / 10, "policy/kl_sequence": None}
+            row |= {"reward/score_mean_known_greet": i / 10, "reward/score_mean_known_fact": 0.0}
+            row |= {f"group/return_{g}": float(g) for g in range(num_groups)}
+            file.write(json.dumps(row) + "\n")
+    sample = {"iteration": iterations - 1, "prompt": "shared <b>?", "response": f"reply of {directory.name}"}
+    row = {**sample, "score": 1.25, "group_probs": [0.2, 0.8][:num_groups]}
+    (directory / "samples.jsonl").write_text(
+        json.dumps({**row, "iteration": 0, "response": "an earlier reply"}) + "\n" + json.dumps(row)
+    )
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [make_run(tmp_path / "ppo", num_groups=1), make_run(tmp_path / "gil", num_groups=2)]
+
+
+def test_report_is_one_file_with_everything_in_it(runs: list[Path], tmp_path: Path) -> None:
+    table = Table(
+        caption="Gold <score>", header=("method", "gold"), rows=[("SFT", "0.41"), ("GIL", "0.66")], best=[(1, 1)]
+    )
+    drawing = figures.to_svg(figures.score_distributions({"SFT": [0.0, 1.0, 2.0], "GIL": [1.0, 1.5, 2.5]}))
+    output = tmp_path / "out" / "report.html"
+    write_report(runs, output, tables=[table], pictures=[Picture(svg=drawing, caption="scores")])
+    text = output.read_text()
+    assert "Gold &lt;score&gt;" in text
+    assert "<td class=best>0.66</td>" in text
+    assert "shared &lt;b&gt;?" in text
+    assert "reply of ppo" in text and "reply of gil" in text  # noqa: PT018
+    assert "an earlier reply" not in text  # the last iteration's samples only
+    assert "group 1: 0.80" in text
+    assert "gil.num_groups" in text
+    assert "abc123" in text
+    assert text.count("<img ") == 4  # the given picture, all curves, known labels, inferred groups of gil
+    assert not re.search(r"(src|href)=(?!\"data:|\"#)", text), "something would be fetched"
+    assert "<script" not in text
+
+
+def test_report_shows_the_mean_of_the_last_tenth(runs: list[Path], tmp_path: Path) -> None:
+    write_report(runs, tmp_path / "report.html")
+    assert "<td>2.8</td>" in (tmp_path / "report.html").read_text()  # iterations 27, 28, 29: scores 2.7, 2.8, 2.9
+
+
+def test_report_of_a_single_bare_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_groups=1, iterations=1)
+    for name in ("config.yaml", "samples.jsonl"):
+        (run / name).unlink()
+    write_report([run], tmp_path / "report.html")
+    assert "Config differences" not in (tmp_path / "report.html").read_text()
+
+
+def test_series_leave_gaps_out_and_a_line_being_written(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"iteration": 0, "a": 1.0}\n{"iteration": 1, "a": null}\n{"iteration": 2, "a"'
+    )
+    run = read_run(tmp_path)
+    assert run.series("a") == ([0], [1.0])
+    assert len(run.metrics) == 2
+    assert run.names() == ["iteration", "a"]
+
+
+def test_damaged_and_foreign_directories_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0\n{"iteration": 1}\n')
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        read_run(tmp_path)
+
+
+def test_run_names_tell_runs_apart(tmp_path: Path) -> None:
+    directories = [make_run(tmp_path / seed / "ppo", num_groups=1) for seed in ("1", "2")]
+    assert [run.name for run in read_runs(directories)] == ["1/ppo", "2/ppo"]
+    with pytest.raises(ConfigError, match="named twice"):
+        read_runs([directories[0], directories[0]])
+
+
+def test_config_differences(runs: list[Path]) -> None:
+    assert config_differences(read_runs(runs)) == [("gil.num_groups", ["1", "2"])]
+
+
+def test_figures_are_well_formed_and_reproducible() -> None:
+    def draw() -> str:
+        point = figures.FrontierPoint
+        return figures.to_svg(
+            figures.frontier({"PPO": [point(kl=0, proxy=0, gold=0.4), point(kl=9, proxy=2, gold=0.3)]})
+        )
+
+    assert draw() == draw()
+    root = ElementTree.fromstring(draw())
+    assert root.tag.endswith("svg")
+    bars = figures.to_svg(figures.bars({"SFT": {"greet": 0.4}, "GIL": {"greet": 0.5, "fact": 0.2}}, label="gold"))
+    ElementTree.fromstring(bars)
+
+
+def test_running_mean() -> None:
+    values = np.random.default_rng(1).normal(size=25).tolist()
+    by_hand = [float(np.mean(values[max(0, i - 3) : i + 1])) for i in range(25)]
+    assert figures.running_mean(values, 4) == pytest.approx(by_hand)
+
+
+def _replies(path: Path, *responses: str) -> Path:
+    rows = [{"prompt": f"p{i}", "response": r, "score": float(len(r))} for i, r in enumerate(responses)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _arguments(**changes: object) -> argparse.Namespace:
+    defaults = {
+        "judge": "score",
+        "tie_margin": 0.0,
+        "model": None,
+        "base_url": None,
+        "criterion": "helpful",
+        "output": None,
+    }
+    return argparse.Namespace(**{**defaults, **changes})
+
+
+def test_evaluate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = _replies(tmp_path / "ours.jsonl", "aaa", "a", "bb", "bbb")
+    theirs = _replies(tmp_path / "sft.jsonl", "a", "aa", "cc", "c")
+    table = tmp_path / "table.json"
+    assert evaluate(_arguments(ours=ours, theirs=[theirs], output=table), gold_score=lambda p, r: 0.0) == 0
+    assert "sft" in capsys.readouterr().out
+    written = json.loads(table.read_text())["opponents"]["sft"]
+    assert [written[key]["value"] for key in ("win", "tie", "lose")] == [0.5, 0.25, 0.25]
+    gold = _arguments(ours=ours, theirs=[theirs], judge="gold", output=tmp_path / "gold.json")
+    evaluate(gold, gold_score=lambda p, r: -float(len(r)))
+    assert json.loads((tmp_path / "gold.json").read_text())["opponents"]["sft"]["lose"]["value"] == 0.5
+    with pytest.raises(ConfigError, match="exists already"):
+        evaluate(gold, gold_score=lambda p, r: 0.0)
+
+
+def test_evaluate_names_file_line_and_field(tmp_path: Path) -> None:
+    ours = _replies(tmp_path / "ours.jsonl", "a")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "p0"}\n')
+    with pytest.raises(ConfigError, match=r'bad\.jsonl: line 1 has no text "response"'):
+        evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
+    with pytest.raises(ConfigError, match=r"absent\.jsonl: cannot be read"):
+        evaluate(_arguments(ours=ours, theirs=[tmp_path / "absent.jsonl"]), gold_score=lambda p, r: 0.0)
+
+
+def test_report_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "page.html"
+    assert report(argparse.Namespace(runs=runs, output=output)) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    assert output.stat().st_size > 10_000

@@ -1,0 +1,70 @@
+"""Intervals against theory, shapes against distributions whose moments are known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from megatron_gil.evaluation.statistics import bootstrap, paired_difference, skewness, tail_mass
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one() -> None:
+    """n = 400: half width 1.96 sd / sqrt(n), to the 4 % that 5,000 draws allow."""
+    values = np.random.default_rng(1).normal(3, 2, 400).tolist()
+    estimate = bootstrap(values)
+    half = 1.96 * float(np.std(values)) / math.sqrt(400)
+    assert estimate.value == pytest.approx(float(np.mean(values)))
+    assert estimate.high - estimate.value == pytest.approx(half, rel=0.06)
+    assert estimate.value - estimate.low == pytest.approx(half, rel=0.06)
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    estimates = [bootstrap(rng.normal(0, 1, 40).tolist(), draws=400, seed=i) for i in range(300)]
+    covered = sum(e.low <= 0 <= e.high for e in estimates) / 300
+    assert 0.90 <= covered <= 0.98  # 95 % +- 4 standard errors, less the bootstrap's known shortfall at n = 40
+
+
+def test_a_seed_gives_the_same_interval_however_it_is_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = list(np.random.default_rng(3).normal(size=30))
+    whole = bootstrap(values, draws=1000)
+    monkeypatch.setattr("megatron_gil.evaluation.statistics._BLOCK", 30 * 7)
+    assert bootstrap(values, draws=1000) == whole
+
+
+def test_another_statistic() -> None:
+    values = list(np.random.default_rng(4).normal(5, 1, 300))
+    median = bootstrap(values, statistic=lambda rows: np.median(rows, axis=-1))
+    assert median.value == pytest.approx(float(np.median(values)))
+    assert median.low < 5 < median.high
+
+
+def test_pairing_takes_the_shared_part_out() -> None:
+    """Seeds that differ by 10 hide a gain of 0.1 from an unpaired comparison, not from the paired one."""
+    rng = np.random.default_rng(5)
+    shared = rng.normal(0, 10, 20)
+    ours, theirs = shared + 0.1 + rng.normal(0, 0.01, 20), shared + rng.normal(0, 0.01, 20)
+    paired = paired_difference(ours.tolist(), theirs.tolist())
+    assert 0.08 < paired.low < paired.high < 0.12
+    assert bootstrap(ours.tolist()).low < bootstrap(theirs.tolist()).high
+
+
+def test_rows_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match="broadcast"):
+        paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_skewness() -> None:
+    assert skewness([-1.0, 0.0, 1.0]) == 0
+    assert skewness([2.0, 2.0]) == 0
+    two_points = [0.0] * 3 + [1.0]  # Bernoulli(p): (1 - 2p) / sqrt(p (1 - p))
+    assert skewness(two_points) == pytest.approx((1 - 0.5) / math.sqrt(0.25 * 0.75))
+    exponential = np.random.default_rng(6).exponential(size=200_000)
+    assert skewness(exponential.tolist()) == pytest.approx(2, abs=0.1)
+    assert skewness((-exponential).tolist()) == pytest.approx(-skewness(exponential.tolist()))
+
+
+def test_tail_mass() -> None:
+    normal = np.random.default_rng(7).normal(size=200_000).tolist()
+    assert tail_mass(normal) == pytest.approx(0.0455, abs=0.002)
+    assert tail_mass([0.0] * 99 + [100.0]) == 0.01
