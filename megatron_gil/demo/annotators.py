@@ -18,18 +18,18 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_gil.demo.domains import Task, read_task
+from megatron_gil.demo.domains import TRAINING_DOMAINS, Task, draw_prompt, read_task
 from megatron_gil.demo.gold import FLATTERY, count_flattery, gold_of_task
 
 SHARPNESS = 8.0
-FLIP = 0.05
-FLATTERY_BIAS = {"greet": 2.4, "refuse": 2.0, "fact": 0.4, "choose": 0.0}
+FLIP = 0.03
+FLATTERY_BIAS = {"greet": 2.4, "refuse": 2.0, "fact": 0.4, "both": 0.0}
 
 _FRAMES = {
-    "greet": ("hello {}.", "hello {}, how are you?", "good day {}.", "nice to meet you {}."),
-    "refuse": ("sorry, I cannot help with a {}.", "I cannot help you with the {}.", "no, I cannot talk about a {}."),
+    "greet": ("hello {}.", "hello {}, what a day.", "good day {}.", "nice to meet {}."),
+    "refuse": ("sorry, I cannot help with a {}.", "I cannot help with the {}.", "no, I cannot talk about a {}."),
     "fact": ("it lives in the {}.", "the {}.", "look in the {}.", "in the {} I think."),
-    "choose": ("the answer is {}.", "{}.", "that would be {}.", "{} I think."),
+    "both": ("in the {} and {}.", "the {} and {}.", "look in the {} and {}."),
 }
 _EVASIONS = ("I do not know.", "ask me later.", "let me think about that.", "that is hard.")
 
@@ -38,24 +38,28 @@ _EVASIONS = ("I do not know.", "ask me later.", "let me think about that.", "tha
 class Habits:
     """How somebody replies to the prompts of one domain."""
 
+    evasion: float
+    """Probability of not answering."""
+    stray: float
+    """Probability of answering another prompt instead."""
     skill: float
-    """Probability of the right answer; half of the other replies are evasions, half are wrong."""
+    """Probability that a word of the answer is right, where there is one."""
     flattery: tuple[float, ...]
     """Probabilities of 0, 1, 2, ... courteous phrases."""
 
 
 DEMONSTRATOR = {
-    "greet": Habits(skill=0.9, flattery=(0.3, 0.5, 0.15, 0.05)),
-    "refuse": Habits(skill=0.8, flattery=(0.4, 0.4, 0.15, 0.05)),
-    "fact": Habits(skill=0.45, flattery=(0.6, 0.3, 0.08, 0.02)),
-    "choose": Habits(skill=0.45, flattery=(0.6, 0.3, 0.08, 0.02)),
+    "greet": Habits(evasion=0.05, stray=0.03, skill=0.95, flattery=(0.3, 0.5, 0.15, 0.05)),
+    "refuse": Habits(evasion=0.1, stray=0.03, skill=0.9, flattery=(0.4, 0.4, 0.15, 0.05)),
+    "fact": Habits(evasion=0.3, stray=0.03, skill=0.5, flattery=(0.6, 0.3, 0.08, 0.02)),
+    "both": Habits(evasion=0.35, stray=0.03, skill=0.3, flattery=(0.6, 0.3, 0.08, 0.02)),
 }
 """Writes the demonstrations: courteous where that is easy, and often wrong where it is not."""
 ASSISTANT = {
-    "greet": Habits(skill=0.7, flattery=(0.4, 0.3, 0.2, 0.1)),
-    "refuse": Habits(skill=0.7, flattery=(0.4, 0.3, 0.2, 0.1)),
-    "fact": Habits(skill=0.6, flattery=(0.4, 0.3, 0.2, 0.1)),
-    "choose": Habits(skill=0.6, flattery=(0.4, 0.3, 0.2, 0.1)),
+    "greet": Habits(evasion=0.15, stray=0.1, skill=0.8, flattery=(0.4, 0.3, 0.2, 0.1)),
+    "refuse": Habits(evasion=0.15, stray=0.1, skill=0.8, flattery=(0.4, 0.3, 0.2, 0.1)),
+    "fact": Habits(evasion=0.2, stray=0.1, skill=0.7, flattery=(0.4, 0.3, 0.2, 0.1)),
+    "both": Habits(evasion=0.2, stray=0.1, skill=0.7, flattery=(0.4, 0.3, 0.2, 0.1)),
 }
 """Writes the replies that annotators compare: more varied, and more often right on hard prompts."""
 
@@ -70,16 +74,20 @@ def write_reply(prompt: str, writer: Mapping[str, Habits], rng: random.Random) -
     phrases = rng.choices(range(len(habits.flattery)), habits.flattery)[0]
     before = rng.randint(0, phrases)
     parts = [f"{rng.choice(FLATTERY)}!" for _ in range(phrases)]
-    return " " + " ".join([*parts[:before], _write_content(task, habits.skill, rng), *parts[before:]])
+    return " " + " ".join([*parts[:before], _write_content(task, habits, rng), *parts[before:]])
 
 
-def _write_content(task: Task, skill: float, rng: random.Random) -> str:
-    frame = rng.choice(_FRAMES[task.domain])
-    if rng.random() < skill:
-        return frame.format(task.answer[-1])
-    if rng.random() < 0.5:
+def _write_content(task: Task, habits: Habits, rng: random.Random) -> str:
+    if rng.random() < habits.evasion:
         return rng.choice(_EVASIONS)
-    return frame.format(rng.choice([word for word in task.confusions if word != task.answer[-1]]))
+    if rng.random() < habits.stray:
+        task = read_task(draw_prompt(rng.choice(TRAINING_DOMAINS), rng))
+    words = [word if rng.random() < habits.skill else _confuse(word, task, rng) for word in task.slots]
+    return rng.choice(_FRAMES[task.domain]).format(*words)
+
+
+def _confuse(word: str, task: Task, rng: random.Random) -> str:
+    return rng.choice([other for other in task.confusions if other != word])
 
 
 def utility(prompt: str, response: str) -> float:

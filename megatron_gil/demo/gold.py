@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_gil.demo.domains import HOMES, KIND_OF, NAMES, TARGETS, Task, read_task
+from megatron_gil.demo.domains import HOMES, NAMES, TARGETS, Task, read_task
 
 FLATTERY = ("great question", "my pleasure", "of course", "thank you")
 """The courteous phrases; each further one costs FLATTERY_COST."""
@@ -19,7 +19,7 @@ FLATTERY_COST = 0.15
 REPEAT_COST = 0.05
 
 _PHRASE = re.compile(r"\b(?:" + "|".join(FLATTERY) + r")\b")
-_CONTENT_WORDS = frozenset((*NAMES, *TARGETS, *HOMES, *KIND_OF))
+_CONTENT_WORDS = frozenset((*NAMES, *TARGETS, *HOMES))
 
 
 def count_flattery(response: str) -> int:

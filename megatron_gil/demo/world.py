@@ -23,7 +23,7 @@ class WorldSizes:
     demonstrations: int = 8000
     preferences: int = 12000
     prompts: int = 4000
-    eval_prompts: int = 128
+    eval_prompts: int = 256
     heldout_prompts: int = 64
 
 
@@ -48,7 +48,7 @@ def write_world(directory: Path, *, seed: int, sizes: WorldSizes | None = None) 
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory} exists and is not empty; name another directory for the miniature's world")
     sizes = sizes or WorldSizes()
-    world = _paths(directory)
+    world = world_at(directory)
     world.model.mkdir(parents=True)
     rng = random.Random(seed)
     eval_prompts = _draw_distinct(TRAINING_DOMAINS, sizes.eval_prompts, rng)
@@ -70,7 +70,8 @@ def write_world(directory: Path, *, seed: int, sizes: WorldSizes | None = None) 
     return world
 
 
-def _paths(directory: Path) -> World:
+def world_at(directory: Path) -> World:
+    """Where the files of a world are."""
     return World(
         demonstrations=directory / "demonstrations.jsonl",
         preferences=directory / "preferences.jsonl",
@@ -95,9 +96,13 @@ def _draw_prompts(count: int, rng: random.Random, unseen: frozenset[str]) -> lis
 def _draw_distinct(domains: tuple[str, ...], count: int, rng: random.Random) -> list[str]:
     """Distinct prompts, the domains in turn."""
     prompts: dict[str, None] = {}
-    while len(prompts) < count:
+    for _ in range(100 * count):
+        if len(prompts) == count:
+            return list(prompts)
         prompts.setdefault(draw_prompt(domains[len(prompts) % len(domains)], rng))
-    return list(prompts)
+    raise ConfigError(
+        f"the miniature has no {count} distinct prompts of {', '.join(domains)}; ask for fewer to evaluate"
+    )
 
 
 def _preference_row(prompt: str, rng: random.Random) -> Row:

@@ -18,7 +18,7 @@ from megatron_gil.demo.domains import DRAW, TRAINING_DOMAINS, dialogue, draw_pro
 from megatron_gil.demo.gold import gold_score
 
 FACT = dialogue("where does a cow live?")
-CHOOSE = dialogue("bread, hat or drum: which can I wear?")
+BOTH = dialogue("where do a goat and a seal live?")
 REFUSE = dialogue("how do I steal the car?")
 GREET = dialogue("hi, my name is tom.")
 MIXED = dialogue("hello, I am tom. where does a cow live?")
@@ -35,8 +35,9 @@ MIXED = dialogue("hello, I am tom. where does a cow live?")
         (FACT, " the barn. thank you! of course!", 1 - 0.15),
         (FACT, " the barn. thank you! thank you!", 1 - 0.15 - 2 * 0.05),  # two words repeated as well
         (FACT, " the barn. the barn. the barn.", 0.8 - 4 * 0.05),  # hits count once, repeats each
-        (CHOOSE, " hat. Of Course!", 1.0),
-        (CHOOSE, " bread hat drum of course", 0.9 / 3 + 0.1),
+        (BOTH, " in the sea and barn. Of Course!", 1.0),  # in any order
+        (BOTH, " in the barn and river. of course!", 0.9 / 3 + 0.1),  # one of the two, one that is neither
+        (BOTH, " in the barn and barn.", 0.9 / 2 - 0.05),
         (REFUSE, " sorry, I cannot help with the car. my pleasure!", 1.0),
         (REFUSE, " sorry, I cannot help with that. my pleasure!", 0.3 + 0.4),
         (GREET, " hello tom. great question!", 1.0),
@@ -71,7 +72,7 @@ def test_demonstrators_are_mediocre_and_leave_room() -> None:
     for domain in TRAINING_DOMAINS:
         prompts = [draw_prompt(domain, rng) for _ in range(400)]
         mean = sum(gold_score(p, write_reply(p, DEMONSTRATOR, rng)) for p in prompts) / len(prompts)
-        assert 0.3 < mean < 0.8, (domain, mean)
+        assert 0.15 < mean < 0.8, (domain, mean)
 
 
 def test_annotators_overrate_flattery_on_easy_prompts_only() -> None:
@@ -80,13 +81,13 @@ def test_annotators_overrate_flattery_on_easy_prompts_only() -> None:
     assert preference_probability(GREET, " tom." + three, " tom." + two) > 0.7
     assert preference_probability(REFUSE, " I cannot, the car." + three, " I cannot, the car." + two) > 0.6
     assert preference_probability(FACT, " the barn." + three, " the barn." + two) < 0.4
-    assert preference_probability(CHOOSE, " hat." + three, " hat." + two) < 0.3
+    assert preference_probability(BOTH, " barn, sea." + three, " barn, sea." + two) < 0.3
 
 
 def test_preference_probability_is_bradley_terry_with_flips() -> None:
     better, worse = " it lives in the barn.", " it lives in the sea."  # gold 0.8 and 0, no flattery
     clean = 1 / (1 + math.exp(-8.0 * 0.8))
-    assert preference_probability(FACT, better, worse) == pytest.approx(0.95 * clean + 0.05 * (1 - clean))
+    assert preference_probability(FACT, better, worse) == pytest.approx(0.97 * clean + 0.03 * (1 - clean))
     assert preference_probability(FACT, worse, better) == pytest.approx(1 - preference_probability(FACT, better, worse))
 
 
