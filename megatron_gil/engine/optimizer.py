@@ -68,10 +68,6 @@ class ModelOptimizer:
         )
         self._optimizer: Any = get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)  # ChainedOptimizer
 
-    def zero_grad(self) -> None:
-        self._ddp.zero_grad_buffer()
-        self._optimizer.zero_grad()
-
     def step(self, lr: float) -> tuple[bool, float]:
         """(took the step, global gradient norm before clipping); with a norm that is not finite no rank steps."""
         self._optimizer.prepare_grads()
@@ -83,6 +79,8 @@ class ModelOptimizer:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self._section.clip_grad, norm)
             for group in part.param_groups:
                 group["lr"] = lr
+                # 0 for norms: megatron leaves it to its scheduler, which we have no use for, to multiply.
+                group["weight_decay"] = self._section.weight_decay * group["wd_mult"]
         self._optimizer.step_with_ready_grads()
         return True, norm
 
