@@ -80,7 +80,7 @@ class WeightMap:
     def __init__(self, spec: LlamaSpec, model: GPTModel, layout: ParallelLayout) -> None:
         self.spec = spec
         self.layout = layout
-        first_layer = layout.pp_rank * (spec.num_layers // layout.pp_size)
+        first_layer = spec.layers_of(layout.pp_rank, layout.pp_size).start
         tied = model.share_embeddings_and_output_weights
         self.entries = [
             _make_entry(name, tuple(param.shape), first_layer, tied) for name, param in model.named_parameters()

@@ -91,6 +91,12 @@ class LlamaSpec:
             pad_token_id=reader.token_ids("pad_token_id"),
         )
 
+    def layers_of(self, pp_rank: int, pp_size: int) -> range:
+        """The layers of one pipeline rank; where they do not divide, the first ranks have one more than the last."""
+        share, rest = divmod(self.num_layers, pp_size)
+        first = pp_rank * share + min(pp_rank, rest)
+        return range(first, first + share + (pp_rank < rest))
+
     def padded_vocab_size(self, tp_size: int) -> int:
         """Rows of the embedding so that every tensor-parallel rank holds as many; never seen outside the model."""
         return math.ceil(self.vocab_size / tp_size) * tp_size
@@ -111,7 +117,7 @@ class LlamaSpec:
             "max_position_embeddings": self.max_positions,
             "rms_norm_eps": self.norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": _scaling_config(self.rope_scaling),
+            "rope_scaling": self.rope_scaling_config(),
             "tie_word_embeddings": self.tied,
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -129,6 +135,18 @@ class LlamaSpec:
             config["num_groups"] = num_groups
         return config
 
+    def rope_scaling_config(self) -> dict[str, Any] | None:
+        """RoPE's scaling, theta not included, as config.json spells it."""
+        if self.rope_scaling is None:
+            return None
+        return {
+            "rope_type": "llama3",
+            "factor": self.rope_scaling.factor,
+            "low_freq_factor": self.rope_scaling.low_freq_factor,
+            "high_freq_factor": self.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": self.rope_scaling.original_max_positions,
+        }
+
 
 def read_config(hf_dir: Path) -> Any:
     """What config.json holds, not yet checked."""
@@ -144,35 +162,27 @@ def read_config(hf_dir: Path) -> Any:
 def check_layout(spec: LlamaSpec, tp_size: int, pp_size: int, sequence_parallel: bool) -> None:
     """ConfigError where the model cannot be cut so; the vocabulary always can (it is padded)."""
     parts = (
-        ("num_attention_heads", spec.num_heads, "tensor_size", tp_size),
-        ("num_key_value_heads", spec.num_kv_heads, "tensor_size", tp_size),
-        ("intermediate_size", spec.ffn_size, "tensor_size", tp_size),
-        ("num_hidden_layers", spec.num_layers, "pipeline_size", pp_size),
+        ("num_attention_heads", spec.num_heads),
+        ("num_key_value_heads", spec.num_kv_heads),
+        ("intermediate_size", spec.ffn_size),
     )
-    for key, size, name, ranks in parts:
-        if size % ranks:
+    for key, size in parts:
+        if size % tp_size:
             fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
             raise ConfigError(
-                f"the model's {key}={size} cannot be divided by parallel.{name}={ranks}; set it to one of {fits}"
+                f"the model's {key}={size} cannot be divided by parallel.tensor_size={tp_size}; set it to one of {fits}"
             )
+    if pp_size > spec.num_layers:
+        raise ConfigError(
+            f"the model's num_hidden_layers={spec.num_layers} cannot be cut into parallel.pipeline_size={pp_size}; set "
+            f"it to at most {spec.num_layers}"
+        )
     if sequence_parallel and tp_size == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor_size above 1; set one of the two")
     if (tp_size - 1) * (spec.padded_vocab_size(tp_size) // tp_size) >= spec.vocab_size:
         raise ConfigError(
             f"the model's vocab_size={spec.vocab_size} leaves a rank of parallel.tensor_size={tp_size} empty; lower it"
         )
-
-
-def _scaling_config(scaling: Llama3Scaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
 
 
 @dataclass(frozen=True, slots=True)

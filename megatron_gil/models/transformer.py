@@ -44,7 +44,7 @@ def build_model(
     config = _transformer_config(spec, layout, dtype, recompute)
     model: Any = GPTModel(
         config,
-        _layer_specs(layer, layout, spec.num_layers // layout.pp_size),
+        _layer_specs(layer, layout, len(spec.layers_of(layout.pp_rank, layout.pp_size))),
         vocab_size=spec.padded_vocab_size(layout.tp_size),
         max_sequence_length=spec.max_positions,
         pre_process=layout.is_first_pp_stage,
@@ -97,7 +97,16 @@ def _transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         **_recompute_options(recompute),
+        **_pipeline_options(spec, layout.pp_size),
     )
+
+
+def _pipeline_options(spec: LlamaSpec, pp_size: int) -> dict[str, Any]:
+    """megatron-core divides layers evenly unless told what lies where."""
+    if spec.num_layers % pp_size == 0:
+        return {}
+    ranks = [["decoder"] * len(spec.layers_of(pp_rank, pp_size)) for pp_rank in range(pp_size)]
+    return {"pipeline_model_parallel_layout": [["embedding", *ranks[0]], *ranks[1:-1], [*ranks[-1], "loss"]]}
 
 
 def _recompute_options(recompute: str) -> dict[str, Any]:

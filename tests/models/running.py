@@ -25,6 +25,7 @@ LAYOUTS = [
     {"tensor_size": 2, "pipeline_size": 2},
     {"tensor_size": 2, "pipeline_size": 1, "sequence_parallel": True},
     {"tensor_size": 2, "pipeline_size": 2, "sequence_parallel": True},
+    {"tensor_size": 1, "pipeline_size": 3},  # of 4 layers: two, one and one
 ]
 
 

@@ -92,7 +92,7 @@ def test_a_missing_or_broken_config_is_named(tmp_path: Path) -> None:
         ({"num_attention_heads": 6, "num_key_value_heads": 6}, (4, 1), ["num_attention_heads=6", "tensor_size=4", "3"]),
         ({}, (4, 1), ["num_key_value_heads=2", "tensor_size=4", "1, 2"]),
         ({"intermediate_size": 47}, (2, 1), ["intermediate_size=47", "tensor_size=2"]),
-        ({}, (1, 3), ["num_hidden_layers=4", "pipeline_size=3", "1, 2, 4"]),
+        ({}, (1, 5), ["num_hidden_layers=4", "pipeline_size=5", "at most 4"]),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(
@@ -109,3 +109,14 @@ def test_a_layout_that_fits_is_taken_and_pads_the_vocabulary(tmp_path: Path) -> 
     assert [spec.padded_vocab_size(n) for n in (1, 2, 4)] == [61, 62, 64]
     with pytest.raises(ConfigError, match="sequence_parallel"):
         check_layout(spec, 1, 1, sequence_parallel=True)
+
+
+def test_layers_are_cut_into_ranks_that_differ_by_one_at_most(tmp_path: Path) -> None:
+    for num_layers in range(1, 12):
+        spec = _read(tmp_path, num_hidden_layers=num_layers)
+        for pp_size in range(1, num_layers + 1):
+            cut = [list(spec.layers_of(pp_rank, pp_size)) for pp_rank in range(pp_size)]
+            assert [layer for layers in cut for layer in layers] == list(range(num_layers))
+            sizes = [len(layers) for layers in cut]
+            assert sizes == sorted(sizes, reverse=True)
+            assert sizes[0] - sizes[-1] <= 1
