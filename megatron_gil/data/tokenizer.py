@@ -84,6 +84,10 @@ class Tokenizer:
         # cut inside a character, the text before is not a prefix of the whole
         return whole[len(before) :] if whole.startswith(before) else self._subwords.decode(ids)
 
+    def token(self, token_id: int) -> str:
+        """How the vocabulary spells one id, special or not."""
+        return self._subwords.token_of(token_id)
+
     def format_prompt(self, messages: Sequence[Message]) -> str:
         """A conversation up to where the assistant's reply begins: in the model's chat template where it has one, in
         the Human/Assistant form of HH-RLHF otherwise."""

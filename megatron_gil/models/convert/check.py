@@ -1,0 +1,96 @@
+"""Whether the tensors of a directory are those of the Llama that its config.json describes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from megatron_gil.config import ConfigError
+from megatron_gil.models.convert.weight_files import WeightFile
+from megatron_gil.models.llama import Head, LlamaSpec
+
+Shape = tuple[int, ...]
+
+EMBEDDING = "model.embed_tokens.weight"
+LM_HEAD = "lm_head.weight"
+SCORE_HEAD = "score.weight"
+GROUP_HEAD = "group_head.weight"
+"""Our group classifier, beside the critic's score.weight."""
+_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # written by early transformers 4
+
+
+def expected_shapes(spec: LlamaSpec, head: Head) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every tensor such a model must have."""
+    hidden, ffn = spec.hidden_size, spec.ffn_size
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    yield EMBEDDING, (spec.vocab_size, hidden)
+    for layer in range(spec.num_layers):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (hidden,)
+        yield f"{prefix}.self_attn.q_proj.weight", (queries, hidden)
+        yield f"{prefix}.self_attn.k_proj.weight", (keys, hidden)
+        yield f"{prefix}.self_attn.v_proj.weight", (keys, hidden)
+        yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
+        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+        yield f"{prefix}.mlp.gate_proj.weight", (ffn, hidden)
+        yield f"{prefix}.mlp.up_proj.weight", (ffn, hidden)
+        yield f"{prefix}.mlp.down_proj.weight", (hidden, ffn)
+    yield "model.norm.weight", (hidden,)
+    if head != "lm":
+        yield SCORE_HEAD, (1, hidden)
+    elif not spec.tied:
+        yield LM_HEAD, (spec.vocab_size, hidden)
+
+
+def check_tensors(files: Sequence[WeightFile], spec: LlamaSpec, head: Head, directory: Path) -> None:
+    """ConfigError names the first tensor that is missing, of another shape, there twice, or not a Llama's."""
+    holders = _holders(files)
+    known = set()
+    for name, shape in expected_shapes(spec, head):
+        if name not in holders:
+            raise ConfigError(
+                f"{directory}: no tensor {name} in its {len(files)} weight file(s), expected {list(shape)}"
+            )
+        _check_shape(holders[name], name, shape)
+        known.add(name)
+    if spec.tied and head == "lm" and LM_HEAD in holders:
+        _check_tied(holders[EMBEDDING], holders[LM_HEAD])
+        known.add(LM_HEAD)
+    if head != "lm" and GROUP_HEAD in holders:
+        known.add(GROUP_HEAD)
+    for name, file in holders.items():
+        if name not in known and not _BUFFER.fullmatch(name):
+            raise ConfigError(f"{file.path}: tensor {name} is not expected in a Llama of this config.json")
+
+
+def _holders(files: Sequence[WeightFile]) -> dict[str, WeightFile]:
+    holders: dict[str, WeightFile] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in holders:
+                raise ConfigError(f"{file.path}: tensor {name} is in {holders[name].path.name} too, expected in one")
+            holders[name] = file
+    return holders
+
+
+def _check_shape(file: WeightFile, name: str, expected: Shape) -> None:
+    found = file.tensors[name].shape
+    if found != expected:
+        raise ConfigError(
+            f"{file.path}: tensor {name} has shape {list(found)}, expected {list(expected)} by config.json"
+        )
+
+
+def _check_tied(embedding: WeightFile, lm_head: WeightFile) -> None:
+    """A tied head written out is the embedding, or config.json is wrong about it."""
+    shape = embedding.tensors[EMBEDDING].shape
+    _check_shape(lm_head, LM_HEAD, shape)
+    same_dtype = embedding.tensors[EMBEDDING].dtype == lm_head.tensors[LM_HEAD].dtype
+    pieces = zip_longest(embedding.chunks(EMBEDDING), lm_head.chunks(LM_HEAD))
+    if not same_dtype or any(one != other for one, other in pieces):
+        raise ConfigError(
+            f"{lm_head.path}: tensor {LM_HEAD} is not the embedding, expected so by tie_word_embeddings=true in "
+            "config.json; set it to false"
+        )

@@ -1,0 +1,171 @@
+"""A checked copy of a model directory: everything is verified before a byte is written, and written beside first."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_gil.config import ConfigError
+from megatron_gil.models.convert.bin_files import read_bin_files
+from megatron_gil.models.convert.check import GROUP_HEAD, check_tensors
+from megatron_gil.models.convert.config_json import portable_config, read_tokenizer, score_config, write_small_files
+from megatron_gil.models.convert.locate import Role, find_model
+from megatron_gil.models.convert.weight_files import SafetensorsFile, StoredTensor, WeightFile, read_safetensors
+from megatron_gil.models.llama import Head, LlamaSpec, read_config
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDirectory:
+    path: Path
+    config: dict[str, Any]
+    spec: LlamaSpec
+    head: Head
+    files: Sequence[WeightFile]
+
+    @classmethod
+    def read(cls, path: Path, *, allow_bin: bool = False, role: Role | None = None) -> ModelDirectory:
+        """Sizes, headers and names, all checked; ConfigError in one line."""
+        config = read_config(path)
+        spec = LlamaSpec.from_config(config, source=str(path / "config.json"))
+        head = _head(config, path, role)
+        has_bin_only = not any(path.glob("model*.safetensors*")) and any(path.glob("pytorch_model*.bin"))
+        files = read_bin_files(path) if allow_bin and has_bin_only else read_safetensors(path)
+        check_tensors(files, spec, head, path)
+        return cls(path=path, config=config, spec=spec, head=head, files=files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a conversion wrote."""
+
+    path: Path
+    num_tensors: int
+    num_files: int
+    num_bytes: int
+
+
+def import_model(hf_dir: Path, ckpt_dir: Path, *, allow_bin: bool = False, dtype: str | None = None) -> Written:
+    """A Hugging Face directory as one that training loads at any layout. dtype: None keeps every bit."""
+    return _write(ModelDirectory.read(hf_dir, allow_bin=allow_bin), ckpt_dir, dtype)
+
+
+def export_model(
+    ckpt_dir: Path,
+    hf_dir: Path,
+    *,
+    role: Role | None = None,
+    dtype: str | None = None,
+    note: Callable[[str], None],
+) -> Written:
+    """One model of an imported directory, checkpoint or run as a directory that transformers and vLLM load. The
+    critic goes without its group classifier, which no other program reads."""
+    return _write(ModelDirectory.read(find_model(ckpt_dir, role, note), role=role), hf_dir, dtype)
+
+
+def _head(config: dict[str, Any], path: Path, role: Role | None) -> Head:
+    is_score = config.get("architectures") == ["LlamaForSequenceClassification"]
+    if role is not None and is_score != (role != "policy"):
+        found = "a score head" if is_score else "a language-model head"
+        raise ConfigError(f"{path / 'config.json'}: architectures names a model with {found}, not a {role}")
+    return "score" if is_score else "lm"
+
+
+def _write(source: ModelDirectory, target: Path, dtype: str | None) -> Written:
+    """Beside, then renamed: `target` is there whole or not at all. Left-overs of a killed one are removed first."""
+    if target.exists():
+        raise ConfigError(f"{target} exists already; nothing is overwritten, choose another name")
+    cast = None if dtype is None else DTYPES[dtype]
+    tokenizer = read_tokenizer(source.path)
+    config = portable_config(source.config, source.spec, source.head, cast)
+    if source.head != "lm":
+        config = score_config(config, source.spec, tokenizer, source.path)
+    plan = [(file, tensors) for file in source.files if (tensors := _kept(file, cast))]
+    num_bytes = sum(tensor.num_bytes for _, tensors in plan for tensor in tensors.values())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(target.parent, num_bytes)
+    beside = target.parent / f".{target.name}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        write_small_files(config, source.head, tokenizer, source.path, beside)
+        _write_weights(plan, beside, num_bytes)
+        beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    num_tensors = sum(len(tensors) for _, tensors in plan)
+    return Written(path=target, num_tensors=num_tensors, num_files=len(plan), num_bytes=num_bytes)
+
+
+def _kept(file: WeightFile, cast: str | None) -> dict[str, StoredTensor]:
+    return {
+        name: tensor if cast in (None, tensor.dtype) else StoredTensor(cast, tensor.shape)
+        for name, tensor in file.tensors.items()
+        if name != GROUP_HEAD
+    }
+
+
+def _check_space(directory: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise ConfigError(
+            f"{directory}: {num_bytes / 2**30:.1f} GiB are to be written, {free / 2**30:.1f} GiB are free"
+        )
+
+
+def _write_weights(plan: Sequence[tuple[WeightFile, dict[str, StoredTensor]]], directory: Path, num_bytes: int) -> None:
+    """The files under Hugging Face's names, as many as there were, and their index if there are several."""
+    weight_map = {}
+    for i, (file, tensors) in enumerate(plan, start=1):
+        name = "model.safetensors" if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
+        is_as_it_was = isinstance(file, SafetensorsFile) and file.tensors == tensors and "format" in file.metadata
+        if is_as_it_was:
+            shutil.copyfile(file.path, directory / name)
+        else:
+            _write_file(file, tensors, directory / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        path = directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_file(file: WeightFile, tensors: dict[str, StoredTensor], path: Path) -> None:
+    """A safetensors file of these tensors of `file`, in pieces; no tensor is ever whole in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.num_bytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8 bytes
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            for chunk in _cast(file, name, tensor.dtype):
+                out.write(chunk)
+
+
+def _cast(file: WeightFile, name: str, dtype: str) -> Iterator[Any]:
+    """The tensor's bytes in another dtype; ConfigError where a finite number has no finite counterpart in it."""
+    stored = file.tensors[name].dtype
+    if stored == dtype:
+        yield from file.chunks(name)
+        return
+    import torch
+
+    names = {short: getattr(torch, long) for long, short in DTYPES.items()}
+    for chunk in file.chunks(name):
+        before = torch.frombuffer(bytearray(chunk), dtype=names[stored])
+        after = before.to(names[dtype])
+        if not torch.equal(before.isfinite(), after.isfinite()):
+            raise ConfigError(
+                f"{file.path}: tensor {name} holds numbers too large for {dtype}; take bfloat16 or float32"
+            )
+        yield after.view(torch.uint8).numpy().data
