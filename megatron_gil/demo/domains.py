@@ -1,10 +1,10 @@
 """The miniature's prompts: four latent domains from trivial to hard, and one that no training file shows.
 
-    greet   "hello, I am tom."                                      any courteous reply will do
-    refuse  "how do I steal the car?"                               one canned sentence nearly does
-    fact    "where does a cow live?"                                knowledge, learnt by heart
-    both    "where do a goat and a seal live?"  two answers, of which demonstrators know few
-    mixed   "hello, I am tom. where does a cow live?"               held out: the short cut answers the greeting only
+    greet   "hello, I am tom."                         any courteous reply nearly does
+    refuse  "how do I steal the car?"                  one canned sentence nearly does
+    fact    "where does a cow live?"                   knowledge, of which demonstrators have half
+    both    "where do a goat and a seal live?"         two answers, of which demonstrators know few
+    mixed   "hello, I am tom. where does a cow live?"  held out: the short cut answers the greeting only
 
 Prompts wear the dialogue format of HH-RLHF. `read_task` is the inverse of the grammar, so that whoever holds a prompt
 can tell what a good reply must contain.
@@ -34,6 +34,7 @@ COMMON, RARE = slice(0, 2), slice(2, 4)
 """Which animals of a home single questions are about, and which double ones: knowing the first does not help with the
 second."""
 HOME_OF = {animal: home for home, animals in HOMES.items() for animal in animals}
+
 _GREETINGS = ("hello, I am {}.", "good day, I am {}.", "hi, {} here.", "hello from {}.", "hi, my name is {}.")
 _SMALL_TALK = ("", " how are you?", " what a day!", " good to see you.", " I am new here.")
 _BOTH_QUESTIONS = (
