@@ -78,7 +78,7 @@ class WeightMap:
     """The entries of one pipeline stage of one model, and the two directions."""
 
     def __init__(self, spec: LlamaSpec, model: GPTModel, layout: ParallelLayout) -> None:
-        self.spec = spec
+        self.spec, self.model = spec, model
         self.layout = layout
         first_layer = spec.layers_of(layout.pp_rank, layout.pp_size).start
         tied = model.share_embeddings_and_output_weights

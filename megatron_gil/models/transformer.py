@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_gil.config import ConfigError
 from megatron_gil.models.attention import CachedSelfAttention, FusedAttention
 from megatron_gil.models.heads import ScalarHead
+from megatron_gil.models.hf import WeightMap
 from megatron_gil.models.llama import Head, LlamaSpec, check_layout
 from megatron_gil.models.norm import RMSNorm
 from megatron_gil.models.rope import rope_frequencies
@@ -56,7 +57,16 @@ def build_model(
     if head != "lm" and layout.is_last_pp_stage:
         groups = num_groups if head == "critic" else 0
         model.output_layer = ScalarHead(spec.hidden_size, groups, dtype, layout)
+    _mark_sharded_parameters(WeightMap(spec, model, layout))
     return model
+
+
+def _mark_sharded_parameters(weights: WeightMap) -> None:
+    """The mark without which a parameter counts in the gradient norm on the first tensor-parallel rank alone, as one
+    that all ranks hold alike; megatron's layers set it only when they draw their own weights."""
+    for entry in weights.entries:
+        parameter: Any = weights.model.get_parameter(entry.param_name)
+        parameter.tensor_model_parallel = entry.rule.shard_dim is not None
 
 
 def _transformer_config(
