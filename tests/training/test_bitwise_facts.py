@@ -64,16 +64,15 @@ def _gather(rollout: Rollout, layout: ParallelLayout) -> tuple[Tensor, Tensor, T
     )
 
 
-def _rate_zero(root: Path, layout: ParallelLayout) -> bool:
-    """Whether an iteration at rate 0 leaves every weight of every model as it is; weight decay is on."""
+def _rate_zero(root: Path, layout: ParallelLayout) -> tuple[bool, dict[str, float]]:
+    """(whether an iteration at rate 0 moves no weight, its metrics); weight decay is on, heads are tied."""
     still = {"lr": 0.0, "weight_decay": 0.1}
     config = ppo_config(optimizer=still, critic_optimizer=still, gil={"classifier": "own_model"})
-    trainer = make_trainer(config, root, layout)
+    trainer = make_trainer(config, root, layout, policy="tied")
     before = {role: full_weights(model) for role, model in trainer.models().items()}
-    metrics = trainer.iterate(0)
-    assert metrics["policy/gradient_norm"] > 0
+    metrics = dict(trainer.iterate(0))
     after = {role: full_weights(model) for role, model in trainer.models().items()}
-    return all(torch.equal(before[role][name], after[role][name]) for role in before for name in before[role])
+    return all(torch.equal(before[role][name], after[role][name]) for role in before for name in before[role]), metrics
 
 
 def _accuracies(root: Path, layout: ParallelLayout) -> tuple[float, float]:
@@ -121,14 +120,26 @@ def test_facts(layout: dict[str, Any], world: Path, one_rank: dict[str, Any]) ->
         assert metrics["policy/kl"] == metrics["policy/kl_sequence"] == 0.0
         assert metrics["policy/ratio"] == 1.0, "evaluate and update do not see the same log-probs"
         assert metrics["policy/approx_kl"] == metrics["policy/clip_fraction"] == 0.0
-        assert rank["still"], "a rate of 0 moved a weight"
+        still, tied_metrics = rank["still"]
+        assert still, "a rate of 0 moved a weight"
         accuracy, swapped = rank["accuracies"]
         assert swapped == 1 - accuracy
         assert accuracy not in (0.0, 0.5, 1.0), "swapping would prove nothing"
         own = {name: value for name, value in metrics.items() if not name.startswith("time/")}
         assert own == {n: v for n, v in ranks[0]["first"]["metrics"].items() if n in own}, "ranks log other numbers"
+        _compare(metrics, one_rank["first"]["metrics"])
+        _compare(tied_metrics, one_rank["still"][1])
         for found, expected in zip(rank["first"]["rollout"], one_rank["first"]["rollout"], strict=True):
             assert torch.equal(found, expected), "samples depend on the layout"
+
+
+def _compare(found: dict[str, float], expected: dict[str, float]) -> None:
+    """Every number of the iteration, gradient norms of sharded and tied weights among them, up to float32 rounding."""
+    assert found.keys() == expected.keys()
+    assert expected["policy/gradient_norm"] > 0
+    for name, value in expected.items():
+        if not name.startswith("time/"):
+            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_the_samples_have_both_ends(one_rank: dict[str, Any]) -> None:
