@@ -33,7 +33,9 @@ class RunSection:
     """Save and exit 75 once the process has run this long; null never."""
 
     def __post_init__(self) -> None:
-        _require(self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be above 0")
+        _require(
+            self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be above 0"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,12 +243,15 @@ class PpoSection:
     """Passes over each rollout."""
     kl_coef: float = 0.05
     """eta, weight of the per-token KL penalty in the reward; 0 is PPO without KL."""
+    advantages: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae needs a critic. rloo and grpo compare the shaped returns of a prompt's responses instead and have none: they
+    need responses_per_prompt of at least 2, and learned groups a classifier of its own (gil.classifier=own_model)."""
     gamma: float = 1.0
     gae_lambda: float = 0.95
     clip_range: float = 0.2
     value_clip_range: float = 0.2
     whiten_advantages: bool = True
-    """Zero mean, unit variance over the response tokens of the global batch."""
+    """Zero mean, unit variance over the response tokens of the global batch; not for grpo, which scales by prompt."""
     normalize_score: bool = True
     """Divide out the running mean and standard deviation of all scores so far (PPO-max)."""
     score_clip: float = 0.8
@@ -259,6 +264,10 @@ class PpoSection:
     def __post_init__(self) -> None:
         for name in ("iterations", "prompts", "responses_per_prompt", "epochs"):
             _require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1")
+        _require(
+            self.advantages == "gae" or self.responses_per_prompt > 1,
+            f"ppo.advantages={self.advantages} compares a prompt's responses; set ppo.responses_per_prompt to 2 or more",
+        )
         for name in ("gamma", "gae_lambda"):
             _require(0 <= getattr(self, name) <= 1, f"ppo.{name}={getattr(self, name)} must lie in [0, 1]")
         for name in ("kl_coef", "score_clip", "ptx_coef", "critic_warmup_updates"):

@@ -42,10 +42,29 @@ def check_rollout(config: PpoConfig, layout: ParallelLayout, train: PromptDatase
             f"ppo.prompts={config.ppo.prompts} x ppo.responses_per_prompt={config.ppo.responses_per_prompt} cannot "
             f"be divided by batch.global_size={config.batch.global_size}; change one of them"
         )
+    _check_comparisons(config, layout)
     if config.gil.groups == "known" and train.num_labelled < len(train):
         raise ConfigError(
             f"data.train={config.data.train}: gil.groups=known needs a group in every row, "
             f"{len(train) - train.num_labelled} of {len(train)} have none"
+        )
+
+
+def _check_comparisons(config: PpoConfig, layout: ParallelLayout) -> None:
+    """What rloo and grpo need."""
+    if config.ppo.advantages == "gae":
+        return
+    share, count = config.batch.global_size // layout.dp_size, config.ppo.responses_per_prompt
+    if share % count:
+        raise ConfigError(
+            f"ppo.advantages={config.ppo.advantages} needs a prompt's responses on one rank: batch.global_size="
+            f"{config.batch.global_size} / {layout.dp_size} data-parallel ranks = {share} rows cannot be divided by "
+            f"ppo.responses_per_prompt={count}"
+        )
+    if config.gil.num_groups > 1 and config.gil.groups == "learned" and config.gil.classifier == "critic_head":
+        raise ConfigError(
+            f"ppo.advantages={config.ppo.advantages} has no critic to hold the group classifier; "
+            "set gil.classifier=own_model"
         )
 
 

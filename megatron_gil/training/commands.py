@@ -141,12 +141,13 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
     head_groups = gil.num_groups if learned and gil.classifier == "critic_head" else 0
 
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
-    critic, absent = build_trainable(
-        config, "critic", "critic", layout, config.critic_optimizer, num_groups=head_groups
-    )
-    classifier = None
-    if "group_head.weight" in absent:
-        start_group_head(critic, gil, config.run.seed)
+    critic, classifier = None, None
+    if config.ppo.advantages == "gae":
+        critic, absent = build_trainable(
+            config, "critic", "critic", layout, config.critic_optimizer, num_groups=head_groups
+        )
+        if "group_head.weight" in absent:
+            start_group_head(critic, gil, config.run.seed)
     if learned and gil.classifier == "own_model":
         classifier, absent = build_trainable(
             config, "reward_model", "critic", layout, config.critic_optimizer, num_groups=gil.num_groups

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_gil.algo.advantages import gae, shape_rewards
+from megatron_gil.algo.advantages import gae, grpo_advantages, rloo_advantages, shape_rewards
 from megatron_gil.algo.masked import ScoreMoments, whiten
 from megatron_gil.config import GilSection, PpoSection
 from megatron_gil.training.grouping import Grouping, Invariance
@@ -52,8 +52,8 @@ def shape_experience(
         ordering = (scores.log_probs * mask * rewards.flip(1).cumsum(1).flip(1)).sum(1)
     invariance = grouping.settle(scores.group_probs, ordering, num_updates)
 
-    advantages, returns = gae(rewards, scores.values, mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
-    if ppo.whiten_advantages:
+    advantages, returns = _advantages(rewards, scores.values, mask, ppo)
+    if ppo.whiten_advantages and ppo.advantages != "grpo":
         advantages = whiten(advantages, mask, all_sum=all_sum)
     experience = Experience(
         tokens=rollout.tokens,
@@ -71,6 +71,15 @@ def shape_experience(
     _add_means(means, rollout, scores, trajectory_returns, kl_weights, invariance)
     metrics = with_deviations(means.reduce(all_sum))
     return experience, moments, metrics | _group_metrics(grouping, invariance, flipped)
+
+
+def _advantages(rewards: Tensor, values: Tensor, mask: Tensor, ppo: PpoSection) -> tuple[Tensor, Tensor]:
+    """(advantages, value targets), both [B, S]; without a critic one advantage per response, and targets of 0."""
+    if ppo.advantages == "gae":
+        return gae(rewards, values, mask, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
+    compare = {"rloo": rloo_advantages, "grpo": grpo_advantages}[ppo.advantages]
+    by_row = compare(rewards.sum(1), responses_per_prompt=ppo.responses_per_prompt)
+    return torch.where(mask, by_row[:, None], 0), torch.zeros_like(rewards)
 
 
 def rollout_means(rollout: Rollout, scores: Tensor, known_names: tuple[str, ...]) -> Means:

@@ -42,7 +42,7 @@ class PpoTrainer:
         *,
         policy: TrainableModel,
         ref_policy: MegatronModel,
-        critic: TrainableModel,
+        critic: TrainableModel | None,
         reward_model: MegatronModel,
         classifier: TrainableModel | None,
         grouping: Grouping,
@@ -54,7 +54,8 @@ class PpoTrainer:
         safe_point: Callable[[], None],
         all_sum: AllSum,
     ) -> None:
-        """classifier: the group classifier's own model; None where it is a head of the critic, or there is none.
+        """critic: None where advantages come from comparing a prompt's responses (rloo, grpo). classifier: the group
+        classifier's own model; None where it is a head of the critic, or there is none.
 
         safe_point: called where nothing has changed since the last iteration; it may raise to stop the run there.
         """
@@ -85,7 +86,7 @@ class PpoTrainer:
     def score(self, rollout: Rollout) -> Scores:
         """What every model says of the rollout, before any update."""
         policy = self.policy.evaluate(rollout, entropy=True)
-        critic = self.critic.evaluate(rollout)
+        critic = self.critic.evaluate(rollout) if self.critic else Readout(values=torch.zeros_like(policy.log_probs))
         groups = self.classifier.evaluate(rollout) if self.classifier else critic
         return Scores(
             log_probs=policy.log_probs,
@@ -109,8 +110,11 @@ class PpoTrainer:
             known_names=self.prompts.dataset.group_names,
             all_sum=self.all_sum,
         )
-        explained = explained_variance(scores.values, experience.returns, rollout.response_mask, all_sum=self.all_sum)
-        return experience, metrics | {"critic/explained_variance": float(explained)}
+        if self.critic:
+            mask = rollout.response_mask
+            explained = explained_variance(scores.values, experience.returns, mask, all_sum=self.all_sum)
+            metrics["critic/explained_variance"] = float(explained)
+        return experience, metrics
 
     def optimize(self, experience: Experience) -> dict[str, float]:
         """Both halves of the method: the critic with the classifier (stage 1), the policy with omega (stage 2)."""
@@ -158,7 +162,9 @@ class PpoTrainer:
         def classifier_loss(readout: Readout, rows: Experience) -> LossSum:
             return LossSum(total=num_tokens * group_loss(readout, rows), count=rows.response_mask.sum(), metrics={})
 
-        step = _named("critic", self.critic.update((minibatch, critic_loss), lr=lr))
+        step: dict[str, float] = {}
+        if self.critic:
+            step |= _named("critic", self.critic.update((minibatch, critic_loss), lr=lr))
         if self.classifier:
             step |= _named("classifier", self.classifier.update((minibatch, classifier_loss), lr=lr))
         return step
@@ -212,8 +218,8 @@ class PpoTrainer:
 
     def models(self) -> dict[str, TrainableModel]:
         """What a checkpoint holds."""
-        own = {"classifier": self.classifier} if self.classifier else {}
-        return {"policy": self.policy, "critic": self.critic, **own}
+        trained = {"policy": self.policy, "critic": self.critic, "classifier": self.classifier}
+        return {role: model for role, model in trained.items() if model is not None}
 
     def state(self) -> dict[str, Any]:
         moments = {"count": self.moments.count, "mean": self.moments.mean, "m2": self.moments.m2}
