@@ -266,7 +266,7 @@ class PpoSection:
             _require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1")
         _require(
             self.advantages == "gae" or self.responses_per_prompt > 1,
-            f"ppo.advantages={self.advantages} compares a prompt's responses; set ppo.responses_per_prompt to 2 or more",
+            f"ppo.advantages={self.advantages} compares a prompt's responses; set ppo.responses_per_prompt above 1",
         )
         for name in ("gamma", "gae_lambda"):
             _require(0 <= getattr(self, name) <= 1, f"ppo.{name}={getattr(self, name)} must lie in [0, 1]")
