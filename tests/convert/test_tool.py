@@ -1,0 +1,85 @@
+"""tools/convert_hf.py as a user runs it: exit codes, one line, signals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.convert.directories import assert_equal_bits, copy_as, edit_config, files_under, read_tensors
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/convert_hf.py"
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_in_and_out(world: Path, tmp_path: Path) -> None:
+    done = _run("import", world / "policy", tmp_path / "imported")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{world / 'policy'} -> {tmp_path / 'imported'}: 21 tensors, ")
+    done = _run("export", tmp_path / "imported", tmp_path / "exported", "--role", "policy", "--dtype", "bfloat16")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = {name: tensor.bfloat16() for name, tensor in read_tensors(world / "policy").items()}
+    assert_equal_bits(read_tensors(tmp_path / "exported"), expected)
+
+
+def test_what_is_wrong_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> None:
+    source = copy_as(world / "policy", tmp_path / "source")
+    edit_config(source, model_type="qwen2")
+    done = _run("import", source, tmp_path / "imported")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"convert_hf import: {source / 'config.json'}: model_type is 'qwen2'")
+    assert done.stderr.count("\n") == 1
+    assert files_under(tmp_path) == ["source"]
+
+
+def test_neither_import_nor_export_loads_torch() -> None:
+    check = "import sys; sys.argv = ['convert_hf.py', '--help']; sys.path.insert(0, 'tools'); import convert_hf; "
+    check += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+
+
+# The copy of the weights announces itself and then takes for ever.
+SLOW = """
+import shutil, sys, time
+sys.path.insert(0, "tools")
+import convert_hf
+from megatron_gil.models.convert import copy
+
+def copyfile(source, target):
+    target.write_bytes(b"half a file")
+    print("copying", flush=True)
+    time.sleep(60)
+
+copy.shutil.copyfile = copyfile
+sys.exit(convert_hf.main(sys.argv[1:]))
+"""
+
+
+def _interrupt(world: Path, tmp_path: Path, number: int) -> int:
+    command = [sys.executable, "-c", SLOW, "import", str(world / "policy"), str(tmp_path / "imported")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "copying\n"
+    process.send_signal(number)
+    process.wait(timeout=20)
+    process.stdout.close()
+    return process.returncode
+
+
+def test_a_stopped_conversion_leaves_nothing(world: Path, tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        assert _interrupt(world, tmp_path, number) != 0
+        assert files_under(tmp_path) == []
+
+
+def test_after_a_kill_nothing_has_the_name_and_the_next_one_clears_up(world: Path, tmp_path: Path) -> None:
+    assert _interrupt(world, tmp_path, signal.SIGKILL) == -signal.SIGKILL
+    assert files_under(tmp_path) == [".imported.tmp"]
+    assert _run("import", world / "policy", tmp_path / "imported").returncode == 0
+    assert files_under(tmp_path) == ["imported"]
+    assert_equal_bits(read_tensors(tmp_path / "imported"), read_tensors(world / "policy"))
