@@ -8,47 +8,38 @@ A stage that has finished is not run again, so a demo that was stopped goes on w
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from megatron_gil.config import ConfigError
 from megatron_gil.demo.results import POLICIES, read_results, write_results
+from megatron_gil.demo.stages import Runner, Stage, StageFailed
 from megatron_gil.demo.world import World, WorldSizes, world_at, write_world
 
+CLI = ("-m", "megatron_gil")
 RECIPES = Path(__file__).with_name("recipes")
 WORKERS = 2
 QUICK_UPDATES = {"sft": 80, "reward": 40, "dpo": 20, "ppo": 15, "ppo_kl": 15, "ppo_gil": 15}
 QUICK_SIZES = WorldSizes(demonstrations=2000, preferences=2000, prompts=500, eval_prompts=64, heldout_prompts=16)
 HELD_OUT_PROMPTS = "held_out_prompts.jsonl"  # of the training domains and of the held-out one
 STOPPED = 75
-
-
-class StageFailed(RuntimeError):
-    """A command ended badly; one line names its log."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One command. It has finished when `product` exists."""
-
-    name: str
-    arguments: Sequence[str]
-    product: Path
-    run_dir: Path | None = None  # of a training command
-    num_iterations: int = 1
 
 
 def run_demo(output: Path, *, quick: bool, seed: int) -> int:
@@ -59,8 +50,12 @@ def run_demo(output: Path, *, quick: bool, seed: int) -> int:
     world = _take_world(output, quick=quick, seed=seed)
     try:
         with _progress(console) as bars:
-            runner = _Runner(output, bars)
+            shown = _Bars(bars)
+            for name in ("responses", "scores"):
+                (output / name).mkdir(exist_ok=True)
+            runner = Runner(output / "logs", workers=WORKERS, show=shown.show)
             for wave in _plan(output, world, quick=quick, seed=seed):
+                shown.announce(wave)
                 runner.run_all(wave)
     except KeyboardInterrupt:
         console.print(f"stopped; `megatron-gil demo --output {output}` goes on from here", markup=False)
@@ -98,8 +93,8 @@ def _plan(output: Path, world: World, *, quick: bool, seed: int) -> list[list[St
         key = "ppo.iterations" if command == "ppo" else "train.updates"
         fixed = [f"run.dir={run_dir}", f"run.seed={seed}", f"{key}={count}"]
         product = run_dir / "checkpoints" / f"iter_{count:07}" / role
-        arguments = [command, "--config", str(RECIPES / f"{recipe}.yaml"), *fixed, *settings]
-        return Stage(name=recipe, arguments=arguments, product=product, run_dir=run_dir, num_iterations=count)
+        arguments = [*CLI, command, "--config", str(RECIPES / f"{recipe}.yaml"), *fixed, *settings]
+        return Stage(name=recipe, command=arguments, product=product, run_dir=run_dir, num_iterations=count)
 
     sft = train("sft", "sft", "policy", f"models.policy={world.model}", f"data.train={world.demonstrations}")
     reward = train(
@@ -123,15 +118,17 @@ def _plan(output: Path, world: World, *, quick: bool, seed: int) -> list[list[St
 def _answer(output: Path, name: str, policy: Path, seed: int) -> Stage:
     product = output / "responses" / f"{name}.jsonl"
     settings = ["data.max_prompt_tokens=40", "sampling.max_new_tokens=24", f"run.seed={seed}"]
-    arguments = ["generate", f"models.policy={policy}", f"data.train={output / HELD_OUT_PROMPTS}", *settings]
-    return Stage(name=f"answers of {name}", arguments=[*arguments, f"output={product}"], product=product)
+    files = [f"models.policy={policy}", f"data.train={output / HELD_OUT_PROMPTS}"]
+    command = [*CLI, "generate", *files, *settings, f"output={product}"]
+    return Stage(name=f"answers of {name}", command=command, product=product)
 
 
 def _score(output: Path, name: str, reward_model: Path) -> Stage:
     responses, product = output / "responses" / f"{name}.jsonl", output / "scores" / f"{name}.jsonl"
     settings = ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.global_size=64", "batch.micro_size=64"]
-    arguments = ["score", f"models.reward_model={reward_model}", f"data.train={responses}", *settings]
-    return Stage(name=f"scores of {name}", arguments=[*arguments, f"output={product}"], product=product)
+    files = [f"models.reward_model={reward_model}", f"data.train={responses}"]
+    command = [*CLI, "score", *files, *settings, f"output={product}"]
+    return Stage(name=f"scores of {name}", command=command, product=product)
 
 
 def _num_iterations(recipe: str, quick: bool) -> int:
@@ -144,58 +141,20 @@ def _num_iterations(recipe: str, quick: bool) -> int:
     return int(settings.ppo.iterations if "ppo" in settings else settings.train.updates)
 
 
-class _Runner:
-    """Runs stages as processes, two at a time, and shows how far each is."""
+class _Bars:
+    """A bar per stage."""
 
-    def __init__(self, output: Path, bars: Progress) -> None:
-        self._output, self._bars = output, bars
-        self._running: set[subprocess.Popen[bytes]] = set()
-        for name in ("logs", "responses", "scores"):
-            (output / name).mkdir(exist_ok=True)
+    def __init__(self, bars: Progress) -> None:
+        self._bars, self._tasks = bars, dict[str, TaskID]()
 
-    def run_all(self, stages: Sequence[Stage]) -> None:
-        tasks = {s.name: self._bars.add_task(s.name, total=s.num_iterations, start=False) for s in stages}
-        with ThreadPoolExecutor(WORKERS) as pool:
-            futures = [pool.submit(self._run, stage, tasks[stage.name]) for stage in stages]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:  # also a signal: no process may be left behind
-                for future in futures:
-                    future.cancel()
-                for process in list(self._running):
-                    process.terminate()  # it saves and ends
-                raise
+    def announce(self, stages: Sequence[Stage]) -> None:
+        for stage in stages:
+            self._tasks[stage.name] = self._bars.add_task(stage.name, total=stage.num_iterations, start=False)
 
-    def _run(self, stage: Stage, task: Any) -> None:
-        self._bars.start_task(task)
-        if not stage.product.exists():
-            log = self._output / "logs" / f"{stage.name.replace(' ', '_')}.log"
-            with log.open("ab") as file:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "megatron_gil", *stage.arguments],
-                    stdout=file,
-                    stderr=file,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # the terminal's Ctrl-C reaches the demo, which hands it on once
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},  # two processes on two cores
-                )
-            self._running.add(process)
-            while process.poll() is None:
-                self._bars.update(task, completed=_count_lines(stage.run_dir))
-                time.sleep(0.2)
-            self._running.discard(process)
-            if process.returncode != 0 or not stage.product.exists():
-                raise StageFailed(f"{stage.name} ended with exit code {process.returncode}; its output is in {log}")
-        self._bars.update(task, completed=stage.num_iterations)
-
-
-def _count_lines(run_dir: Path | None) -> int:
-    """Iterations that a run has logged."""
-    try:
-        return 0 if run_dir is None else (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
+    def show(self, stage: Stage, done: int) -> None:
+        if done == 0:
+            self._bars.start_task(self._tasks[stage.name])
+        self._bars.update(self._tasks[stage.name], completed=done)
 
 
 def _progress(console: Console) -> Progress:
