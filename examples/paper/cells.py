@@ -1,0 +1,136 @@
+"""The cells of grid.yaml: one method on one seed each, and where a cell keeps its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_gil.config import ConfigError
+from megatron_gil.demo.pipeline import HELD_OUT_PROMPTS, RECIPES
+from megatron_gil.demo.world import World, world_at, write_world
+
+GRID = Path(__file__).with_name("grid.yaml")
+ROLES = {"sft": "policy", "reward": "reward_model", "dpo": "policy", "ppo": "policy"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A method. `settings` are all overrides of the command's recipe, those of the cell it is like included."""
+
+    name: str
+    label: str
+    command: str
+    iterations: int
+    settings: Sequence[str]
+
+
+def read_grid(path: Path = GRID) -> dict[str, Cell]:
+    """The cells in the order in which they run."""
+    tree: Any = OmegaConf.to_container(OmegaConf.load(path))
+    cells: dict[str, Cell] = {}
+    for name, entry in tree["cells"].items():
+        like = entry.get("like")
+        if like is not None and like not in cells:
+            raise ConfigError(f"{path}: {name} is like {like}, which no cell above it is called")
+        extra = tree["sampled"] if entry["command"] == "ppo" else []
+        inherited = [*tree["common"], *extra] if like is None else cells[like].settings
+        cells[name] = Cell(
+            name=name,
+            label=entry["label"],
+            command=entry["command"],
+            iterations=tree["iterations"][entry["command"]],
+            settings=[*inherited, *entry.get("set", [])],
+        )
+    return cells
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a cell of a seed is."""
+
+    output: Path
+    seed: int
+    cell: Cell
+
+    @property
+    def seed_dir(self) -> Path:
+        return self.output / f"seed_{self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.seed_dir / self.cell.name
+
+    @property
+    def rows(self) -> Path:
+        """The result; a cell is finished when it exists."""
+        return self.run_dir / "rows.jsonl"
+
+    @property
+    def replies(self) -> Path:
+        """The replies to the held-out prompts, scored."""
+        return self.run_dir / "scored_replies.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """What the cell trained."""
+        return self.run_dir / "checkpoints" / f"iter_{self.cell.iterations:07}" / ROLES[self.cell.command]
+
+    def take(self) -> None:
+        """Make the cell's directory its own; ConfigError where it was begun with other settings."""
+        record, wanted = self.run_dir / "cell.json", json.loads(json.dumps(asdict(self.cell)))
+        if record.exists():
+            found = json.loads(record.read_text(encoding="utf-8"))
+            if found != wanted:
+                raise ConfigError(f"{self.run_dir} was begun with other settings; choose another --output")
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(wanted), encoding="utf-8")
+
+
+def take_world(seed_dir: Path, seed: int) -> None:
+    """Write a seed's world, unless it is there in full."""
+    done = seed_dir / HELD_OUT_PROMPTS
+    if done.exists():
+        return
+    shutil.rmtree(seed_dir / "world", ignore_errors=True)
+    world = write_world(seed_dir / "world", seed=seed)
+    done.write_bytes(world.prompts_eval.read_bytes() + world.prompts_heldout.read_bytes())
+
+
+def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
+    """Arguments of `megatron-gil`, in order: train, and for a policy answer the held-out prompts and score that."""
+    world, cell = world_at(place.seed_dir / "world"), place.cell
+    sft, reward = (_at(place, cells[name]).model for name in ("sft", "reward"))
+    key = "ppo.iterations" if cell.command == "ppo" else "train.updates"
+    fixed = [f"run.dir={place.run_dir}", f"run.seed={place.seed}", f"{key}={cell.iterations}"]
+    files = _training_files(cell.command, world, sft, reward)
+    train = [cell.command, "--config", str(RECIPES / f"{cell.command}.yaml"), *fixed, *files, *cell.settings]
+    if cell.command == "reward":
+        return [train]
+    replies = place.run_dir / "replies.jsonl"
+    answer = ["generate", f"models.policy={place.model}", f"data.train={place.seed_dir / HELD_OUT_PROMPTS}"]
+    answer += ["data.max_prompt_tokens=40", "sampling.max_new_tokens=24", f"run.seed={place.seed}", f"output={replies}"]
+    score = ["score", f"models.reward_model={reward}", f"data.train={replies}", f"output={place.replies}"]
+    score += ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.global_size=64", "batch.micro_size=64"]
+    return [train, answer, score]
+
+
+def _training_files(command: str, world: World, sft: Path, reward: Path) -> list[str]:
+    return {
+        "sft": [f"models.policy={world.model}", f"data.train={world.demonstrations}"],
+        "reward": [
+            f"models.reward_model={sft}", f"data.train={world.preferences}", f"data.eval={world.preferences_eval}"
+        ],
+        "dpo": [f"models.policy={sft}", f"data.train={world.preferences}"],
+        "ppo": [f"models.policy={sft}", f"models.reward_model={reward}", f"data.train={world.prompts}"],
+    }[command]  # fmt: skip
+
+
+def _at(place: Place, cell: Cell) -> Place:
+    return Place(output=place.output, seed=place.seed, cell=cell)
