@@ -1,0 +1,184 @@
+#!/usr/bin/env bash
+# The reproduction as one chain of Slurm jobs: import -> SFT -> reward model -> PPO-GIL and its baselines -> answers and
+# their scores -> export, win rates, report.
+#
+#   slurm/pipeline.sh --llama DIR --data DIR --output DIR [options] [[STAGE:]section.key=value ...]
+#
+#   --llama DIR            a Hugging Face Llama
+#   --data DIR             preferences and prompts: train/ and eval/ as tools/prepare_data.py writes them
+#   --demonstrations DIR   the same for SFT (default: --data)
+#   --output DIR           everything is written below it; given again, the chain goes on with what is not done
+#   --recipes DIR          sft.yaml, reward.yaml, dpo.yaml, generate.yaml, score.yaml and one YAML for each method
+#                          (default: examples/paper_7b)
+#   --methods "A B ..."    PPO runs, one array task each; the first is the one compared with the rest
+#                          (default: "ppo_gil ppo_kl ppo")
+#   --nodes N              of each training job (default 1)
+#   --dry-run              check every stage on this machine, print the jobs, submit nothing
+#
+# Overrides go to every training stage, or to the one named before the colon (sft:, reward:, dpo:, ppo:, generate:,
+# score:). A stage that fails cancels all after it; DIR/pipeline.log says why, in one line.
+set -euo pipefail
+
+slurm_dir=$(cd "$(dirname "$0")" && pwd)
+project_dir=$(dirname "$slurm_dir")
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit "$1"; }
+die() { echo "pipeline.sh: $*" >&2; exit 2; }
+
+llama='' data='' demonstrations='' out='' recipes=$project_dir/examples/paper_7b
+methods="ppo_gil ppo_kl ppo" nodes=1 dry_run='' overrides=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry_run=yes; shift; continue ;;
+    -h | --help) usage 0 ;;
+    --*) [ $# -ge 2 ] || die "$1 needs a value" ;;
+  esac
+  case $1 in
+    --llama) llama=$2; shift 2 ;;
+    --data) data=$2; shift 2 ;;
+    --demonstrations) demonstrations=$2; shift 2 ;;
+    --output) out=$2; shift 2 ;;
+    --recipes) recipes=$2; shift 2 ;;
+    --methods) methods=$2; shift 2 ;;
+    --nodes) nodes=$2; shift 2 ;;
+    *=*) overrides+=("$1"); shift ;;
+    *) die "unknown argument $1; --help lists them" ;;
+  esac
+done
+for name in llama data out; do
+  [ -n "${!name}" ] || die "--${name/out/output} is not given; --help lists the arguments"
+done
+demonstrations=${demonstrations:-$data}
+for directory in "$llama" "$data" "$demonstrations" "$recipes"; do
+  [ -d "$directory" ] || die "$directory is not a directory"
+done
+absolute() { realpath --no-symlinks --canonicalize-missing "$1"; }
+llama=$(absolute "$llama") data=$(absolute "$data") demonstrations=$(absolute "$demonstrations")
+out=$(absolute "$out") recipes=$(absolute "$recipes")
+for method in sft reward dpo generate score $methods; do
+  [ -e "$recipes/$method.yaml" ] || die "$recipes/$method.yaml does not exist"
+done
+. "$slurm_dir/env.sh"
+
+# --- the arguments of each stage
+sft=$out/sft/final/policy reward=$out/reward/final/reward_model
+eval_prompts=$data/eval
+own() { # own STAGE: the overrides for it, one a line
+  local override
+  for override in "${overrides[@]}"; do
+    case $override in
+      "$1":*) echo "${override#*:}" ;;
+      sft:* | reward:* | dpo:* | ppo:* | generate:* | score:*) ;;
+      *) case $1 in generate | score) ;; *) echo "$override" ;; esac ;;
+    esac
+  done
+}
+stage_arguments() { # stage_arguments STAGE: the command line of megatron-gil, one argument a line
+  case $1 in
+    sft)
+      printf '%s\n' sft --config "$recipes/sft.yaml" run.dir="$out/sft" models.policy="$out/llama" \
+        data.train="$demonstrations/train" data.eval="$demonstrations/eval" ;;
+    reward)
+      printf '%s\n' reward --config "$recipes/reward.yaml" run.dir="$out/reward" models.reward_model="$sft" \
+        data.train="$data/train" data.eval="$data/eval" ;;
+    dpo)
+      printf '%s\n' dpo --config "$recipes/dpo.yaml" run.dir="$out/dpo" models.policy="$sft" \
+        data.train="$data/train" data.eval="$data/eval" ;;
+    ppo)
+      printf '%s\n' ppo --config "$recipes/{method}.yaml" run.dir="$out/{method}" models.policy="$sft" \
+        models.reward_model="$reward" data.train="$data/train" data.eval="$eval_prompts" ;;
+    generate)
+      printf '%s\n' generate --config "$recipes/generate.yaml" models.policy="$out/{method}/final/policy" \
+        data.train="$eval_prompts" output="$out/responses/{method}.jsonl" ;;
+    score)
+      printf '%s\n' score --config "$recipes/score.yaml" models.reward_model="$reward" \
+        data.train="$out/responses/{method}.jsonl" output="$out/scores/{method}.jsonl" ;;
+  esac
+  own "$1"
+}
+
+# --- what can be wrong is found now, not after days
+tasks=$nodes
+for option in "${train_options[@]}"; do
+  case $option in --ntasks-per-node=*) tasks=$((nodes * ${option#*=})) ;; esac
+done
+check() { # check STAGE [METHOD]: the command's own --dry-run, with sizes of the base model where a stage has yet to run
+  local arguments
+  mapfile -t arguments < <(stage_arguments "$1")
+  arguments=("${arguments[@]//\{method\}/${2:-}}")
+  echo "== ${2:-$1}"
+  "${launch[@]}" -m megatron_gil "${arguments[@]}" --dry-run --gpus "$tasks" --sizes-from "$llama" ||
+    die "stage ${2:-$1} cannot run as it is; see the line above"
+}
+cd "$project_dir"
+if "${launch[@]}" -c 'import megatron_gil' 2> /dev/null; then
+  checks=$(check sft; check reward; check dpo; for method in $methods; do check ppo "$method"; done) || exit 2
+  [ -z "$dry_run" ] || printf '%s\n' "$checks"
+else
+  echo "pipeline.sh: megatron_gil does not import here (${launch[*]}); the stages are not checked before they run" >&2
+fi
+
+# --- submit
+submit() { # submit NAME AFTER OPTION... -- ARGUMENT...: the job's number; AFTER: numbers joined by colons, or nothing
+  local name=$1 after=$2 options=()
+  shift 2
+  while [ "$1" != -- ]; do options+=("$1"); shift; done
+  shift
+  set -- sbatch --parsable --job-name="$name" --output="$out/logs/$name${array:+.%a}.log" "${job_options[@]}" \
+    "${options[@]}" ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} "$@"
+  if [ -n "$dry_run" ]; then
+    printf '%q ' "$@" >&2
+    echo >&2
+    echo "\$$name"
+    return
+  fi
+  local number
+  number=$("$@") || die "sbatch refused the stage $name; cancel those before it: scancel $(tr '\n' ' ' < "$out/jobs")"
+  number=${number%%;*} # with several clusters, JOB;CLUSTER
+  echo "$number" >> "$out/jobs"
+  echo "$name: job $number" >&2
+  echo "$number"
+}
+train() { # train STAGE AFTER [METHODS]: with methods, an array of one task each
+  local arguments array=''
+  mapfile -t arguments < <(stage_arguments "$1")
+  if [ -n "${3:-}" ]; then
+    local words
+    read -ra words <<< "$3"
+    array=--array=0-$((${#words[@]} - 1))
+  fi
+  MEGATRON_GIL_METHODS=${3:-} submit "$1" "$2" "${train_options[@]}" --nodes="$nodes" \
+    --signal=B:USR1@"$save_seconds" ${array:+"$array"} -- "$slurm_dir/train.sbatch" "${arguments[@]}"
+}
+tool() { # tool NAME AFTER PRODUCT ARGUMENT...
+  local array=''
+  submit "$1" "$2" "${tool_options[@]}" -- "$slurm_dir/tool.sbatch" "${@:3}"
+}
+
+export MEGATRON_GIL_LOG=$out/pipeline.log MEGATRON_GIL_CLUSTER=${MEGATRON_GIL_CLUSTER:-$slurm_dir/cluster.sh}
+if [ -z "$dry_run" ]; then
+  mkdir -p "$out"/{logs,responses,scores}
+  if [ -s "$out/jobs" ] && alive=$(squeue --noheader --format=%A --jobs "$(paste -sd, "$out/jobs")" 2> /dev/null) &&
+    [ -n "$alive" ]; then
+    die "$out: jobs of this chain are still there: $(echo "$alive" | sort -u | paste -sd' '); scancel them first"
+  fi
+  : > "$out/jobs"
+fi
+all="sft dpo $methods" first=${methods%% *}
+job_import=$(tool import "" "$out/llama" tools/convert_hf.py import "$llama" "$out/llama")
+job_sft=$(train sft "$job_import")
+job_reward=$(train reward "$job_sft")
+job_dpo=$(train dpo "$job_sft")
+job_ppo=$(train ppo "$job_reward" "$methods")
+job_generate=$(train generate "$job_ppo:$job_dpo" "$all")
+job_score=$(train score "$job_generate" "$all")
+tool export "$job_ppo" "$out/policy_hf" tools/convert_hf.py export "$out/$first" "$out/policy_hf" > /dev/null
+rest=() runs=()
+for method in $all; do
+  runs+=("$out/$method")
+  [ "$method" = "$first" ] || rest+=("$out/scores/$method.jsonl")
+done
+tool evaluate "$job_score" "$out/win_rates.json" -m megatron_gil evaluate "$out/scores/$first.jsonl" "${rest[@]}" \
+  --output "$out/win_rates.json" > /dev/null
+tool report "$job_score" "$out/report.html" -m megatron_gil report "${runs[@]}" "$out/reward" \
+  --output "$out/report.html" > /dev/null
+[ -n "$dry_run" ] || echo "what happens is written to $out/pipeline.log, one line a step; logs of the stages: $out/logs"
