@@ -28,7 +28,7 @@ def run_cell(place: Place) -> int:
     """Exit code of the first command that fails, or 0 once the cell's rows are written."""
     started = time.monotonic()
     for unfinished in ("replies.jsonl", place.replies.name):
-        (place.run_dir / unfinished).unlink(missing_ok=True)
+        (place.cell_dir / unfinished).unlink(missing_ok=True)
     for command in commands(place, read_grid()):
         code = cli.main(command)
         if code:

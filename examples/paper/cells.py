@@ -63,18 +63,23 @@ class Place:
         return self.output / f"seed_{self.seed}"
 
     @property
-    def run_dir(self) -> Path:
+    def cell_dir(self) -> Path:
         return self.seed_dir / self.cell.name
+
+    @property
+    def run_dir(self) -> Path:
+        """Of the training command alone."""
+        return self.cell_dir / "run"
 
     @property
     def rows(self) -> Path:
         """The result; a cell is finished when it exists."""
-        return self.run_dir / "rows.jsonl"
+        return self.cell_dir / "rows.jsonl"
 
     @property
     def replies(self) -> Path:
         """The replies to the held-out prompts, scored."""
-        return self.run_dir / "scored_replies.jsonl"
+        return self.cell_dir / "scored_replies.jsonl"
 
     @property
     def model(self) -> Path:
@@ -83,13 +88,13 @@ class Place:
 
     def take(self) -> None:
         """Make the cell's directory its own; ConfigError where it was begun with other settings."""
-        record, wanted = self.run_dir / "cell.json", json.loads(json.dumps(asdict(self.cell)))
+        record, wanted = self.cell_dir / "cell.json", json.loads(json.dumps(asdict(self.cell)))
         if record.exists():
             found = json.loads(record.read_text(encoding="utf-8"))
             if found != wanted:
-                raise ConfigError(f"{self.run_dir} was begun with other settings; choose another --output")
+                raise ConfigError(f"{self.cell_dir} was begun with other settings; choose another --output")
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.cell_dir.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(wanted), encoding="utf-8")
 
 
@@ -113,7 +118,7 @@ def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
     train = [cell.command, "--config", str(RECIPES / f"{cell.command}.yaml"), *fixed, *files, *cell.settings]
     if cell.command == "reward":
         return [train]
-    replies = place.run_dir / "replies.jsonl"
+    replies = place.cell_dir / "replies.jsonl"
     answer = ["generate", f"models.policy={place.model}", f"data.train={place.seed_dir / HELD_OUT_PROMPTS}"]
     answer += ["data.max_prompt_tokens=40", "sampling.max_new_tokens=24", f"run.seed={place.seed}", f"output={replies}"]
     score = ["score", f"models.reward_model={reward}", f"data.train={replies}", f"output={place.replies}"]

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from megatron_gil.config import ConfigError
-from megatron_gil.demo.stages import Runner, Stage
+from megatron_gil.demo.stages import Runner, Stage, StageFailed
 
 MAX_WORKERS = 2
 STOPPED = 75
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, highlight=False)
     try:
         failures = run_grid(arguments.output.absolute(), arguments.seeds, arguments.only, arguments.workers, console)
-    except ConfigError as error:
+    except (ConfigError, StageFailed) as error:
         print(f"examples/paper: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         return STOPPED
@@ -65,12 +65,12 @@ def run_grid(
         place.take()
     for seed in seeds:
         take_world(output / f"seed_{seed}", seed)
-    failures: list[Exception] = []
     with Progress(list(cells.values()), seeds, console) as progress:
         runner = Runner(output / "logs", workers=workers, show=progress.show)
-        for wave in waves(places):
-            failures += runner.run_all([_stage(place) for place in wave], keep_going=True)
-    return list(failures)
+        *needed, last = waves(places)
+        for wave in needed:
+            runner.run_all([_stage(place) for place in wave])
+        return list(runner.run_all([_stage(place) for place in last], keep_going=True))
 
 
 def choose(cells: dict[str, Cell], only: Sequence[str] | None) -> dict[str, Cell]:
