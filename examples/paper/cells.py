@@ -16,18 +16,21 @@ from megatron_gil.demo.pipeline import HELD_OUT_PROMPTS, RECIPES
 from megatron_gil.demo.world import World, world_at, write_world
 
 GRID = Path(__file__).with_name("grid.yaml")
+NEEDED = ("sft_model", "reward")
+"""Cells that others start from."""
 ROLES = {"sft": "policy", "reward": "reward_model", "dpo": "policy", "ppo": "policy"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A method. `settings` are all overrides of the command's recipe, those of the cell it is like included."""
+    """A method. Command "none" trains nothing and answers with the SFT model."""
 
     name: str
     label: str
     command: str
     iterations: int
     settings: Sequence[str]
+    """All overrides of the command's recipe, those of the cell it is like included."""
 
 
 def read_grid(path: Path = GRID) -> dict[str, Cell]:
@@ -111,19 +114,19 @@ def take_world(seed_dir: Path, seed: int) -> None:
 def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
     """Arguments of `megatron-gil`, in order: train, and for a policy answer the held-out prompts and score that."""
     world, cell = world_at(place.seed_dir / "world"), place.cell
-    sft, reward = (_at(place, cells[name]).model for name in ("sft", "reward"))
+    sft, reward = (_at(place, cells[name]).model for name in NEEDED)
     key = "ppo.iterations" if cell.command == "ppo" else "train.updates"
     fixed = [f"run.dir={place.run_dir}", f"run.seed={place.seed}", f"{key}={cell.iterations}"]
     files = _training_files(cell.command, world, sft, reward)
     train = [cell.command, "--config", str(RECIPES / f"{cell.command}.yaml"), *fixed, *files, *cell.settings]
-    if cell.command == "reward":
+    if cell.command in ("sft", "reward"):  # the reward model, which scores replies, is not there yet
         return [train]
-    replies = place.cell_dir / "replies.jsonl"
-    answer = ["generate", f"models.policy={place.model}", f"data.train={place.seed_dir / HELD_OUT_PROMPTS}"]
+    policy, replies = sft if cell.command == "none" else place.model, place.cell_dir / "replies.jsonl"
+    answer = ["generate", f"models.policy={policy}", f"data.train={place.seed_dir / HELD_OUT_PROMPTS}"]
     answer += ["data.max_prompt_tokens=40", "sampling.max_new_tokens=24", f"run.seed={place.seed}", f"output={replies}"]
     score = ["score", f"models.reward_model={reward}", f"data.train={replies}", f"output={place.replies}"]
     score += ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.global_size=64", "batch.micro_size=64"]
-    return [train, answer, score]
+    return [answer, score] if cell.command == "none" else [train, answer, score]
 
 
 def _training_files(command: str, world: World, sft: Path, reward: Path) -> list[str]:
@@ -134,6 +137,7 @@ def _training_files(command: str, world: World, sft: Path, reward: Path) -> list
         ],
         "dpo": [f"models.policy={sft}", f"data.train={world.preferences}"],
         "ppo": [f"models.policy={sft}", f"models.reward_model={reward}", f"data.train={world.prompts}"],
+        "none": [],
     }[command]  # fmt: skip
 
 

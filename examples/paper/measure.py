@@ -21,15 +21,16 @@ LAST = 10
 
 def measure(run_dir: Path, replies: Path) -> dict[str, float]:
     """metric -> value; a metric that the cell does not have is left out."""
-    run = read_run(run_dir)
-    numbers = _of_training(run)
+    numbers: dict[str, float] = {}
     if replies.exists():
         rows = [json.loads(line) for line in replies.read_text(encoding="utf-8").splitlines()]
         numbers |= of_replies(rows)
+    if not run_dir.exists():
+        return numbers
+    run = read_run(run_dir)
     if run.samples and "group_probs" in run.samples[0]:
-        numbers |= of_samples(run.samples)
-        numbers |= of_groups(run)
-    return numbers
+        numbers |= of_samples(run.samples) | of_groups(run)
+    return numbers | _of_training(run)
 
 
 def of_replies(rows: Sequence[Json]) -> dict[str, float]:

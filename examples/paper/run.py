@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from cells import Cell, Place, read_grid, take_world
+from cells import NEEDED, Cell, Place, read_grid, take_world
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -24,7 +24,7 @@ from megatron_gil.demo.stages import Runner, Stage, StageFailed
 
 MAX_WORKERS = 2
 STOPPED = 75
-WAVES = (("sft",), ("reward", "dpo"))
+WAVES = (("sft_model",), ("reward", "dpo"))
 """What later cells need; all others follow in one wave."""
 
 
@@ -78,7 +78,7 @@ def choose(cells: dict[str, Cell], only: Sequence[str] | None) -> dict[str, Cell
     unknown = sorted(set(only or ()) - set(cells))
     if unknown:
         raise ConfigError(f"no cell is called {', '.join(unknown)}; the cells are {', '.join(cells)}")
-    return {name: cell for name, cell in cells.items() if not only or name in (*only, "sft", "reward")}
+    return {name: cell for name, cell in cells.items() if not only or name in (*only, *NEEDED)}
 
 
 def waves(places: Sequence[Place]) -> list[list[Place]]:
@@ -96,7 +96,7 @@ def _stage(place: Place) -> Stage:
         command=[str(script), *where],
         product=place.rows,
         run_dir=place.run_dir,
-        num_iterations=place.cell.iterations,
+        num_iterations=place.cell.iterations or 1,
     )
 
 
