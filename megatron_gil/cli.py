@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_gil import __version__
+from megatron_gil.training.signals import StopSignal
 
 COMMANDS = {
     "sft": "train a policy on demonstrations",
@@ -26,10 +27,11 @@ CONFIGURED = ("sft", "reward", "dpo", "ppo", "generate", "score")
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the run failed, 2 the user's config or data is wrong, 75 stopped after saving."""
     arguments = _parser().parse_args(argv)
+    stop = StopSignal() if arguments.command in CONFIGURED else None  # before anything slow
     from megatron_gil.config import ConfigError
 
     try:
-        return _run(arguments)
+        return _run_configured(arguments, stop) if stop else _run(arguments)
     except ConfigError as error:
         if _rank() == 0:
             print(f"megatron-gil {arguments.command}: {error}", file=sys.stderr)
@@ -65,8 +67,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.command in CONFIGURED:
-        return _run_configured(arguments)
     if arguments.command == "evaluate":
         from megatron_gil.demo.gold import gold_score
         from megatron_gil.evaluation.command import evaluate
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.output, quick=arguments.quick, seed=arguments.seed)
 
 
-def _run_configured(arguments: argparse.Namespace) -> int:
+def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
     from megatron_gil import config as c
 
     classes = {
@@ -95,7 +95,7 @@ def _run_configured(arguments: argparse.Namespace) -> int:
     config = c.load_config(classes[arguments.command], arguments.config, arguments.overrides)
     from megatron_gil.training.commands import run_command
 
-    return run_command(arguments.command, config)
+    return run_command(arguments.command, config, stop)
 
 
 def _rank() -> int:

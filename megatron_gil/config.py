@@ -183,6 +183,12 @@ class CheckpointSection:
     """How many checkpoints stay."""
     keep_every: int = 0
     """Checkpoints of every n-th iteration stay for ever; 0: none does."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (disk full, read-only, gone): stop with exit code 1, or go on without it. The
+    last good one is kept either way, and a run that cannot save its last iteration fails."""
+    background: bool = False
+    """Write in a thread while training goes on: the weights are copied to host memory, and the checkpoint counts from
+    the iteration after its files are complete. A stop waits for it."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, f"checkpoint.every={self.every} must be at least 1")

@@ -13,45 +13,42 @@ random state is stored because there is none: every draw is a pure function of (
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron_gil.config import CheckpointSection
+from megatron_gil.engine.files import FileWriter, digest, read_manifest, reason, sync, write_manifest
 from megatron_gil.engine.megatron import TrainableModel
-from megatron_gil.engine.optimizer import MOMENTS, Fragment
-from megatron_gil.engine.shards import ShardWriter, write_text
-from megatron_gil.models.hf import WeightMap, load_weights
-from megatron_gil.models.hf_files import HfTensors
-from megatron_gil.parallel.collectives import all_sum, barrier, broadcast_object, gather_objects
+from megatron_gil.engine.model_files import load_optimizer, save_model, save_optimizer
+from megatron_gil.engine.shards import Renames
+from megatron_gil.models.hf import load_weights
+from megatron_gil.parallel.collectives import all_agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
-
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint can be read or written; one line says why."""
+    """No checkpoint can be read or written; one line says why. Raised by all ranks alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedState:
     iteration: int
     trainer: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfinished:
+    """A checkpoint whose files are being written, beside its place."""
+
+    iteration: int
+    beside: Path
+    files: FileWriter
+    renames: Renames
 
 
 class CheckpointStore:
@@ -61,36 +58,52 @@ class CheckpointStore:
         self, directory: Path, layout: ParallelLayout, section: CheckpointSection, *, tokenizer_dir: Path
     ) -> None:
         self._directory, self._layout, self._section, self._tokenizer_dir = directory, layout, section, tokenizer_dir
+        self._unfinished: _Unfinished | None = None
 
-    def save(self, iteration: int, models: Mapping[str, TrainableModel], state: dict[str, Any]) -> Path:
+    def save(self, iteration: int, models: Mapping[str, TrainableModel], state: dict[str, Any]) -> None:
         """Write beside, then rename: a checkpoint is there whole or not at all. Then delete what may go."""
-        final = self._directory / f"iter_{iteration:07}"
-        beside = self._directory / f".{final.name}.tmp"
-        if self._layout.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-            for role in models:
-                (beside / role).mkdir(parents=True)
-                (beside / f"{role}.optimizer").mkdir()
-        barrier(self._layout)
-        for role, model in models.items():
-            save_model(model, beside / role, self._tokenizer_dir)
-            _save_optimizer(model, beside / f"{role}.optimizer")
-        steps = {role: model.num_steps for role, model in models.items()}
-        if self._layout.is_main:
-            content = {"iteration": iteration, "steps": steps, "trainer": state}
-            write_text(beside / "state.json", json.dumps(content, indent=1))
-        barrier(self._layout)
-        manifest = self._digest(beside, sorted(str(p.relative_to(beside)) for p in beside.rglob("*") if p.is_file()))
-        if self._layout.is_main:
-            write_text(beside / "manifest.json", json.dumps(manifest, indent=1))
-            if final.exists():  # saved twice at one iteration: a stop right after a resume
-                shutil.rmtree(final)
-            beside.rename(final)
-            self._prune(iteration)
-        barrier(self._layout)
-        return final
+        self.begin(iteration, models, state)
+        self.finish(wait=True)
 
-    def find(self, note: Any = None) -> Path | None:
+    def begin(self, iteration: int, models: Mapping[str, TrainableModel], state: dict[str, Any]) -> None:
+        """Write all files beside; with checkpoint.background only copy to host memory, and leave the rest to a thread.
+
+        CheckpointError where the directory cannot be made; other errors come from `finish`.
+        """
+        assert self._unfinished is None, "the checkpoint before is not finished"
+        beside = self._directory / f".iter_{iteration:07}.tmp"
+        self._on_main(iteration, lambda: self._make_directories(beside, models))
+        files, renames = FileWriter(background=self._section.background), Renames()
+        for role, model in models.items():
+            renames |= save_model(model, beside / role, self._tokenizer_dir, files)
+            renames |= save_optimizer(model, beside / f"{role}.optimizer", files)
+        if self._layout.is_main:
+            steps = {role: model.num_steps for role, model in models.items()}
+            files.text(
+                beside / "state.json", json.dumps({"iteration": iteration, "steps": steps, "trainer": state}, indent=1)
+            )
+        files.start()
+        self._unfinished = _Unfinished(iteration, beside, files, renames)
+
+    def finish(self, *, wait: bool) -> None:
+        """Put the checkpoint that was begun in its place, if there is one and all ranks have written their files.
+
+        wait: wait until they have. Raises CheckpointError, with what rank and file, if any could not be written.
+        """
+        unfinished = self._unfinished
+        if unfinished is None or not (wait or all_agree(unfinished.files.done, self._layout)):
+            return
+        unfinished.files.wait()
+        self._unfinished = None
+        for rank, error in enumerate(gather_objects(unfinished.files.error, self._layout)):
+            if error:
+                self._on_main(unfinished.iteration, lambda: shutil.rmtree(unfinished.beside, ignore_errors=True))
+                raise CheckpointError(f"iteration {unfinished.iteration} cannot be saved: rank {rank}: {error}")
+        written = gather_objects(unfinished.files.entries, self._layout)
+        entries = {path: entry for part in written for path, entry in part.items()}
+        self._on_main(unfinished.iteration, lambda: self._publish(unfinished, entries))
+
+    def find(self, note: Callable[[str], object] | None = None) -> Path | None:
         """The newest checkpoint whose files are all as the manifest says; None where there never was one.
 
         note: called on rank 0 with a line for each damaged one. Raises CheckpointError where all are damaged.
@@ -115,41 +128,54 @@ class CheckpointStore:
             if not (path / role).is_dir():
                 raise CheckpointError(f"{path}: holds no {role}; it is of another kind of run")
             load_weights(model.module, model.spec, path / role, self._layout)
-            _load_optimizer(model, path / f"{role}.optimizer", content["steps"][role])
+            load_optimizer(model, path / f"{role}.optimizer", content["steps"][role])
         return LoadedState(content["iteration"], content["trainer"])
+
+    def _on_main(self, iteration: int, act: Callable[[], None]) -> None:
+        """Rank 0 acts for all; if the system refuses, every rank raises CheckpointError."""
+        error = ""
+        if self._layout.is_main:
+            try:
+                act()
+            except OSError as refused:
+                error = f"{refused.filename}: {reason(refused)}" if refused.filename else reason(refused)
+        if error := broadcast_object(error, self._layout):
+            raise CheckpointError(f"iteration {iteration} cannot be saved: {error}")
+
+    def _make_directories(self, beside: Path, models: Mapping[str, TrainableModel]) -> None:
+        """Without the run directory above, which may have been on a disk that is gone."""
+        self._directory.mkdir(exist_ok=True)
+        for left_over in self._directory.glob(".iter_*"):
+            shutil.rmtree(left_over)
+        beside.mkdir()
+        for role in models:
+            (beside / role).mkdir()
+            (beside / f"{role}.optimizer").mkdir()
+
+    def _publish(self, unfinished: _Unfinished, entries: dict[Path, dict[str, Any]]) -> None:
+        beside, final = unfinished.beside, self._directory / f"iter_{unfinished.iteration:07}"
+        for path, place in unfinished.renames.items():
+            path.rename(place)
+            entries[place] = entries.pop(path)
+        write_manifest(beside, {str(path.relative_to(beside)): entry for path, entry in entries.items()})
+        if final.exists():  # damaged: a good one is resumed from, and not saved again
+            self._put_away(final)
+        beside.rename(final)
+        sync(self._directory)
+        self._prune(unfinished.iteration)
 
     def _candidates(self) -> list[Path]:
         found = [p for p in self._directory.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", p.name)]
         return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
     def _damage(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, found by all ranks together; None if nothing is."""
-        try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        """What is wrong with a checkpoint, the same on every rank; None if nothing is. The ranks share the reading."""
+        expected = broadcast_object(read_manifest(path) if self._layout.is_main else None, self._layout)
+        if expected is None:
             return "manifest.json is missing or unreadable"
-        for name, (size, _) in expected.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, expected {size}"
-        found = self._digest(path, sorted(expected))
-        for name, (_, digest) in expected.items():
-            if found[name]["sha256"] != digest:
-                return f"{name} differs from its checksum"
-        return None
-
-    def _digest(self, directory: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of each file; the ranks share the reading."""
-        mine = {}
-        for name in names[self._layout.rank :: self._layout.world_size]:
-            with (directory / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            mine[name] = {"size": (directory / name).stat().st_size, "sha256": digest}
-        merged = {name: entry for part in gather_objects(mine, self._layout) for name, entry in part.items()}
-        return dict(sorted(merged.items()))
+        names = sorted(expected)
+        mine = [_file_damage(path / n, n, *expected[n]) for n in names[self._layout.rank :: self._layout.world_size]]
+        return next((damage for part in gather_objects(mine, self._layout) for damage in part if damage), None)
 
     def _prune(self, newest: int) -> None:
         """Delete all but the last keep_last and every keep_every-th, once that of iteration `newest` is whole.
@@ -160,83 +186,22 @@ class CheckpointStore:
         iterations = [iteration for path in self._candidates() if (iteration := int(path.name[5:])) <= newest]
         for iteration in iterations[self._section.keep_last :]:
             if not self._section.keep_every or iteration % self._section.keep_every:
-                shutil.rmtree(self._directory / f"iter_{iteration:07}")
+                self._put_away(self._directory / f"iter_{iteration:07}")
+
+    @staticmethod
+    def _put_away(path: Path) -> None:
+        """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for a damaged one."""
+        nameless = path.with_name(f".{path.name}.old")
+        path.rename(nameless)
+        shutil.rmtree(nameless, ignore_errors=True)
 
 
-def save_model(model: TrainableModel, directory: Path, tokenizer_dir: Path | None) -> None:
-    """The model as a Hugging Face directory, which exists. Collective."""
-    if model.layout.is_main:
-        config = model.spec.hf_config(head=model.head, num_groups=model.num_groups, dtype=model.dtype)
-        write_text(directory / "config.json", json.dumps(config, indent=2))
-        for name in TOKENIZER_FILES:
-            if tokenizer_dir is not None and (tokenizer_dir / name).exists():
-                shutil.copyfile(tokenizer_dir / name, directory / name)
-    weights = WeightMap(model.spec, model.module, model.layout)
-    writer = ShardWriter(directory, model.layout)
-    params = dict(model.module.named_parameters())
-    for order, entry in enumerate(weights.entries):
-        if not entry.is_copy:
-            _add_full(writer, weights, model.layout, order, entry.param_name, {"": params[entry.param_name].detach()})
-    writer.close()
-
-
-def _save_optimizer(model: TrainableModel, directory: Path) -> None:
-    assert model.optimizer is not None
-    weights = WeightMap(model.spec, model.module, model.layout)
-    copies = {entry.param_name for entry in weights.entries if entry.is_copy}
-    writer = ShardWriter(directory, model.layout, stem="optimizer")
-    for order, fragment in enumerate(model.optimizer.fragments()):
-        parts = _fragment_tensors(fragment)
-        whole = {f"{key}.": _whole(part, fragment, model) for key, part in parts.items()}
-        if fragment.name not in copies:
-            _add_full(writer, weights, model.layout, order, fragment.name, whole)
-    writer.close()
-
-
-def _add_full(
-    writer: ShardWriter, weights: WeightMap, layout: ParallelLayout, order: int, name: str, tensors: dict[str, Tensor]
-) -> None:
-    """Let one rank of those that hold the parameter write it; they take turns, so that all of them write."""
-    owner = order % (layout.dp_size * layout.tp_size)
-    if layout.dp_rank != owner // layout.tp_size:
-        return
-    for prefix, tensor in tensors.items():
-        full = weights.to_full(name, tensor)
-        if layout.tp_rank == owner % layout.tp_size:
-            for hf_name, value in full.items():
-                writer.add(prefix + hf_name, value)
-
-
-def _fragment_tensors(fragment: Fragment) -> dict[str, Tensor | None]:
-    """Adam's moments, and the master weights where there are any, as flat parts; None on a rank that holds none."""
-    state = fragment.state
-    parts: dict[str, Tensor | None] = {key: None if state is None else state[key] for key in MOMENTS}
-    if fragment.mixed:
-        parts["master"] = fragment.main
-    return parts
-
-
-def _whole(part: Tensor | None, fragment: Fragment, model: TrainableModel) -> Tensor:
-    """This tensor-parallel rank's whole tensor; where data-parallel ranks hold parts of it, from all of them."""
-    shape = fragment.param.shape
-    if fragment.end - fragment.start == shape.numel() and part is not None and not fragment.sharded:
-        return part.view(shape)
-    flat = torch.zeros(shape.numel(), dtype=torch.float32, device=fragment.param.device)
-    if part is not None:
-        flat[fragment.start : fragment.end] = part.flatten()
-    return all_sum(model.layout)(flat).view(shape)
-
-
-@torch.no_grad()
-def _load_optimizer(model: TrainableModel, directory: Path, num_steps: int) -> None:
-    assert model.optimizer is not None
-    tensors = HfTensors.open(directory, "optimizer.safetensors", "optimizer.safetensors.index.json")
-    weights = WeightMap(model.spec, model.module, model.layout)
-    for fragment in model.optimizer.fragments():
-        for key, part in _fragment_tensors(fragment).items():
-            if part is not None:
-                local = weights.to_local(
-                    fragment.name, lambda name, index, key=key: tensors.read(f"{key}.{name}", index)
-                )
-                part.copy_(local.flatten()[fragment.start : fragment.end].view_as(part))
-    model.set_num_steps(num_steps)
+def _file_damage(file: Path, name: str, size: int, sha256: str) -> str | None:
+    try:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, expected {size}"
+        return None if digest(file)["sha256"] == sha256 else f"{name} differs from its checksum"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {reason(error)}"

@@ -7,7 +7,7 @@ step): samples do not depend on the layout, on the batch or on what was sampled 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -48,12 +48,20 @@ class Generator:
         self._eos_ids = torch.tensor(tokenizer.eos_ids, device=model.layout.device)
 
     @torch.no_grad()
-    def sample(self, prompts: PromptBatch) -> Rollout:
-        """One response per row: up to max_new_tokens, or to the first end-of-sequence token, which is kept."""
+    def sample(
+        self, prompts: PromptBatch, *, before_chunk: Callable[[PromptBatch], None] = lambda chunk: None
+    ) -> Rollout:
+        """One response per row: up to max_new_tokens, or to the first end-of-sequence token, which is kept.
+
+        before_chunk: called with each micro_size rows that are about to be answered.
+        """
         size = self.micro_size
         chunks = [take_rows(prompts, slice(i, i + size)) for i in range(0, len(prompts.tokens), size)]
         with _without_sequence_parallel(self._model.module):
-            rollouts = [self._sample_chunk(chunk) for chunk in chunks]
+            rollouts = []
+            for chunk in chunks:
+                before_chunk(chunk)
+                rollouts.append(self._sample_chunk(chunk))
         return _trim(concat_rows(rollouts))
 
     def _sample_chunk(self, prompts: PromptBatch) -> Rollout:

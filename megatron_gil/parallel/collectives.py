@@ -35,9 +35,14 @@ def max_over_dp(value: int, layout: ParallelLayout) -> int:
     return _reduce_int(value, dist.ReduceOp.MAX, layout, layout.dp_pg)
 
 
+def max_over_ranks(value: int, layout: ParallelLayout) -> int:
+    """The largest of all ranks of the world."""
+    return _reduce_int(value, dist.ReduceOp.MAX, layout, layout.world_pg)
+
+
 def any_rank(flag: bool, layout: ParallelLayout) -> bool:
     """Whether the flag is set on any rank of the world."""
-    return bool(_reduce_int(int(flag), dist.ReduceOp.MAX, layout, layout.world_pg))
+    return bool(max_over_ranks(int(flag), layout))
 
 
 def all_agree(flag: bool, layout: ParallelLayout) -> bool:

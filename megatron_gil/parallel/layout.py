@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,9 +14,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_gil.config import ConfigError, ParallelSection
 from megatron_gil.parallel.cpu import install_cpu_shim
+
+
+class StartError(RuntimeError):
+    """The ranks of a run did not come together; one line says which are missing. Exit code 1."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +45,7 @@ class ParallelLayout:
     dp_pg: dist.ProcessGroup
     model_pg: dist.ProcessGroup  # the tp x pp ranks that hold one copy of a model
     world_pg: dist.ProcessGroup
+    store: dist.Store  # keys and values that all ranks see; clone it to use it from a thread
 
     @property
     def is_first_pp_stage(self) -> bool:
@@ -80,15 +87,14 @@ def start_parallel(parallel: ParallelSection, *, seed: int) -> ParallelLayout:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     install_cpu_shim()
     device = _pick_device(place.local_rank)
-    timeout = timedelta(seconds=parallel.timeout_s)
+    store = _meet(place, parallel.timeout_s)
     dist.init_process_group(
         # Logs and checkpoints also exchange CPU tensors, which nccl does not carry.
         backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        init_method=place.init_method,
-        store=None if place.init_method else dist.HashStore(),
+        store=dist.PrefixStore("default_pg", store),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timeout,
+        timeout=timedelta(seconds=parallel.timeout_s),
         device_id=None if device.type == "cpu" else device,
     )
     mpu.initialize_model_parallel(
@@ -98,7 +104,7 @@ def start_parallel(parallel: ParallelSection, *, seed: int) -> ParallelLayout:
         create_gloo_process_groups=False,  # for megatron's own checkpoints of the distributed optimizer
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return _read_layout(place, parallel.sequence_parallel, device, seed)
+    return _read_layout(place, store, parallel.sequence_parallel, device, seed)
 
 
 def stop_parallel() -> None:
@@ -107,7 +113,34 @@ def stop_parallel() -> None:
     dist.destroy_process_group()
 
 
-def _read_layout(place: _Place, sequence_parallel: bool, device: torch.device, seed: int) -> ParallelLayout:
+def _meet(place: _Place, timeout_s: float) -> dist.Store:
+    """The store of the run, once every rank has written into it. Polls, so that signals are not held up."""
+    if place.init_method is None:
+        return dist.HashStore()
+    try:
+        store, _, _ = next(
+            rendezvous(place.init_method, place.rank, place.world_size, timeout=timedelta(seconds=timeout_s))
+        )
+        store.set(f"rank_{place.rank}", "here")
+        deadline, missing = time.monotonic() + timeout_s, list(range(place.world_size))
+        while missing := [rank for rank in missing if not store.check([f"rank_{rank}"])]:
+            if time.monotonic() > deadline:
+                raise StartError(
+                    f"rank {place.rank}: of {place.world_size} ranks, {missing} did not start within "
+                    f"parallel.timeout_s={timeout_s:g}"
+                )
+            time.sleep(0.05)
+    except dist.DistError as error:
+        raise StartError(
+            f"rank {place.rank}: no store at {place.init_method} within parallel.timeout_s={timeout_s:g}; is rank 0 "
+            f"running, and MASTER_ADDR its host? ({str(error).splitlines()[0]})"
+        ) from None
+    return store
+
+
+def _read_layout(
+    place: _Place, store: dist.Store, sequence_parallel: bool, device: torch.device, seed: int
+) -> ParallelLayout:
     return ParallelLayout(
         rank=place.rank,
         world_size=place.world_size,
@@ -126,6 +159,7 @@ def _read_layout(place: _Place, sequence_parallel: bool, device: torch.device, s
         dp_pg=_group(mpu.get_data_parallel_group()),
         model_pg=_group(mpu.get_model_parallel_group()),
         world_pg=_group(dist.group.WORLD),
+        store=store,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_gil.config import BatchPlan, DpoConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from megatron_gil.config import BatchPlan, ConfigError, DpoConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
 from megatron_gil.data.demonstrations import DemonstrationDataset, TextDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.sampler import Sampler
@@ -16,8 +16,9 @@ from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import LossFn
-from megatron_gil.parallel.collectives import agree, all_sum
-from megatron_gil.parallel.layout import ParallelLayout, read_world_size, start_parallel, stop_parallel
+from megatron_gil.parallel.collectives import agree, all_sum, barrier
+from megatron_gil.parallel.layout import ParallelLayout, StartError, read_world_size, start_parallel, stop_parallel
+from megatron_gil.parallel.watchdog import Watchdog
 from megatron_gil.training.build import (
     build_frozen,
     build_trainable,
@@ -35,10 +36,12 @@ from megatron_gil.training.checks import (
     take_run_directory,
 )
 from megatron_gil.training.grouping import Grouping, KnownGroups, LearnedGroups, SingleGroup
-from megatron_gil.training.loop import RunFailed, Trainer, run_loop
+from megatron_gil.training.loop import RunFailed, Trainer, TrainingLoop
+from megatron_gil.training.memory import explain_out_of_memory, is_out_of_memory
 from megatron_gil.training.ppo import PpoTrainer
+from megatron_gil.training.progress import Progress
 from megatron_gil.training.respond import generate, score
-from megatron_gil.training.signals import StopSignal
+from megatron_gil.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 from megatron_gil.training.sources import PromptSource, RowSource
 from megatron_gil.training.supervised import (
     SupervisedTrainer,
@@ -49,11 +52,32 @@ from megatron_gil.training.supervised import (
 )
 
 
-def run_command(name: str, config: Any) -> int:
+def run_command(name: str, config: Any, stop: StopSignal) -> int:
     """Run a configured command on this rank; the exit code."""
-    stop = StopSignal(config.run.max_minutes)
+    stop.limit(config.run.max_minutes)
     BatchPlan.of(read_world_size(), config.parallel, config.batch)  # before any process group is formed
-    layout = start_parallel(config.parallel, seed=config.run.seed)
+    try:
+        layout = start_parallel(config.parallel, seed=config.run.seed)
+    except StartError as error:
+        print(f"megatron-gil {name}: {error}", file=sys.stderr)
+        return 1
+    progress = Progress(layout, stop)
+    try:
+        with Watchdog(layout, lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog:
+            code, text = _run_guarded(name, config, layout, progress, watchdog)
+    except ConfigError:  # found by all ranks alike
+        stop_parallel()
+        raise
+    if text and layout.is_main:
+        print(f"megatron-gil {name}: {text}", file=sys.stderr)
+    stop_parallel()
+    return code
+
+
+def _run_guarded(
+    name: str, config: Any, layout: ParallelLayout, progress: Progress, watchdog: Watchdog
+) -> tuple[int, str]:
+    """(exit code, what rank 0 says of it). Whatever is not foreseen here ends with a traceback and code 1."""
     commands: dict[str, Callable[..., int]] = {
         "sft": _sft,
         "reward": _reward,
@@ -63,16 +87,24 @@ def run_command(name: str, config: Any) -> int:
         "score": score,
     }
     try:
-        return commands[name](config, layout, stop)
+        progress.safe_point("checking the data")
+        code = commands[name](config, layout, progress)
+        barrier(layout)  # nobody goes while another still needs the store
+        return code, ""
+    except StopRequested as stopped:
+        return EXIT_STOPPED, f"{stopped} in {progress.where.phase}, with nothing to save; start again to go on"
     except (RunFailed, CheckpointError) as error:
-        if layout.is_main:
-            print(f"megatron-gil {name}: {error}", file=sys.stderr)
-        return 1
-    finally:
-        stop_parallel()
+        return 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        text = f"rank {layout.rank}: {explain_out_of_memory(error, progress, config)}"
+        print(f"megatron-gil {name}: {text}", file=sys.stderr)
+        watchdog.failed(text)
+        return 1, ""
 
 
-def _sft(config: SftConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+def _sft(config: SftConfig, layout: ParallelLayout, progress: Progress) -> int:
     def check() -> tuple[Any, Any, Path]:
         check_model(config, "policy")
         tokenizer, where = read_tokenizer(config, "policy")
@@ -80,26 +112,31 @@ def _sft(config: SftConfig, layout: ParallelLayout, stop: StopSignal) -> int:
 
     train, held_out, tokenizer_dir = agree(layout, check)
     take_run_directory(config, layout)
+    progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
-    trainer = _supervised("policy", policy, sft_loss, config, layout, train, held_out, ("sft/loss",))
-    return _train(trainer, config, layout, stop, tokenizer_dir)
+    trainer = _supervised("policy", policy, sft_loss, config, layout, train, held_out, ("sft/loss",), progress=progress)
+    return _train(trainer, config, layout, progress, tokenizer_dir)
 
 
-def _reward(config: RewardConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) -> int:
     train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "reward_model"))
     take_run_directory(config, layout)
+    progress.safe_point("building reward_model")
     model, absent = build_trainable(config, "reward_model", "score", layout, config.optimizer)
     if absent:
         start_score_head(model, config.run.seed)
     line = ("reward/loss", "reward/accuracy")
-    trainer = _supervised("reward_model", model, reward_loss_fn(config.reward), config, layout, train, held_out, line)
-    return _train(trainer, config, layout, stop, tokenizer_dir)
+    loss = reward_loss_fn(config.reward)
+    trainer = _supervised("reward_model", model, loss, config, layout, train, held_out, line, progress=progress)
+    return _train(trainer, config, layout, progress, tokenizer_dir)
 
 
-def _dpo(config: DpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
     train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "policy"))
     take_run_directory(config, layout)
+    progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
+    progress.safe_point("building ref_policy")
     ref_policy = build_frozen(config, "ref_policy", "lm", layout)
     trainer = _supervised(
         "policy",
@@ -110,12 +147,13 @@ def _dpo(config: DpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
         train,
         held_out,
         ("dpo/loss", "dpo/accuracy", "dpo/margin"),
+        progress=progress,
         prepare=lambda batch: fill_ref_log_probs(batch, ref_policy),
     )
-    return _train(trainer, config, layout, stop, tokenizer_dir)
+    return _train(trainer, config, layout, progress, tokenizer_dir)
 
 
-def _ppo(config: PpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
     def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, Tokenizer, Path]:
         for role in ("policy", "ref_policy", "reward_model", "critic"):
             check_model(config, role, scored=role == "reward_model")
@@ -140,26 +178,33 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
     learned = isinstance(grouping, LearnedGroups)
     head_groups = gil.num_groups if learned and gil.classifier == "critic_head" else 0
 
+    progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
     critic, classifier = None, None
     if config.ppo.advantages == "gae":
+        progress.safe_point("building critic")
         critic, absent = build_trainable(
             config, "critic", "critic", layout, config.critic_optimizer, num_groups=head_groups
         )
         if "group_head.weight" in absent:
             start_group_head(critic, gil, config.run.seed)
     if learned and gil.classifier == "own_model":
+        progress.safe_point("building classifier")
         classifier, absent = build_trainable(
             config, "reward_model", "critic", layout, config.critic_optimizer, num_groups=gil.num_groups
         )
         start_group_head(classifier, gil, config.run.seed)
     generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+    progress.safe_point("building ref_policy")
+    ref_policy = build_frozen(config, "ref_policy", "lm", layout)
+    progress.safe_point("building reward_model")
+    reward_model = build_frozen(config, "reward_model", "score", layout)
     trainer = PpoTrainer(
         config,
         policy=policy,
-        ref_policy=build_frozen(config, "ref_policy", "lm", layout),
+        ref_policy=ref_policy,
         critic=critic,
-        reward_model=build_frozen(config, "reward_model", "score", layout),
+        reward_model=reward_model,
         classifier=classifier,
         grouping=grouping,
         generator=generator,
@@ -167,27 +212,21 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, stop: StopSignal) -> int:
         pretrain=None if pretrain is None else _row_source(config, layout, pretrain),
         tokenizer=tokenizer,
         eval_prompts=None if held_out is None else PromptSource(held_out, None, layout, len(held_out)),
-        safe_point=lambda: stop.safe_point(layout),
+        progress=progress,
         all_sum=sums,
     )
-    return _train(trainer, config, layout, stop, tokenizer_dir)
+    return _train(trainer, config, layout, progress, tokenizer_dir)
 
 
-def _train(trainer: Trainer, config: TrainConfig, layout: ParallelLayout, stop: StopSignal, tokenizer_dir: Path) -> int:
+def _train(
+    trainer: Trainer, config: TrainConfig, layout: ParallelLayout, progress: Progress, tokenizer_dir: Path
+) -> int:
     """Resume from the newest good checkpoint where there is one, then loop."""
     directory = Path(config.run.dir)
     store = CheckpointStore(directory / "checkpoints", layout, config.checkpoint, tokenizer_dir=tokenizer_dir)
-    found = store.find(note=lambda text: print(text, file=sys.stderr))
-    start = 0
-    if found is not None:
-        loaded = store.load(found, trainer.models())
-        trainer.load_state(loaded.trainer)
-        start = loaded.iteration
-        if layout.is_main:
-            print(f"resuming {directory} at iteration {start} of {trainer.num_iterations}", file=sys.stderr)
-    if start >= trainer.num_iterations:
-        return 0
-    return run_loop(trainer, config, layout=layout, directory=directory, checkpoints=store, stop=stop, start=start)
+    loop = TrainingLoop(trainer, config, layout=layout, directory=directory, checkpoints=store, progress=progress)
+    loop.resume()
+    return loop.run()
 
 
 def _supervised(

@@ -1,16 +1,20 @@
-"""The loop that every training command runs: iterate, log, save, evaluate, stop."""
+"""The loop that every training command runs: iterate, evaluate, log, save, stop."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_gil.config import TrainConfig
-from megatron_gil.engine.checkpoint import CheckpointStore
+from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.parallel.collectives import broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.metrics import RunLog
-from megatron_gil.training.signals import EXIT_STOPPED, StopRequested, StopSignal
+from megatron_gil.training.progress import Progress
+from megatron_gil.training.signals import EXIT_STOPPED, StopRequested
 from megatron_gil.types import Metrics
 
 
@@ -42,60 +46,161 @@ class Trainer(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
-def run_loop(
-    trainer: Trainer,
-    config: TrainConfig,
-    *,
-    layout: ParallelLayout,
-    directory: Path,
-    checkpoints: CheckpointStore,
-    stop: StopSignal,
-    start: int,
-) -> int:
-    """Train from iteration `start`; the exit code. A stop before an iteration's updates discards that iteration."""
-    log = RunLog(
-        directory if layout.is_main else None,
-        num_iterations=trainer.num_iterations,
-        start=start,
-        tensorboard=config.log.tensorboard,
-        line=trainer.line,
-    )
-    num_skipped, saved = 0, start
-    iteration = start
-    try:
-        while iteration < trainer.num_iterations:
-            stop.safe_point(layout)
-            metrics = dict(trainer.iterate(iteration))
-            iteration += 1
-            num_skipped += _report_skipped(trainer, log, iteration)
-            last = iteration == trainer.num_iterations
-            if last or (config.log.eval_every and iteration % config.log.eval_every == 0):
-                metrics |= trainer.evaluate()
-            due = last or bool(config.log.samples_every and iteration % config.log.samples_every == 0)
-            log.iteration(iteration - 1, metrics, trainer.samples(config.log.samples) if due and layout.is_main else [])
-            if num_skipped > config.run.max_skipped_updates:
-                raise RunFailed(
-                    f"{num_skipped} updates were skipped for NaN or Inf, more than run.max_skipped_updates="
-                    f"{config.run.max_skipped_updates}; lower the learning rate or see the lines above"
-                )
-            if last or iteration % config.checkpoint.every == 0:
-                checkpoints.save(iteration, trainer.models(), trainer.state())
-                saved = iteration
-        return 0
-    except StopRequested:
-        if saved != iteration or iteration == 0:
-            checkpoints.save(iteration, trainer.models(), trainer.state())
-        log.note(f"stopped by {stop.reason or 'another rank'} after saving iteration {iteration}; start again to go on")
-        return EXIT_STOPPED
-    finally:
-        log.close()
+@dataclass(slots=True, kw_only=True)
+class LoopState:
+    """What a checkpoint holds of the loop itself."""
+
+    iteration: int = 0
+    """Whole iterations so far."""
+    num_skipped: int = 0
+    """Updates skipped for NaN or Inf."""
+    unlogged: dict[str, float] | None = None
+    """Metrics of the last iteration, where a stop came before its evaluation had ended."""
 
 
-def _report_skipped(trainer: Trainer, log: RunLog, iteration: int) -> int:
-    """Say what stopped each skipped update of this iteration; how many there were."""
-    count = 0
-    for name, model in trainer.models().items():
-        for skipped in model.take_skipped():
-            count += 1
-            log.note(f"iteration {iteration}: update of {name} skipped: {skipped}")
-    return count
+class TrainingLoop:
+    """Trains from the newest checkpoint to the last iteration."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: TrainConfig,
+        *,
+        layout: ParallelLayout,
+        directory: Path,
+        checkpoints: CheckpointStore,
+        progress: Progress,
+    ) -> None:
+        self._trainer, self._config, self._layout, self._progress = trainer, config, layout, progress
+        self._directory, self._checkpoints = directory, checkpoints
+        self._state = LoopState()
+        self._saved: int | None = None  # iteration of the newest checkpoint, written or being written
+
+    def resume(self) -> None:
+        """Go to the newest good checkpoint; to the start where there is none."""
+        self._progress.safe_point("looking for a checkpoint")
+        found = self._checkpoints.find(note=lambda text: print(text, file=sys.stderr))
+        if found is None:
+            return
+        self._progress.safe_point("loading a checkpoint")
+        loaded = self._checkpoints.load(found, self._trainer.models())
+        self._trainer.load_state(loaded.trainer["trainer"])
+        self._state = LoopState(**loaded.trainer["loop"])
+        self._saved = loaded.iteration
+        if self._layout.is_main:
+            text = f"resuming {self._directory} at iteration {loaded.iteration} of {self._trainer.num_iterations}"
+            print(text, file=sys.stderr)
+
+    def run(self) -> int:
+        """The exit code. A stop before an iteration's updates discards that iteration."""
+        state, last = self._state, self._trainer.num_iterations
+        if state.iteration >= last and state.unlogged is None:
+            return 0
+        self._log = self._open_log()
+        try:
+            if state.unlogged is not None:
+                self._finish_iteration(state.unlogged)
+            while state.iteration < last:
+                self._progress.safe_point(f"beginning iteration {state.iteration + 1}")
+                self._finish_save(wait=False)
+                self._iterate()
+            self._finish_save(wait=True)
+            if self._saved != last:
+                raise RunFailed(f"the last iteration, {last}, could not be saved; make room, then start again")
+            return 0
+        except StopRequested as stopped:
+            phase = self._progress.where.phase
+            self._finish_save(wait=True)
+            if self._saved != state.iteration:
+                self._save()
+                self._finish_save(wait=True)
+            if self._saved != state.iteration:
+                raise RunFailed(f"{stopped} in {phase}, but iteration {state.iteration} could not be saved") from None
+            self._log.note(f"{stopped} in {phase}; iteration {state.iteration} is saved, start again to go on")
+            return EXIT_STOPPED
+        finally:
+            self._log.close()
+
+    def _open_log(self) -> RunLog:
+        log, error = None, ""
+        try:
+            log = RunLog(
+                self._directory if self._layout.is_main else None,
+                num_iterations=self._trainer.num_iterations,
+                start=self._state.iteration - (self._state.unlogged is not None),
+                tensorboard=self._config.log.tensorboard,
+                line=self._trainer.line,
+            )
+        except OSError as refused:
+            error = f"{self._directory} cannot be written: {refused}"
+        if error := broadcast_object(error, self._layout):
+            raise RunFailed(error)
+        assert log is not None
+        return log
+
+    def _iterate(self) -> None:
+        state, trainer, log = self._state, self._trainer, self._config.log
+        metrics = dict(trainer.iterate(state.iteration))
+        state.iteration += 1
+        state.num_skipped += self._report_skipped()
+        state.unlogged = metrics
+        last = state.iteration == trainer.num_iterations
+        if self._layout.is_main and (last or (log.samples_every and state.iteration % log.samples_every == 0)):
+            self._log.samples(state.iteration - 1, trainer.samples(log.samples))
+        self._finish_iteration(metrics)
+
+    def _finish_iteration(self, metrics: Metrics) -> None:
+        """Evaluate, log and save where it is time to."""
+        state, config, limit = self._state, self._config, self._config.run.max_skipped_updates
+        last = state.iteration == self._trainer.num_iterations
+        if last or (config.log.eval_every and state.iteration % config.log.eval_every == 0):
+            metrics = {**metrics, **self._trainer.evaluate()}
+        self._log.iteration(state.iteration - 1, metrics)
+        state.unlogged = None
+        if state.num_skipped > limit:
+            raise RunFailed(
+                f"{state.num_skipped} updates were skipped for NaN or Inf, more than run.max_skipped_updates={limit}; "
+                "lower the learning rate or see the lines above"
+            )
+        if (last or state.iteration % config.checkpoint.every == 0) and self._saved != state.iteration:
+            self._finish_save(wait=True)
+            self._save()
+
+    def _report_skipped(self) -> int:
+        """Say what stopped each skipped update of this iteration; how many there were."""
+        count = 0
+        for name, model in self._trainer.models().items():
+            for skipped in model.take_skipped():
+                count += 1
+                self._log.note(f"iteration {self._state.iteration}: update of {name} skipped: {skipped}")
+        return count
+
+    def _save(self) -> None:
+        """Begin a checkpoint, which never gets ahead of metrics.jsonl."""
+        self._progress.enter("saving")
+        content = {"trainer": self._trainer.state(), "loop": asdict(self._state)}
+        try:
+            if reason := broadcast_object(self._log.sync(), self._layout):
+                raise CheckpointError(f"iteration {self._state.iteration} cannot be saved: {reason}")
+            self._checkpoints.begin(self._state.iteration, self._trainer.models(), content)
+            self._saved = self._state.iteration
+        except CheckpointError as error:
+            self._save_failed(error)
+        if not self._config.checkpoint.background:
+            self._finish_save(wait=True)
+
+    def _finish_save(self, *, wait: bool) -> None:
+        """Complete the checkpoint that was begun, if its files are written or `wait` asks to wait for them."""
+        if wait:
+            self._progress.enter("saving")
+        try:
+            self._checkpoints.finish(wait=wait)
+        except CheckpointError as error:
+            self._save_failed(error)
+
+    def _save_failed(self, error: CheckpointError) -> None:
+        self._saved = None
+        kept = "the last good checkpoint is kept"
+        if self._config.checkpoint.on_error == "stop":
+            raise RunFailed(f"{error}; {kept}; make room, then start again (checkpoint.on_error=continue goes on)")
+        self._log.note(f"{error}; {kept}, the run goes on (checkpoint.on_error=continue)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from megatron_gil.training.rows import RowFile, keep_iterations_below
 from megatron_gil.types import AllSum, Metrics
 
 
@@ -60,8 +60,7 @@ class RunLog:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_iterations_below(directory / name, start)
-        self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self._samples = (directory / "samples.jsonl").open("a", encoding="utf-8")
+        self._metrics, self._samples = RowFile(directory / "metrics.jsonl"), RowFile(directory / "samples.jsonl")
         self._board = _open_tensorboard(directory, start) if tensorboard else None
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
@@ -83,20 +82,36 @@ class RunLog:
         if self._directory is not None:
             self._console.print(text, markup=False)
 
-    def iteration(self, iteration: int, metrics: Metrics, samples: list[dict[str, Any]]) -> None:
+    def samples(self, iteration: int, samples: list[dict[str, Any]]) -> None:
+        """Rows of iteration number `iteration` for a person to read."""
+        if self._directory is not None:
+            self._samples.add([{"iteration": iteration, **sample} for sample in samples])
+
+    def iteration(self, iteration: int, metrics: Metrics) -> None:
         """Write iteration number `iteration` (from 0)."""
         if self._directory is None:
             return
-        self._metrics.write(json.dumps({"iteration": iteration, **{k: _plain(v) for k, v in metrics.items()}}) + "\n")
-        self._metrics.flush()
-        for sample in samples:
-            self._samples.write(json.dumps({"iteration": iteration, **sample}, ensure_ascii=False) + "\n")
-        self._samples.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, iteration)
+        self._metrics.add([{"iteration": iteration, **{k: _plain(v) for k, v in metrics.items()}}])
+        for file in (self._metrics, self._samples):
+            if trouble := file.write():
+                self.note(f"{trouble}; its rows wait in memory")
+        self._show_on_board(iteration, metrics)
         self._bar.update(self._task, completed=iteration + 1)
         self._console.print(self._console_line(iteration, metrics), markup=False)
+
+    def sync(self) -> str:
+        """Put every row on disk; why that fails, or empty."""
+        return "" if self._directory is None else self._metrics.write(sync=True) or self._samples.write(sync=True)
+
+    def _show_on_board(self, iteration: int, metrics: Metrics) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, iteration)
+        except OSError as error:
+            self._board = None
+            self.note(f"no more TensorBoard events in this run: {error}")
 
     def _console_line(self, iteration: int, metrics: Metrics) -> str:
         done = iteration + 1 - self._start
@@ -108,27 +123,8 @@ class RunLog:
     def close(self) -> None:
         if self._directory is not None:
             self._bar.stop()
-            self._metrics.close()
-            self._samples.close()
             if self._board is not None:
                 self._board.close()
-
-
-def keep_iterations_below(path: Path, iteration: int) -> None:
-    """Drop rows of iterations that will be run again and a last line that a crash cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # only the line being written when the process died can be incomplete
-        if row["iteration"] < iteration:
-            kept.append(line + "\n")
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
 
 
 def _open_tensorboard(directory: Path, start: int) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,21 @@ from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.training.experience import rollout_means, shape_experience, with_deviations
 from megatron_gil.training.grouping import Grouping
 from megatron_gil.training.metrics import Means
+from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
 from megatron_gil.training.sources import PromptSource, RowSource
-from megatron_gil.types import AllSum, Experience, LossSum, Metrics, Readout, Rollout, Scores, TokenBatch, take_rows
+from megatron_gil.types import (
+    AllSum,
+    Experience,
+    LossSum,
+    Metrics,
+    PromptBatch,
+    Readout,
+    Rollout,
+    Scores,
+    TokenBatch,
+    take_rows,
+)
 
 
 class PpoTrainer:
@@ -51,19 +64,17 @@ class PpoTrainer:
         eval_prompts: PromptSource | None,
         pretrain: RowSource | None,
         tokenizer: Tokenizer,
-        safe_point: Callable[[], None],
+        progress: Progress,
         all_sum: AllSum,
     ) -> None:
         """critic: None where advantages come from comparing a prompt's responses (rloo, grpo). classifier: the group
         classifier's own model; None where it is a head of the critic, or there is none.
-
-        safe_point: called where nothing has changed since the last iteration; it may raise to stop the run there.
         """
         self.config, self.num_iterations = config, config.ppo.iterations
         self.policy, self.ref_policy, self.critic, self.reward_model = policy, ref_policy, critic, reward_model
         self.classifier, self.grouping, self.generator = classifier, grouping, generator
         self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
-        self.tokenizer, self.safe_point, self.all_sum = tokenizer, safe_point, all_sum
+        self.tokenizer, self.progress, self.all_sum = tokenizer, progress, all_sum
         self.moments = ScoreMoments()
         self.num_updates = 0
         minibatches = config.ppo.prompts * config.ppo.responses_per_prompt // config.batch.global_size
@@ -72,10 +83,10 @@ class PpoTrainer:
     def iterate(self, iteration: int) -> Metrics:
         """One iteration: sample responses, score them, settle rewards and groups, update critic and policy."""
         clock = [time.perf_counter()]
-        rollout = self.generator.sample(self.prompts.batch(iteration))
+        rollout = self.sample(self.prompts.batch(iteration))
         clock.append(time.perf_counter())
         scores = self.score(rollout)
-        self.safe_point()
+        self.progress.safe_point("shaping")  # the last: from here on the trainer's state changes
         experience, metrics = self.shape(rollout, scores)
         clock.append(time.perf_counter())
         metrics |= self.optimize(experience)
@@ -83,18 +94,27 @@ class PpoTrainer:
         self.last_rollout, self.last_scores = rollout, scores
         return metrics | _times(clock, metrics["response/tokens"] * self.prompts.num_rows)
 
+    def sample(self, prompts: PromptBatch) -> Rollout:
+        """The policy's responses."""
+        return self.generator.sample(prompts, before_chunk=partial(self.progress.safe_point, "rollout"))
+
     def score(self, rollout: Rollout) -> Scores:
         """What every model says of the rollout, before any update."""
-        policy = self.policy.evaluate(rollout, entropy=True)
-        critic = self.critic.evaluate(rollout) if self.critic else Readout(values=torch.zeros_like(policy.log_probs))
-        groups = self.classifier.evaluate(rollout) if self.classifier else critic
+
+        def read(role: str, model: MegatronModel, **kwargs: bool) -> Readout:
+            self.progress.safe_point(f"scoring by {role}", rollout)
+            return model.evaluate(rollout, **kwargs)
+
+        policy = read("policy", self.policy, entropy=True)
+        critic = read("critic", self.critic) if self.critic else Readout(values=torch.zeros_like(policy.log_probs))
+        groups = read("classifier", self.classifier) if self.classifier else critic
         return Scores(
             log_probs=policy.log_probs,
             entropy=policy.entropy,
-            ref_log_probs=self.ref_policy.evaluate(rollout).log_probs,
+            ref_log_probs=read("ref_policy", self.ref_policy).log_probs,
             values=critic.values,
             group_probs=self.grouping.probs(rollout, groups),
-            scores=self.reward_model.evaluate(rollout).scores,
+            scores=read("reward_model", self.reward_model).scores,
         )
 
     def shape(self, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
@@ -164,8 +184,10 @@ class PpoTrainer:
 
         step: dict[str, float] = {}
         if self.critic:
+            self.progress.enter("critic warm-up" if self._policy_waits() else "critic update", minibatch)
             step |= _named("critic", self.critic.update((minibatch, critic_loss), lr=lr))
         if self.classifier:
+            self.progress.enter("classifier update", minibatch)
             step |= _named("classifier", self.classifier.update((minibatch, classifier_loss), lr=lr))
         return step
 
@@ -182,6 +204,7 @@ class PpoTrainer:
         parts: list[Any] = [(minibatch, invariant_policy_loss)]
         if self.pretrain:
             parts.append(self._pretraining_part(minibatch))
+        self.progress.enter("policy update", minibatch)
         return _named("policy", self.policy.update(*parts, lr=lr))
 
     def _pretraining_part(self, minibatch: Experience) -> tuple[TokenBatch, Any]:
@@ -202,7 +225,10 @@ class PpoTrainer:
         """Scores of responses to the held-out prompts, under eval/."""
         if self.eval_prompts is None:
             return {}
-        rollouts = [self.generator.sample(batch) for batch in self.eval_prompts.all_batches(self.generator.micro_size)]
+        before_batch = partial(self.progress.safe_point, "evaluation")
+        batches = self.eval_prompts.all_batches(self.generator.micro_size, before_batch)
+        rollouts = [self.generator.sample(batch) for batch in batches]
+        self.progress.safe_point("evaluation by reward_model")
         scores = [self.reward_model.evaluate(rollout).scores for rollout in rollouts]
         names = self.eval_prompts.dataset.group_names
         parts = [rollout_means(r, s, names) for r, s in zip(rollouts, scores, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ from megatron_gil.config import GenerateConfig, ScoreConfig
 from megatron_gil.data.demonstrations import ResponseDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.engine.files import reason, write_text
 from megatron_gil.engine.generation import Generator
-from megatron_gil.engine.shards import write_text
-from megatron_gil.parallel.collectives import agree, gather_objects
+from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.build import build_frozen, check_model
 from megatron_gil.training.checks import limits, new_file, read_tokenizer, require
+from megatron_gil.training.loop import RunFailed
+from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
-from megatron_gil.training.signals import StopSignal
 from megatron_gil.training.sources import PromptSource, RowSource
 
 
-def generate(config: GenerateConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress) -> int:
     """One response per prompt of data.train, into `output`."""
 
     def check() -> tuple[PromptDataset, Tokenizer, Path]:
@@ -33,10 +35,14 @@ def generate(config: GenerateConfig, layout: ParallelLayout, stop: StopSignal) -
         return prompts, tokenizer, new_file(config.output)
 
     prompts, tokenizer, output = agree(layout, check)
+    progress.safe_point("building policy")
     policy = build_frozen(config, "policy", "lm", layout)
     generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
     rows = {}
-    for batch in PromptSource(prompts, None, layout, len(prompts)).all_batches(config.sampling.micro_size):
+    before_batch = partial(progress.safe_point, "rollout")
+    source = PromptSource(prompts, None, layout, len(prompts))
+    for batch in source.all_batches(config.sampling.micro_size, before_batch):
+        progress.enter("rollout", batch)
         rollout = generator.sample(batch)
         for row_id, group, text in zip(
             batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
@@ -47,7 +53,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, stop: StopSignal) -
     return 0
 
 
-def score(config: ScoreConfig, layout: ParallelLayout, stop: StopSignal) -> int:
+def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> int:
     """The reward model's score of every {prompt, response} of data.train, into `output`."""
 
     def check() -> tuple[ResponseDataset, Path]:
@@ -57,9 +63,12 @@ def score(config: ScoreConfig, layout: ParallelLayout, stop: StopSignal) -> int:
         return ResponseDataset(path, tokenizer, **limits(config)), new_file(config.output)
 
     responses, output = agree(layout, check)
+    progress.safe_point("building reward_model")
     model = build_frozen(config, "reward_model", "score", layout)
     rows = {}
-    for batch in RowSource(responses, None, layout, config.batch.micro_size).all_batches():
+    before_batch = partial(progress.safe_point, "scoring")
+    for batch in RowSource(responses, None, layout, config.batch.micro_size).all_batches(before_batch):
+        progress.enter("scoring", batch)
         for row_id, value in zip(batch.row_ids.tolist(), model.evaluate(batch).scores.tolist(), strict=True):
             prompt, response = responses.text(row_id)
             group = responses.known_groups([row_id])[0]
@@ -71,9 +80,15 @@ def score(config: ScoreConfig, layout: ParallelLayout, stop: StopSignal) -> int:
 
 def _write_rows(rows: dict[int, dict[str, Any]], output: Path, layout: ParallelLayout) -> None:
     """All ranks' rows in the order of their ids, written beside and renamed."""
+    error = ""
     parts = gather_objects(rows if layout.tp_rank == layout.pp_rank == 0 else {}, layout)
     if layout.is_main:
         merged = {row_id: row for part in parts for row_id, row in part.items()}
         lines = [json.dumps(merged[row_id], ensure_ascii=False) + "\n" for row_id in sorted(merged)]
-        write_text(output, "".join(lines))
-        print(f"{len(lines)} rows in {output}", file=sys.stderr)
+        try:
+            write_text(output, "".join(lines))
+            print(f"{len(lines)} rows in {output}", file=sys.stderr)
+        except OSError as refused:
+            error = f"{output} cannot be written: {reason(refused)}"
+    if error := broadcast_object(error, layout):
+        raise RunFailed(error)

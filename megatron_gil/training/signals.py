@@ -1,55 +1,61 @@
-"""Stopping politely: a signal or the time budget asks, the loop saves at the next safe point and exits with 75."""
+"""Stopping politely: a signal or the time budget asks, the loop saves at the next safe point and exits with 75.
+
+Imports nothing heavy, so that the command line can listen before the slow libraries are loaded.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from types import FrameType
-
-from megatron_gil.parallel.collectives import any_rank
-from megatron_gil.parallel.layout import ParallelLayout
 
 EXIT_STOPPED = 75
 """The run was stopped after saving; the caller should start it again."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+OUT_OF_TIME = 255
+"""What `StopSignal.wanted` says when run.max_minutes are over; else it is the number of a signal."""
 
 
 class StopRequested(Exception):
     """Raised at a safe point, where nothing has changed since the last whole iteration."""
 
+    def __init__(self, wanted: int) -> None:
+        self.reason = "run.max_minutes" if wanted == OUT_OF_TIME else signal.Signals(wanted).name
+        super().__init__(f"stopped by {self.reason}")
+
 
 class StopSignal:
     """Remembers that a signal came. A second one ends the process at once.
 
-    Made as early as the command starts, so that no phase of the run is without it. Processes forked later ignore it.
+    Made as early as the command starts, so that no phase of the run is without it. A thread listens, because Python's
+    own handlers wait while the main thread is inside a collective. Processes forked later ignore the signals.
     """
 
-    def __init__(self, max_minutes: float | None = None) -> None:
-        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._pid, self._reason = os.getpid(), ""
+    def __init__(self) -> None:
+        self._started, self._max_minutes = time.monotonic(), None
+        self._signal = 0
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda *_: None)  # the wake-up below is written only where there is a handler
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            return
-        if self._reason:
-            os._exit(128 + number)
-        self._reason = signal.Signals(number).name
+    def limit(self, max_minutes: float | None) -> None:
+        """Also stop this many minutes after this object was made; None never."""
+        self._max_minutes = max_minutes
 
     @property
-    def reason(self) -> str:
-        """Why this rank wants to stop; empty if it does not."""
-        if not self._reason and self._deadline is not None and time.monotonic() > self._deadline:
-            self._reason = "run.max_minutes"
-        return self._reason
+    def wanted(self) -> int:
+        """Why this rank wants to stop: a signal's number or OUT_OF_TIME; 0 if it does not."""
+        late = self._max_minutes is not None and time.monotonic() - self._started > 60 * self._max_minutes
+        return self._signal or (OUT_OF_TIME if late else 0)
 
-    def on_any_rank(self, layout: ParallelLayout) -> bool:
-        """Whether any rank wants to stop; every rank gets the same answer (a collective)."""
-        return any_rank(bool(self.reason), layout)
-
-    def safe_point(self, layout: ParallelLayout) -> None:
-        """Raise StopRequested on every rank if any of them wants to stop."""
-        if self.on_any_rank(layout):
-            raise StopRequested
+    def _listen(self, reader: int) -> None:
+        while number := os.read(reader, 1)[0]:
+            if number in SIGNALS:
+                if self._signal:
+                    os._exit(128 + number)
+                self._signal = number

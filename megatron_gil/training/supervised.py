@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import LossFn
 from megatron_gil.training.metrics import Means
+from megatron_gil.training.progress import Progress
 from megatron_gil.training.sources import RowSource
 from megatron_gil.types import AllSum, LossSum, Metrics, PreferenceBatch, Readout, TokenBatch
 
@@ -35,18 +37,22 @@ class SupervisedTrainer:
         num_iterations: int,
         all_sum: AllSum,
         line: tuple[str, ...],
+        progress: Progress,
         prepare: Callable[[Any], Any] = lambda batch: batch,
     ) -> None:
         """role: the model's name in a checkpoint. prepare: what a batch needs before it meets the loss."""
-        self.num_iterations, self.line = num_iterations, line
+        self.num_iterations, self.line, self._progress = num_iterations, line, progress
         self._role, self._model, self._loss_fn, self._optimizer = role, model, loss_fn, optimizer
         self._rows, self._eval_rows, self._all_sum, self._prepare = rows, eval_rows, all_sum, prepare
 
     def iterate(self, iteration: int) -> Metrics:
         started = time.perf_counter()
-        batch = self._prepare(self._rows.batch(iteration))
+        batch = self._rows.batch(iteration)
+        self._progress.enter("scoring", batch)
+        batch = self._prepare(batch)
         loaded = time.perf_counter()
         lr = learning_rate(self._optimizer, update=iteration, num_updates=self.num_iterations)
+        self._progress.safe_point(f"{self._role} update", batch)
         metrics = self._model.update((batch, self._loss_fn), lr=lr)
         num_tokens = float(self._all_sum(batch.lengths.sum()))
         seconds = time.perf_counter() - started
@@ -64,7 +70,8 @@ class SupervisedTrainer:
             return {}
         sums: dict[str, torch.Tensor] = {}
         count = torch.zeros((), dtype=torch.float64, device=self._model.layout.device)
-        for batch in map(self._prepare, self._eval_rows.all_batches()):
+        before_batch = partial(self._progress.safe_point, "evaluation")
+        for batch in map(self._prepare, self._eval_rows.all_batches(before_batch)):
             loss = self._loss_fn(self._model.evaluate(batch), batch)
             count = count + loss.count
             for name, value in loss.metrics.items():

@@ -24,6 +24,8 @@ from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_pa
 from megatron_gil.training.build import start_group_head
 from megatron_gil.training.grouping import Grouping, LearnedGroups, SingleGroup
 from megatron_gil.training.ppo import PpoTrainer
+from megatron_gil.training.progress import Progress
+from megatron_gil.training.signals import StopSignal
 from megatron_gil.training.sources import PromptSource
 from megatron_gil.types import Metrics
 
@@ -179,7 +181,7 @@ def make_trainer(
         eval_prompts=None,
         pretrain=None,
         tokenizer=tokenizer,
-        safe_point=lambda: None,
+        progress=Progress(layout, StopSignal()),
         all_sum=sums,
     )
 

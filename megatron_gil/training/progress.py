@@ -1,0 +1,35 @@
+"""Where a run is: what the watchdog and error messages tell of a rank, and where a stop is taken."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from megatron_gil.parallel.collectives import max_over_ranks
+from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.parallel.watchdog import Whereabouts
+from megatron_gil.training.signals import StopRequested, StopSignal
+
+
+class Progress:
+    """The phase this rank is in. All ranks enter the same phases in the same order."""
+
+    def __init__(self, layout: ParallelLayout, stop: StopSignal) -> None:
+        self._layout, self._stop = layout, stop
+        self.where = Whereabouts(number=0, phase="start-up", since=time.monotonic())
+        self.shape: tuple[int, ...] = ()
+        """Of the tokens that the phase works on: rows x padded length."""
+
+    def enter(self, phase: str, batch: Any = None) -> None:
+        """Begin a phase; `batch` (of types.py) is what it works on."""
+        self.where = Whereabouts(number=self.where.number + 1, phase=phase, since=time.monotonic())
+        self.shape = () if batch is None else tuple(batch.tokens.shape)
+
+    def safe_point(self, phase: str, batch: Any = None) -> None:
+        """Begin a phase, or raise StopRequested on every rank if any of them wants to stop. Collective.
+
+        To be called only where all that happened since the last whole iteration can be thrown away.
+        """
+        self.enter(phase, batch)
+        if wanted := max_over_ranks(self._stop.wanted, self._layout):
+            raise StopRequested(wanted)
