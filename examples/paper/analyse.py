@@ -1,0 +1,108 @@
+"""Tables and pictures of a grid, finished or not: python examples/paper/analyse.py runs/paper [RESULTS]
+
+Writes results.csv (one row per run and metric), wins.csv, curves.csv, tables.md and the pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from cells import Place, read_grid
+from measure import gold_curve
+from pictures import write_pictures
+from tables import Numbers, audit_table, markdown, tables, win_rows, win_table
+
+from megatron_gil.evaluation.runs import Json, Run, read_run
+
+Curves = dict[str, dict[str, dict[int, list[float]]]]
+"""method -> metric -> iteration -> a value per seed."""
+CURVES = ("policy/kl_sequence", "reward/score_mean", "group/return_variance", "policy/kl_weight", "group/mass_0")
+
+
+def analyse(output: Path, results: Path) -> None:
+    """Write everything that can be said of the cells that have finished."""
+    cells = read_grid()
+    seeds = sorted(int(path.name.removeprefix("seed_")) for path in output.glob("seed_*"))
+    places = [Place(output=output, seed=seed, cell=cell) for cell in cells.values() for seed in seeds]
+    finished = [place for place in places if place.rows.exists()]
+    rows = [row for place in finished for row in _read(place.rows)]
+    replies = {(p.cell.name, p.seed): _read(p.replies) for p in finished if p.replies.exists()}
+    runs = {(p.cell.name, p.seed): read_run(p.run_dir) for p in finished if p.cell.command == "ppo"}
+    labels = {name: cell.label for name, cell in cells.items()}
+    numbers, wins, curves = collect(rows), win_rows(replies), collect_curves(runs)
+    results.mkdir(parents=True, exist_ok=True)
+    _write_csv(results / "results.csv", ("seed", "method", "metric", "value"), rows)
+    _write_csv(results / "wins.csv", ("seed", "ours", "opponent", "win", "tie", "lose"), wins)
+    _write_csv(results / "curves.csv", ("method", "metric", "iteration", "seeds", "mean"), _mean_rows(curves))
+    missing = [f"{place.cell.label}, seed {place.seed}" for place in places if not place.rows.exists()]
+    shown = [*tables(numbers, labels), win_table(wins, labels), audit_table(runs)]
+    text = "\n".join(map(markdown, shown))
+    text += f"\nCells not finished: {'; '.join(missing) or 'none'}.\n"
+    (results / "tables.md").write_text(text, encoding="utf-8")
+    write_pictures(results, numbers, replies, curves, labels)
+
+
+def collect(rows: Iterable[Json]) -> Numbers:
+    """method -> metric -> seed -> value."""
+    numbers: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        numbers[row["method"]][row["metric"]][row["seed"]] = row["value"]
+    return numbers
+
+
+def collect_curves(runs: Mapping[tuple[str, int], Run]) -> Curves:
+    """Over training: metrics, the gap in score between easy and hard domains, the gold score of samples."""
+    curves: Curves = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for (method, _), run in runs.items():
+        of_method = curves[method]
+        for metric in CURVES:
+            for iteration, value in zip(*run.series(metric), strict=True):
+                of_method[metric][iteration].append(value)
+        for row in run.metrics:
+            easy = row["reward/score_mean_known_greet"] + row["reward/score_mean_known_refuse"]
+            hard = row["reward/score_mean_known_fact"] + row["reward/score_mean_known_both"]
+            of_method["score gap"][row["iteration"]].append((easy - hard) / 2)
+            if "group/mass_1" in row:
+                of_method["return gap"][row["iteration"]].append(_return_gap(row))
+        iterations = sorted({row["iteration"] for row in run.samples})
+        for iteration, value in zip(iterations, gold_curve(run.samples), strict=True):
+            of_method["gold"][iteration].append(value)
+    return curves
+
+
+def _return_gap(row: Mapping[str, float]) -> float:
+    returns = [value for name, value in row.items() if name.startswith("group/return_") and name[-1].isdigit()]
+    return max(returns) - min(returns)
+
+
+def _mean_rows(curves: Curves) -> list[Json]:
+    """Every tenth iteration of each curve, and those of the samples."""
+    return [
+        {"method": method, "metric": metric, "iteration": i, "seeds": len(values), "mean": sum(values) / len(values)}
+        for method, by_metric in curves.items()
+        for metric, by_iteration in by_metric.items()
+        for i, values in by_iteration.items()
+        if i % 10 == 9
+    ]
+
+
+def _read(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Json]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, header, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+if __name__ == "__main__":
+    grid = Path(sys.argv[1])
+    analyse(grid, Path(sys.argv[2]) if len(sys.argv) > 2 else grid / "results")

@@ -1,0 +1,79 @@
+"""The grid's pictures: domains, the frontier, curves over training, score distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from tables import Numbers
+
+from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
+from megatron_gil.evaluation.figures import FrontierPoint, bars, curve_grid, frontier, score_distributions, to_svg
+from megatron_gil.evaluation.runs import Json
+
+Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
+SHOWN = ("sft", "dpo", "ppo", "ppo_kl", "gil", "gil_plain_kl", "grpo", "grpo_gil")
+"""Methods in the pictures; the tables hold all."""
+PANELS = {
+    "gold": "gold score of training samples",
+    "policy/kl_sequence": "KL from the reference, nats a reply",
+    "score gap": "score: easy less hard domains",
+}
+GROUP_PANELS = {
+    "return gap": "return: high less low inferred group",
+    "group/mass_0": "mass of group 0",
+    "policy/kl_weight": "mean weight of the KL penalty",
+}
+GROUPED = ("gil", "gil_plain_kl", "gil_own_model", "gil_score_groups", "beta_1", "grpo_gil")
+
+
+def write_pictures(
+    directory: Path,
+    numbers: Numbers,
+    replies: Mapping[tuple[str, int], Sequence[Json]],
+    curves: Curves,
+    labels: Mapping[str, str],
+) -> None:
+    """gold.svg, scores.svg, frontier.svg, training.svg, groups.svg; all are means over the seeds there are."""
+    methods = [m for m in SHOWN if "gold" in numbers.get(m, {})]
+    domains = (*TRAINING_DOMAINS, HELDOUT_DOMAIN)
+    gold = {labels[m]: {d: fmean(numbers[m][f"gold_{d}"].values()) for d in domains} for m in methods}
+    scores = {labels[m]: _scores(replies, m) for m in methods}
+    drawn = {
+        "gold": bars(gold, label="gold score"),
+        "scores": score_distributions(scores),
+        "frontier": frontier({labels[m]: _frontier(curves[m]) for m in methods if m in curves}),
+        "training": curve_grid(_panels(curves, PANELS, methods, labels)),
+        "groups": curve_grid(_panels(curves, GROUP_PANELS, GROUPED, labels)),
+    }
+    for name, figure in drawn.items():
+        (directory / f"{name}.svg").write_text(to_svg(figure), encoding="utf-8")
+
+
+def _scores(replies: Mapping[tuple[str, int], Sequence[Json]], method: str) -> list[float]:
+    """Of all seeds, training domains."""
+    found = [rows for (name, _), rows in replies.items() if name == method]
+    return [row["score"] for rows in found for row in rows if row["group"] != HELDOUT_DOMAIN]
+
+
+def _frontier(of_method: Mapping[str, Mapping[int, Sequence[float]]]) -> list[FrontierPoint]:
+    """A point for each iteration that kept samples."""
+    kl, proxy = of_method["policy/kl_sequence"], of_method["reward/score_mean"]
+    return [
+        FrontierPoint(kl=fmean(kl[i]), proxy=fmean(proxy[i]), gold=fmean(values))
+        for i, values in of_method["gold"].items()
+    ]
+
+
+def _panels(
+    curves: Curves, panels: Mapping[str, str], methods: Sequence[str], labels: Mapping[str, str]
+) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    return {
+        title: {
+            labels[m]: ([float(i) for i in curves[m][metric]], [fmean(v) for v in curves[m][metric].values()])
+            for m in methods
+            if metric in curves.get(m, {})
+        }
+        for metric, title in panels.items()
+    }

@@ -1,0 +1,209 @@
+"""The grid's tables: means over seeds with bootstrap intervals, paired differences, win rates, the group audit."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, read_task
+from megatron_gil.demo.gold import count_flattery, gold_score
+from megatron_gil.demo.results import TIE_MARGIN
+from megatron_gil.evaluation.judge import ScoreJudge
+from megatron_gil.evaluation.page import Table
+from megatron_gil.evaluation.runs import Json, Run
+from megatron_gil.evaluation.statistics import Estimate, bootstrap, paired_difference
+from megatron_gil.evaluation.winrate import verdicts
+
+Numbers = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""method -> metric -> seed -> value."""
+OURS = "gil"
+PAIRS = [("grpo_gil", "grpo"), ("grpo_gil", "gil")]
+"""Compared besides PPO-GIL with everything."""
+
+COLUMNS: Mapping[str, Mapping[str, str]] = {
+    "Gold score on held-out prompts": {
+        "gold": "gold",
+        **{f"gold_{domain}": domain for domain in TRAINING_DOMAINS},
+        "gold_worst": "worst domain",
+        "gold_gap": "easy - hard",
+        f"gold_{HELDOUT_DOMAIN}": f"held-out domain ({HELDOUT_DOMAIN})",
+    },
+    "Proxy, KL and the score distribution": {
+        "proxy": "proxy score",
+        "kl": "KL, nats a reply",
+        "proxy_skewness": "skewness",
+        "proxy_tail_mass": "mass beyond 2 sd",
+        "distinct_replies": "distinct replies",
+        "flattery": "courteous phrases a reply",
+    },
+    "Over training": {
+        "score_gap_start": "score gap at the start",
+        "score_gap_end": "score gap at the end",
+        "return_gap_start": "return gap of groups, start",
+        "return_gap_end": "return gap of groups, end",
+        "train_gold_peak": "gold at its best",
+        "train_gold_drop": "gold lost since",
+        "gradient_norm_max": "largest gradient norm",
+    },
+    "Inferred groups": {
+        "ami_domains": "AMI with the domains",
+        "ami_easy_hard": "AMI with easy/hard",
+        "auc_easy": "AUC of easy",
+        "auc_high_score": "AUC of high score",
+        "mass_high": "mass of the high group",
+        "mass_least": "least mass",
+        "skipped_by_mass": "iterations without groups",
+        "weight_std": "sd of omega",
+        "negative_weights": "omega below 0",
+        "flips": "flips",
+        "kl_weight": "mean p(high)",
+        "kl_high": "KL of the high group",
+        "kl_low": "KL of the others",
+    },
+}
+
+
+def tables(numbers: Numbers, labels: Mapping[str, str]) -> list[Table]:
+    """All but the win rates and the audit."""
+    methods = [m for m in labels if "gold" in numbers.get(m, {})]
+    made = [_of_means(caption, columns, methods, numbers, labels) for caption, columns in COLUMNS.items()]
+    return [*made, _collapses(methods, numbers, labels), _differences(methods, numbers, labels)]
+
+
+def _of_means(
+    caption: str, columns: Mapping[str, str], methods: Sequence[str], numbers: Numbers, labels: Mapping[str, str]
+) -> Table:
+    shown = [m for m in methods if any(metric in numbers[m] for metric in columns)]
+    rows = [(labels[m], *(_cell(numbers[m].get(metric, {})) for metric in columns)) for m in shown]
+    note = "Mean over seeds and 95 % bootstrap interval over seeds; empty where a method has no such number."
+    return Table(caption=caption, header=("method", *columns.values()), rows=rows, note=note)
+
+
+def _cell(by_seed: Mapping[int, float]) -> str:
+    return _short(bootstrap(list(by_seed.values()))) if by_seed else ""
+
+
+def _short(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def collapsed(gold: Mapping[int, float], sft: Mapping[int, float]) -> dict[int, bool]:
+    """Per seed: whether a run ended with a lower gold score than the SFT policy that it started from."""
+    return {seed: value < sft[seed] for seed, value in gold.items() if seed in sft}
+
+
+def _collapses(methods: Sequence[str], numbers: Numbers, labels: Mapping[str, str]) -> Table:
+    sft = numbers["sft"]["gold"]
+    rows = [
+        (labels[m], f"{sum(found.values())} of {len(found)}")
+        for m in methods
+        if m != "sft"
+        for found in [collapsed(numbers[m]["gold"], sft)]
+    ]
+    note = "A run has collapsed if its gold score on held-out prompts is below that of the SFT policy it started from."
+    return Table(caption="Collapsed runs", header=("method", "collapsed"), rows=rows, note=note)
+
+
+def _differences(methods: Sequence[str], numbers: Numbers, labels: Mapping[str, str]) -> Table:
+    columns = {"gold": "gold", "gold_worst": "worst domain", f"gold_{HELDOUT_DOMAIN}": "held-out domain", "kl": "KL"}
+    pairs = [(OURS, m) for m in methods if m != OURS] + PAIRS
+    rows = [
+        (f"{labels[a]} - {labels[b]}", *(_difference(numbers[a].get(c, {}), numbers[b].get(c, {})) for c in columns))
+        for a, b in pairs
+        if a in methods and b in methods
+    ]
+    note = "Mean over seeds of the difference on the same seed [95 % bootstrap interval]; seeds on which it is above 0."
+    return Table(caption="Paired differences", header=("pair", *columns.values()), rows=rows, note=note)
+
+
+def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    shared = sorted(set(ours) & set(theirs))
+    if not shared:
+        return ""
+    found = paired_difference([ours[s] for s in shared], [theirs[s] for s in shared])
+    above = sum(ours[s] > theirs[s] for s in shared)
+    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {above} of {len(shared)}"
+
+
+def win_rows(replies: Mapping[tuple[str, int], Sequence[Json]]) -> list[Json]:
+    """PPO-GIL against each method and GRPO-GIL against GRPO, per seed: shares of the prompts, gold judge."""
+    judge = ScoreJudge("gold", gold_score, tie_margin=TIE_MARGIN)
+    methods = list(dict.fromkeys(method for method, _ in replies))
+    pairs = [(OURS, m) for m in methods if m != OURS] + PAIRS[:1]
+    rows: list[Json] = []
+    for ours, opponent in pairs:
+        for seed in sorted({seed for _, seed in replies}):
+            if (ours, seed) in replies and (opponent, seed) in replies:
+                found = verdicts(judge, replies[ours, seed], replies[opponent, seed])
+                shares = {v: found.count(v) / len(found) for v in ("win", "tie", "lose")}
+                rows.append({"seed": seed, "ours": ours, "opponent": opponent, **shares})
+    return rows
+
+
+def win_table(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
+    """The paper's Table 1; the interval of win - lose is over seeds."""
+    cells: list[tuple[str, ...]] = []
+    for ours, opponent in dict.fromkeys((row["ours"], row["opponent"]) for row in rows):
+        found = [row for row in rows if (row["ours"], row["opponent"]) == (ours, opponent)]
+        shares = [f"{100 * fmean(row[v] for row in found):.1f}" for v in ("win", "tie", "lose")]
+        margin = bootstrap([100 * (row["win"] - row["lose"]) for row in found])
+        interval = f"{margin.value:+.1f} [{margin.low:+.1f}, {margin.high:+.1f}]"
+        cells.append((labels[ours], labels[opponent], str(len(found)), *shares, interval))
+    header = ("ours", "opponent", "seeds", "win %", "tie %", "lose %", "win - lose, % [95 %]")
+    note = (
+        f"Gold judge on the same held-out prompts, all five domains; a difference of at most {TIE_MARGIN} is a tie. "
+        "The judge scores each reply by itself, so both orders give the same verdict."
+    )
+    return Table(caption="Win / tie / lose", header=header, rows=cells, note=note)
+
+
+def audit_table(runs: Mapping[tuple[str, int], Run]) -> Table:
+    """What PPO-GIL's classifier found: replies of the last five iterations that kept samples, by likelier group."""
+    cells: list[tuple[str, ...]] = []
+    for (method, seed), run in runs.items():
+        if method != OURS:
+            continue
+        last = sorted({row["iteration"] for row in run.samples})[-5:]
+        rows = [row for row in run.samples if row["iteration"] in last]
+        for group in range(len(rows[0]["group_probs"])):
+            part = [row for row in rows if row["group_probs"].index(max(row["group_probs"])) == group]
+            if part:
+                cells.append((str(seed), str(group), *_audit(part, rows)))
+    header = ("seed", "group", "replies", "score", "gold", "words", "phrases", "domains", "typical words")
+    note = "Typical: the words whose share of the group's words exceeds their share of all words the most."
+    return Table(caption="Group audit of PPO-GIL", header=header, rows=cells, note=note)
+
+
+def _audit(part: Sequence[Json], rows: Sequence[Json]) -> tuple[str, ...]:
+    domains = Counter(read_task(row["prompt"]).domain for row in part)
+    return (
+        str(len(part)),
+        f"{fmean(row['score'] for row in part):.2f}",
+        f"{fmean(gold_score(row['prompt'], row['response']) for row in part):.2f}",
+        f"{fmean(len(row['response'].split()) for row in part):.1f}",
+        f"{fmean(count_flattery(row['response']) for row in part):.2f}",
+        ", ".join(f"{d} {100 * domains[d] / len(part):.0f} %" for d in TRAINING_DOMAINS),
+        ", ".join(_typical(part, rows)),
+    )
+
+
+def _typical(part: Sequence[Json], rows: Sequence[Json], count: int = 5) -> list[str]:
+    inside, everywhere = (Counter(w for r in some for w in _words(r["response"])) for some in (part, rows))
+    lift = {w: n / inside.total() - everywhere[w] / everywhere.total() for w, n in inside.items()}
+    return sorted(lift, key=lambda word: -lift[word])[:count]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def markdown(table: Table) -> str:
+    """The table for a Markdown page."""
+    lines = [f"### {table.caption}", "", _line(table.header), _line(["---"] * len(table.header))]
+    return "\n".join([*lines, *map(_line, table.rows), "", table.note, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
