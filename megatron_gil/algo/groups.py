@@ -13,6 +13,7 @@ formulas below is the number of groups that do.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -142,10 +143,15 @@ class HighGroup:
         """ema_g = decay ema_g + (1 - decay) score_g; a group's first score is taken as it is.
 
         `group_scores` are mean scores over all ranks (`group_statistics` of the scores): the score and not the shaped
-        return, which the adaptive KL penalty lowers for the high group. A group that does not count keeps its average.
+        return, which the adaptive KL penalty lowers for the high group. A group that does not count keeps its average,
+        and so does one whose score is not finite.
         """
         ema = tuple(
-            old if not takes_part else score if old is None else decay * old + (1 - decay) * score
+            old
+            if not takes_part or not math.isfinite(score)
+            else score
+            if old is None
+            else decay * old + (1 - decay) * score
             for old, score, takes_part in zip(self.ema, group_scores.tolist(), counts.tolist(), strict=True)
         )
         known = [average for average in ema if average is not None]

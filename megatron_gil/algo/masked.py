@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,12 +58,15 @@ class ScoreMoments:
     def merge(self, scores: Float[Tensor, " batch"], *, all_sum: AllSum) -> ScoreMoments:
         """The moments with every rank's `scores` added (the merge of Chan, Golub and LeVeque 1979), in float64.
 
-        Equal on every rank for any cut of the scores into ranks. At least one rank must bring a score.
+        Equal on every rank for any cut of the scores into ranks. At least one rank must bring a score. Scores of which
+        one is NaN or infinite leave the moments as they are: they would never recover.
         """
         scores = scores.double()
         total, count = all_sum(torch.stack([scores.sum(), scores.new_tensor(scores.numel())])).tolist()
         mean = total / count
         m2 = all_sum((scores - mean).square().sum()).item()
+        if not math.isfinite(m2):
+            return self
         delta = mean - self.mean
         merged_count = self.count + count
         return ScoreMoments(
