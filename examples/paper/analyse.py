@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cells import Place, read_grid
-from measure import gold_curve
+from measure import gap, gold_curve
 from pictures import write_pictures
 from tables import Numbers, audit_table, markdown, tables, win_rows, win_table
 
+from megatron_gil.demo.domains import TRAINING_DOMAINS
 from megatron_gil.evaluation.runs import Json, Run, read_run
 
 Curves = dict[str, dict[str, dict[int, list[float]]]]
@@ -64,9 +65,9 @@ def collect_curves(runs: Mapping[tuple[str, int], Run]) -> Curves:
             for iteration, value in zip(*run.series(metric), strict=True):
                 of_method[metric][iteration].append(value)
         for row in run.metrics:
-            easy = row["reward/score_mean_known_greet"] + row["reward/score_mean_known_refuse"]
-            hard = row["reward/score_mean_known_fact"] + row["reward/score_mean_known_both"]
-            of_method["score gap"][row["iteration"]].append((easy - hard) / 2)
+            scores = {domain: row.get(f"reward/score_mean_known_{domain}") for domain in TRAINING_DOMAINS}
+            if None not in scores.values():  # a rollout of few prompts may lack a domain
+                of_method["score gap"][row["iteration"]].append(gap(scores))
             if "group/mass_1" in row:
                 of_method["return gap"][row["iteration"]].append(_return_gap(row))
         iterations = sorted({row["iteration"] for row in run.samples})

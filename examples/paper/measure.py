@@ -45,7 +45,7 @@ def of_replies(rows: Sequence[Json]) -> dict[str, float]:
         "gold": fmean(gold[d] for d in TRAINING_DOMAINS),
         **{f"gold_{domain}": gold[domain] for domain in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)},
         "gold_worst": min(gold[d] for d in TRAINING_DOMAINS),
-        "gold_gap": _gap(gold),
+        "gold_gap": gap(gold),
         "proxy": fmean(proxy),
         **{f"proxy_{d}": fmean(r["score"] for r in by_domain[d]) for d in TRAINING_DOMAINS},
         "proxy_skewness": skewness(proxy),
@@ -150,10 +150,11 @@ def _of_training(run: Run) -> dict[str, float]:
 def _score_gap(run: Run, where: slice) -> float:
     """Mean score of the easy domains less that of the hard ones, over some iterations of training."""
     by_domain = {d: fmean(run.series(f"reward/score_mean_known_{d}")[1][where]) for d in TRAINING_DOMAINS}
-    return _gap(by_domain)
+    return gap(by_domain)
 
 
-def _gap(by_domain: Mapping[str, float]) -> float:
+def gap(by_domain: Mapping[str, float]) -> float:
+    """Mean over the easy domains less the mean over the hard ones."""
     return fmean(by_domain[d] for d in EASY) - fmean(by_domain[d] for d in HARD)
 
 

@@ -19,7 +19,7 @@ from megatron_gil.evaluation.winrate import verdicts
 Numbers = Mapping[str, Mapping[str, Mapping[int, float]]]
 """method -> metric -> seed -> value."""
 OURS = "gil"
-PAIRS = [("grpo_gil", "grpo"), ("grpo_gil", "gil")]
+PAIRS = [("grpo_gil", "grpo")]
 """Compared besides PPO-GIL with everything."""
 
 COLUMNS: Mapping[str, Mapping[str, str]] = {
@@ -131,7 +131,7 @@ def win_rows(replies: Mapping[tuple[str, int], Sequence[Json]]) -> list[Json]:
     """PPO-GIL against each method and GRPO-GIL against GRPO, per seed: shares of the prompts, gold judge."""
     judge = ScoreJudge("gold", gold_score, tie_margin=TIE_MARGIN)
     methods = list(dict.fromkeys(method for method, _ in replies))
-    pairs = [(OURS, m) for m in methods if m != OURS] + PAIRS[:1]
+    pairs = [(OURS, m) for m in methods if m != OURS] + PAIRS
     rows: list[Json] = []
     for ours, opponent in pairs:
         for seed in sorted({seed for _, seed in replies}):
