@@ -4,7 +4,7 @@
         policy/            config.json, model*.safetensors, tokenizer: what transformers loads, as it is
         policy.optimizer/  exp_avg.NAME, exp_avg_sq.NAME (and master.NAME in mixed precision), NAME as in policy/
         critic/ ...        score.weight is the value head, group_head.weight the group classifier
-        state.json         iteration, steps of each optimizer, the trainer's own state
+        state.json         iteration, steps of each optimizer, what the loop and the trainer remember
         manifest.json      size and SHA-256 of every other file; written last: without it there is no checkpoint
 
 Tensors are stored whole under Hugging Face's names, so that a checkpoint does not know the layout that wrote it. No
@@ -38,7 +38,7 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class LoadedState:
     iteration: int
-    trainer: dict[str, Any]
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,8 @@ class CheckpointStore:
             renames |= save_optimizer(model, beside / f"{role}.optimizer", files)
         if self._layout.is_main:
             steps = {role: model.num_steps for role, model in models.items()}
-            files.text(
-                beside / "state.json", json.dumps({"iteration": iteration, "steps": steps, "trainer": state}, indent=1)
-            )
+            content = {"iteration": iteration, "steps": steps, "state": state}
+            files.text(beside / "state.json", json.dumps(content, indent=1))
         files.start()
         self._unfinished = _Unfinished(iteration, beside, files, renames)
 
@@ -129,7 +128,7 @@ class CheckpointStore:
                 raise CheckpointError(f"{path}: holds no {role}; it is of another kind of run")
             load_weights(model.module, model.spec, path / role, self._layout)
             load_optimizer(model, path / f"{role}.optimizer", content["steps"][role])
-        return LoadedState(content["iteration"], content["trainer"])
+        return LoadedState(content["iteration"], content["state"])
 
     def _on_main(self, iteration: int, act: Callable[[], None]) -> None:
         """Rank 0 acts for all; if the system refuses, every rank raises CheckpointError."""

@@ -84,8 +84,8 @@ class TrainingLoop:
             return
         self._progress.safe_point("loading a checkpoint")
         loaded = self._checkpoints.load(found, self._trainer.models())
-        self._trainer.load_state(loaded.trainer["trainer"])
-        self._state = LoopState(**loaded.trainer["loop"])
+        self._trainer.load_state(loaded.state["trainer"])
+        self._state = LoopState(**loaded.state["loop"])
         self._saved = loaded.iteration
         if self._layout.is_main:
             text = f"resuming {self._directory} at iteration {loaded.iteration} of {self._trainer.num_iterations}"

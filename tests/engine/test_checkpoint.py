@@ -99,7 +99,7 @@ def _link(
             path = store.find()
             assert path is not None
             loaded = store.load(path, models)
-            assert (loaded.iteration, loaded.trainer) == (SAVED, STATE)
+            assert (loaded.iteration, loaded.state) == (SAVED, STATE)
             assert all(model.num_steps == SAVED for model in models.values())
         saved = _weights(models)
         _store(target, started, root).save(SAVED, models, STATE)

@@ -149,7 +149,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, runs: tuple[Path, dic
 
 
 def test_the_state_is_not_trivial(runs: tuple[Path, dict[str, Any]]) -> None:
-    state = _checkpoint(runs[0] / "ppo")[1]["trainer"]
+    state = _checkpoint(runs[0] / "ppo")[1]["state"]["trainer"]
     assert state["num_updates"] == 2 * NUM_ITERATIONS
     assert state["moments"]["count"] == 16 * NUM_ITERATIONS
     assert None not in state["grouping"]["ema"]
