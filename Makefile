@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo paper test lint clean
 
 help:
 	@echo "make demo    the whole pipeline in miniature, ending in runs/demo/report.html (under 10 minutes on two cores)"
+	@echo "make paper   every method on five seeds, into runs/paper/results (under 100 minutes on two cores, restartable)"
 	@echo "make test    every test that needs no GPU (under 10 minutes on two cores)"
 	@echo "make lint    formatting, lint and types"
 	@echo "make setup   only create .venv with the pinned versions"
@@ -23,6 +24,9 @@ $(STAMP): setup.py constraints.txt
 
 demo: setup
 	$(BIN)/megatron-gil demo --output runs/demo
+
+paper: setup
+	$(BIN)/python examples/paper/run.py --output runs/paper
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu"

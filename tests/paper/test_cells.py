@@ -1,0 +1,101 @@
+"""Bookkeeping of the grid: what a cell runs, when it is finished, what may not be mixed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cells import Cell, Place, commands, read_grid, take_world
+from rich.console import Console
+from run import Progress, choose, waves
+
+from megatron_gil.config import ConfigError, DpoConfig, PpoConfig, RewardConfig, SftConfig, load_config
+from megatron_gil.demo.stages import Stage
+
+CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
+
+
+def _place(output: Path, name: str) -> Place:
+    return Place(output=output, seed=3, cell=read_grid()[name])
+
+
+@pytest.mark.parametrize("name", [name for name, cell in read_grid().items() if cell.command != "none"])
+def test_every_cell_is_a_valid_command_on_its_own_seed(name: str, tmp_path: Path) -> None:
+    train = commands(_place(tmp_path, name), read_grid())[0]
+    config = load_config(CONFIGS[train[0]], Path(train[2]), train[3:])
+    assert config.run.seed == 3
+    assert config.run.dir == str(tmp_path / "seed_3" / name / "run")
+
+
+def test_cells_inherit_the_settings_of_the_cell_they_are_like(tmp_path: Path) -> None:
+    def config(name: str) -> PpoConfig:
+        train = commands(_place(tmp_path, name), read_grid())[0]
+        return load_config(PpoConfig, Path(train[2]), train[3:])
+
+    ppo, kl, gil, plain = (config(name) for name in ("ppo", "ppo_kl", "gil", "gil_plain_kl"))
+    assert (ppo.ppo.kl_coef, ppo.gil.num_groups) == (0.0, 1)
+    assert (kl.ppo.kl_coef, kl.gil.num_groups) == (0.1, 1)
+    assert replace(kl, gil=gil.gil, run=gil.run) == gil  # the same but for the groups
+    assert replace(gil.gil, adaptive_kl=False) == plain.gil
+
+
+def test_no_two_cells_are_the_same() -> None:
+    cells = read_grid().values()
+    assert len({(cell.command, tuple(cell.settings)) for cell in cells}) == len(cells)
+
+
+def test_methods_of_a_seed_share_the_data_and_the_models_they_start_from(tmp_path: Path) -> None:
+    def files(name: str) -> list[str]:
+        train = commands(_place(tmp_path, name), read_grid())[0]
+        return [text for text in train if text.startswith(("models.", "data.", "run.seed"))]
+
+    assert files("ppo") == files("gil") == files("grpo_gil")
+
+
+def test_the_sft_model_answers_once_there_is_a_reward_model(tmp_path: Path) -> None:
+    cells = read_grid()
+    assert [c[0] for c in commands(_place(tmp_path, "sft_model"), cells)] == ["sft"]
+    assert [c[0] for c in commands(_place(tmp_path, "sft"), cells)] == ["generate", "score"]
+    places = [_place(tmp_path, name) for name in cells]
+    order = [{place.cell.name for place in wave} for wave in waves(places)]
+    assert order[:2] == [{"sft_model"}, {"reward", "dpo"}]
+    assert set.union(*order) == set(cells)
+    assert sum(map(len, order)) == len(cells)
+
+
+def test_a_cell_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
+    place = _place(tmp_path, "gil")
+    place.take()
+    place.take()  # the same again is the same cell
+    other = Place(output=tmp_path, seed=3, cell=replace(place.cell, iterations=7))
+    with pytest.raises(ConfigError, match="other settings; choose another --output"):
+        other.take()
+
+
+def test_a_choice_brings_what_it_needs_and_refuses_a_wrong_name() -> None:
+    assert list(choose(read_grid(), ["gil"])) == ["sft_model", "reward", "gil"]
+    with pytest.raises(ConfigError, match="no cell is called gill"):
+        choose(read_grid(), ["gill"])
+
+
+def test_a_world_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
+    take_world(tmp_path, 3)
+    whole = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "held_out_prompts.jsonl").unlink()
+    (tmp_path / "world" / "prompts.jsonl").write_text("half a li", encoding="utf-8")
+    take_world(tmp_path, 3)
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == whole
+    rows = whole["held_out_prompts.jsonl"].decode().splitlines()
+    assert {json.loads(row)["group"] for row in rows} == {"greet", "refuse", "fact", "both", "mixed"}
+
+
+def test_progress_shows_a_cell_as_done_only_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell = Cell(name="gil", label="PPO-GIL", command="ppo", iterations=10, settings=())
+    stage = Stage(name="gil seed 1", command=[], product=tmp_path / "rows.jsonl", num_iterations=10)
+    progress = Progress([cell], [1], Console(width=80))
+    progress.show(stage, 10)  # trained, not yet measured
+    assert "done" not in capsys.readouterr().out
+    stage.product.write_text("", encoding="utf-8")
+    progress.show(stage, 10)
+    progress.show(stage, 10)
+    assert capsys.readouterr().out == "gil seed 1 done (1 of 1)\n"
