@@ -1,0 +1,208 @@
+"""What a user gets wrong is one line on stderr, naming the key and the fix, and exit code 2, on any number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gil.cli import COMMANDS, main
+from tests.ranks import run_ranks
+from tests.training.running import use_cache
+from tests.world import write_json, write_rows
+
+
+def _good(world: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        "run.dir": f"{tmp_path / 'run'}",
+        "models.policy": f"{world / 'policy'}",
+        "data.train": f"{world / 'demonstrations.jsonl'}",
+        "data.max_tokens": "48",
+        "data.max_prompt_tokens": "32",
+        "batch.global_size": "8",
+        "batch.micro_size": "4",
+        "train.updates": "1",
+    }
+
+
+def _sft(good: dict[str, str], **changes: str | None) -> list[str]:
+    values = {**good, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return ["sft", *(f"{key}={value}" for key, value in values.items() if value is not None)]
+
+
+def _call(arguments: list[str], root: Path) -> tuple[int, str, str]:
+    use_cache(root)
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(arguments)
+    return code, said.getvalue(), printed.getvalue()
+
+
+def _call_all(calls: list[list[str]], root: Path) -> list[tuple[int, str, str]]:
+    return [_call(arguments, root) for arguments in calls]
+
+
+def _bad_files(tmp_path: Path, world: Path) -> dict[str, str]:
+    """Paths of what is broken, by name."""
+    rows = [{"prompt": "sun", "completion": " sea"}]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("precious")
+    (tmp_path / "broken.yaml").write_text("batch: {global_size: 4\n")
+    (tmp_path / "not_json.jsonl").write_text('{"prompt": "sun", "completion": " sea"}\n{"prompt": sun}\n')
+    for name, changes in {"few_layers": {"num_hidden_layers": 1}, "one_kv_head": {"num_key_value_heads": 1}}.items():
+        shutil.copytree(world / "policy", tmp_path / name)
+        config = json.loads((world / "policy" / "config.json").read_text())
+        write_json(tmp_path / name / "config.json", {**config, **changes})
+    shutil.copytree(world / "policy", tmp_path / "no_weights")
+    (tmp_path / "no_weights" / "model.safetensors").unlink()
+    shutil.copytree(world / "policy", tmp_path / "cut_weights")
+    with (tmp_path / "cut_weights" / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    return {
+        "foreign": str(foreign),
+        "broken_yaml": str(tmp_path / "broken.yaml"),
+        "not_json": str(tmp_path / "not_json.jsonl"),
+        "field": str(write_rows(tmp_path / "field.jsonl", [*rows, {"prompt": "sun", "completion": 7}])),
+        "missing": str(write_rows(tmp_path / "missing.jsonl", [*rows, *rows, {"prompt": "sun"}])),
+        **{name: str(tmp_path / name) for name in ("few_layers", "one_kv_head", "no_weights", "cut_weights")},
+    }
+
+
+def test_one_line_for_every_mistake(world: Path, tmp_path: Path) -> None:
+    good, bad = _good(world, tmp_path), _bad_files(tmp_path, world)
+    (tmp_path / "there.jsonl").write_text("mine")
+    generate = ["generate", f"models.policy={world / 'policy'}", f"data.train={world / 'prompts.jsonl'}"]
+    cases: list[tuple[list[str], str]] = [
+        (_sft(good, batch__global_sice="8"), "unknown key batch.global_sice; did you mean batch.global_size?"),
+        (_sft(good, bacth__global_size="8"), "unknown key bacth; did you mean batch?"),
+        (_sft(good, batch__global_size="eight"), "batch.global_size"),
+        (_sft(good, models__dtype="float8"), "models.dtype"),
+        (_sft(good, batch__micro_size="0"), "batch.micro_size=0 must be at least 1"),
+        (_sft(good, batch__micro_size="3"), "batch.global_size=8 cannot be divided by 1 data-parallel ranks x"),
+        (_sft(good, parallel__tensor_size="2"), "1 processes cannot be divided by parallel.tensor_size=2"),
+        (_sft(good, parallel__sequence_parallel="true"), "needs parallel.tensor_size above 1"),
+        (_sft(good, run__dir=None), "run.dir is not set"),
+        (_sft(good, models__policy=None), "models.policy is not set"),
+        (_sft(good, models__policy=str(tmp_path / "nowhere")), "nowhere is not a directory"),
+        (_sft(good, models__policy=bad["no_weights"]), "model.safetensors: not found"),
+        (_sft(good, models__policy=bad["cut_weights"]), "model.safetensors: cannot be read as safetensors"),
+        (_sft(good, data__train=None), "data.train is not set"),
+        (_sft(good, data__train=str(tmp_path / "none.jsonl")), "none.jsonl: no such file"),
+        (_sft(good, data__train=bad["not_json"]), "not_json.jsonl:2: not valid JSON"),
+        (_sft(good, data__train=bad["field"]), "field.jsonl:2: field completion"),
+        (_sft(good, data__train=bad["missing"]), "missing.jsonl:3:"),
+        (_sft(good, run__dir=bad["foreign"]), "is not empty and holds no config.yaml"),
+        (["sft", "--config", bad["broken_yaml"]], "broken.yaml: not valid YAML"),
+        (["sft", "--config", str(tmp_path / "absent.yaml")], "absent.yaml: cannot be read"),
+        (["sft", "run.dir"], "'run.dir' is not an override; write section.key=value"),
+        ([*generate, f"output={tmp_path / 'there.jsonl'}"], "there.jsonl exists already; nothing is overwritten"),
+        (
+            ["score", f"models.reward_model={world / 'policy'}", f"data.train={bad['field']}", "output=x"],
+            "has no score.weight; train it with `megatron-gil reward` first",
+        ),
+    ]
+    answers = run_ranks(_call_all, 1, [arguments for arguments, _ in cases], world)[0]
+    for (arguments, expected), (code, said, printed) in zip(cases, answers, strict=True):
+        assert code == 2, (arguments, said)
+        assert said.startswith(f"megatron-gil {arguments[0]}: "), said
+        assert said.count("\n") == 1, said
+        assert expected in said, said
+        assert printed == ""
+    assert not (tmp_path / "run").exists(), "a mistake left a run directory behind"
+    assert (tmp_path / "there.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"parallel.pipeline_size": "2", "models.policy": "few_layers"},
+            "num_hidden_layers=1 .*parallel.pipeline_size=2",
+        ),
+        (
+            {"parallel.tensor_size": "2", "models.policy": "one_kv_head"},
+            "num_key_value_heads=1 cannot be divided by parallel.tensor_size=2",
+        ),
+        ({"data.train": "field"}, "field.jsonl:2: field completion"),
+        ({"run.dir": "foreign"}, "is not empty and holds no config.yaml"),
+        ({"batch.micro_size": "8"}, "batch.global_size=8 cannot be divided by 2 data-parallel ranks x"),
+    ],
+    ids=["layers", "heads", "data", "directory", "batch"],
+)
+def test_two_ranks_still_say_one_line(changes: dict[str, str], expected: str, world: Path, tmp_path: Path) -> None:
+    bad = _bad_files(tmp_path, world)
+    arguments = _sft({**_good(world, tmp_path), **{key: bad.get(value, value) for key, value in changes.items()}})
+    first, second = (rank[0] for rank in run_ranks(_call_all, 2, [arguments], world))
+    assert first[0] == second[0] == 2, (first, second)
+    assert first[1].count("\n") == 1
+    assert re.search(expected, first[1]), first[1]
+    assert second[1] == ""
+
+
+def _environment(world: Path) -> dict[str, str]:
+    own = {"HF_DATASETS_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1"}
+    return {**{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}, **own}
+
+
+def test_under_torchrun_nothing_but_the_line_is_ours(world: Path, tmp_path: Path) -> None:
+    """torchrun reports the exit codes in its own words; our processes print one line and no traceback."""
+    bad = _bad_files(tmp_path, world)
+    arguments = _sft(_good(world, tmp_path), data__train=bad["field"])
+    logs = tmp_path / "logs"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--redirects=3",
+         f"--log-dir={logs}", "-m", "megatron_gil", *arguments],
+        env=_environment(world), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    said = {path.parent.name: path.read_text() for path in logs.rglob("stderr.log")}
+    assert sorted(said) == ["0", "1"]
+    lines = [line for text in said.values() for line in text.splitlines()]
+    assert len(lines) == 1, said
+    assert "field.jsonl:2: field completion" in lines[0]
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_a_process_of_its_own(world: Path, tmp_path: Path) -> None:
+    arguments = _sft(_good(world, tmp_path), batch__global_sice="8")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_gil", *arguments],
+        env=_environment(world),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "megatron-gil sft: override batch.global_sice=8: unknown key batch.global_sice; did you mean "
+        "batch.global_size?\n"
+    )
+
+
+def test_help_answers_at_once(world: Path) -> None:
+    """0.7 s of processor time, the best of three; torch is not imported."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_gil", "--help"], capture_output=True, text=True, timeout=60
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in COMMANDS)
+    assert min(seconds) < 0.7, seconds
+    heavy = "import sys, megatron_gil.cli; sys.exit(str({'torch', 'omegaconf', 'transformers'} & set(sys.modules)))"
+    found: Any = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60)
+    assert found.stderr.strip() == "set()"
