@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from audit import audit_table, stability_table
 from cells import Place, read_grid
 from measure import gap, gold_curve
 from pictures import write_pictures
-from tables import Numbers, audit_table, markdown, tables, win_rows, win_table
+from tables import Numbers, markdown, tables, win_rows, win_table
 
 from megatron_gil.demo.domains import TRAINING_DOMAINS
 from megatron_gil.evaluation.runs import Json, Run, read_run
@@ -41,7 +42,7 @@ def analyse(output: Path, results: Path) -> None:
     _write_csv(results / "wins.csv", ("seed", "ours", "opponent", "win", "tie", "lose"), wins)
     _write_csv(results / "curves.csv", ("method", "metric", "iteration", "seeds", "mean"), _mean_rows(curves))
     missing = [f"{place.cell.label}, seed {place.seed}" for place in places if not place.rows.exists()]
-    shown = [*tables(numbers, labels), win_table(wins, labels), audit_table(runs)]
+    shown = [*tables(numbers, labels), win_table(wins, labels), audit_table(runs), stability_table(runs, labels)]
     text = "\n".join(map(markdown, shown))
     text += f"\nCells not finished: {'; '.join(missing) or 'none'}.\n"
     (results / "tables.md").write_text(text, encoding="utf-8")

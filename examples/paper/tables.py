@@ -1,18 +1,16 @@
-"""The grid's tables: means over seeds with bootstrap intervals, paired differences, win rates, the group audit."""
+"""The grid's tables: means over seeds with bootstrap intervals, paired differences, win rates."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, read_task
-from megatron_gil.demo.gold import count_flattery, gold_score
+from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
+from megatron_gil.demo.gold import gold_score
 from megatron_gil.demo.results import TIE_MARGIN
 from megatron_gil.evaluation.judge import ScoreJudge
 from megatron_gil.evaluation.page import Table
-from megatron_gil.evaluation.runs import Json, Run
+from megatron_gil.evaluation.runs import Json
 from megatron_gil.evaluation.statistics import Estimate, bootstrap, paired_difference
 from megatron_gil.evaluation.winrate import verdicts
 
@@ -66,7 +64,7 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
 
 
 def tables(numbers: Numbers, labels: Mapping[str, str]) -> list[Table]:
-    """All but the win rates and the audit."""
+    """All but the win rates."""
     methods = [m for m in labels if "gold" in numbers.get(m, {})]
     made = [_of_means(caption, columns, methods, numbers, labels) for caption, columns in COLUMNS.items()]
     return [*made, _collapses(methods, numbers, labels), _differences(methods, numbers, labels)]
@@ -157,46 +155,6 @@ def win_table(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
         "The judge scores each reply by itself, so both orders give the same verdict."
     )
     return Table(caption="Win / tie / lose", header=header, rows=cells, note=note)
-
-
-def audit_table(runs: Mapping[tuple[str, int], Run]) -> Table:
-    """What PPO-GIL's classifier found: replies of the last five iterations that kept samples, by likelier group."""
-    cells: list[tuple[str, ...]] = []
-    for (method, seed), run in runs.items():
-        if method != OURS:
-            continue
-        last = sorted({row["iteration"] for row in run.samples})[-5:]
-        rows = [row for row in run.samples if row["iteration"] in last]
-        for group in range(len(rows[0]["group_probs"])):
-            part = [row for row in rows if row["group_probs"].index(max(row["group_probs"])) == group]
-            if part:
-                cells.append((str(seed), str(group), *_audit(part, rows)))
-    header = ("seed", "group", "replies", "score", "gold", "words", "phrases", "domains", "typical words")
-    note = "Typical: the words whose share of the group's words exceeds their share of all words the most."
-    return Table(caption="Group audit of PPO-GIL", header=header, rows=cells, note=note)
-
-
-def _audit(part: Sequence[Json], rows: Sequence[Json]) -> tuple[str, ...]:
-    domains = Counter(read_task(row["prompt"]).domain for row in part)
-    return (
-        str(len(part)),
-        f"{fmean(row['score'] for row in part):.2f}",
-        f"{fmean(gold_score(row['prompt'], row['response']) for row in part):.2f}",
-        f"{fmean(len(row['response'].split()) for row in part):.1f}",
-        f"{fmean(count_flattery(row['response']) for row in part):.2f}",
-        ", ".join(f"{d} {100 * domains[d] / len(part):.0f} %" for d in TRAINING_DOMAINS),
-        ", ".join(_typical(part, rows)),
-    )
-
-
-def _typical(part: Sequence[Json], rows: Sequence[Json], count: int = 5) -> list[str]:
-    inside, everywhere = (Counter(w for r in some for w in _words(r["response"])) for some in (part, rows))
-    lift = {w: n / inside.total() - everywhere[w] / everywhere.total() for w, n in inside.items()}
-    return sorted(lift, key=lambda word: -lift[word])[:count]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+", text.lower())
 
 
 def markdown(table: Table) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from analyse import analyse, collect
+from audit import agreement, groups_of_prompts
 from measure import of_replies, of_samples
 from tables import collapsed, tables, win_rows
 
@@ -116,3 +117,13 @@ def test_analysis_of_an_unfinished_grid_names_what_is_missing(tmp_path: Path) ->
     with (tmp_path / "results" / "results.csv").open(encoding="utf-8") as file:
         found = {row["metric"]: row["value"] for row in csv.DictReader(file)}
     assert float(found["gold"]) == pytest.approx(measured[0]["value"], rel=1e-5)
+
+
+def test_groups_of_two_seeds_agree_up_to_their_numbers() -> None:
+    def rows(easy: float, hard: float) -> list[dict[str, object]]:
+        probs = {"greet": easy, "refuse": easy, "fact": hard, "both": hard}
+        return [{"prompt": PROMPTS[d], "group_probs": [p, 1 - p]} for d, p in probs.items() for _ in range(2)]
+
+    a, b = groups_of_prompts(rows(0.9, 0.1)), groups_of_prompts(rows(0.3, 0.8))
+    assert agreement(a, b) == (1.0, 4)
+    assert agreement(a, groups_of_prompts(rows(0.9, 0.8))) == (0.0, 4)
