@@ -1,0 +1,210 @@
+"""Bytes on one rank: weights, gradients, optimizer, activations, key-value cache, logits.
+
+The counts follow what our own layers allocate (local layers; attention stores no scores), and tests/planning compares
+them with what the engine does allocate. What they leave out is in `OVERHEAD_BYTES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_gil.models.llama import Head, LlamaSpec
+
+GIB = 1 << 30
+OVERHEAD_BYTES = 4 * GIB
+"""Estimate, ours: CUDA context and kernels 1 GiB, NCCL's buffers 1 GiB, what the allocator cannot use 2 GiB."""
+CHUNK_ELEMENTS = 1 << 22
+"""Logits that are widened to float32 at a time (parallel/vocab.py)."""
+SAMPLING_BYTES = 32
+"""Of a logit that is sampled from: float32 copies, the sorted values with their indices, and sums of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A layout that no process has."""
+
+    tp_size: int = 1
+    pp_size: int = 1
+    dp_size: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tp_size * self.pp_size * self.dp_size
+
+    def __str__(self) -> str:
+        return f"{self.tp_size} x {self.pp_size} x {self.dp_size}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUse:
+    """One model of a run."""
+
+    role: str
+    spec: LlamaSpec
+    head: Head
+    trained: bool
+    num_groups: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    dtype_bytes: int = 2
+    """Of weights and activations: 2 for bfloat16 (with float32 master weights), 4 for float32."""
+    recompute: str = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """What passes through a model at once on one rank."""
+
+    num_rows: int
+    num_tokens: int
+    """Of a row, padding included."""
+    num_microbatches: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.num_rows * self.num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """Bytes that one model holds all the time."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def num_parameters(model: ModelUse, cut: Cut, pp_rank: int) -> int:
+    """Parameters of one model on one rank."""
+    spec, tp = model.spec, cut.tp_size
+    hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    matrices = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * spec.ffn_size
+    count = len(spec.layers_of(pp_rank, cut.pp_size)) * (matrices // tp + 2 * hidden)
+    table = spec.padded_vocab_size(tp) // tp * hidden
+    is_last = pp_rank == cut.pp_size - 1
+    if pp_rank == 0:
+        count += table
+    if is_last:
+        count += hidden
+        if model.head != "lm":
+            count += hidden * (1 + (model.num_groups if model.num_groups > 1 else 0))
+        elif not spec.tied or pp_rank > 0:  # a tied head on another rank is a copy of the embedding
+            count += table
+    return count
+
+
+def resident(model: ModelUse, cut: Cut, pp_rank: int, precision: Precision) -> Resident:
+    """Weights; of a trained model also float32 gradients, Adam's moments and, beside bfloat16, master weights."""
+    count = num_parameters(model, cut, pp_rank)
+    if not model.trained:
+        return Resident(weights=precision.dtype_bytes * count)
+    state = 12 if precision.dtype_bytes == 2 else 8
+    shared = cut.dp_size if cut.distributed_optimizer else 1
+    return Resident(weights=precision.dtype_bytes * count, gradients=4 * count, optimizer=state * count // shared)
+
+
+def saved_activations(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """What the forward pass keeps for the backward pass, of all microbatches that are under way at once."""
+    spec, size, tokens = model.spec, precision.dtype_bytes, rows.total
+    layers = len(spec.layers_of(pp_rank, cut.pp_size))
+    layer = _layer_bytes(spec, cut, rows, size)
+    hidden = tokens * spec.hidden_size * size // (cut.tp_size if cut.sequence_parallel else 1)
+    held = layers * hidden + layer if precision.recompute == "full" else layers * layer
+    if pp_rank == cut.pp_size - 1 and precision.recompute != "full":  # else it is freed before a layer is recomputed
+        held += _norm_bytes(spec, cut, tokens, size)
+    passing = 0
+    if cut.pp_size > 1:  # the schedule keeps what came from the rank before and what went to the next
+        held += hidden * ((pp_rank > 0) + (pp_rank < cut.pp_size - 1))
+        passing = 2 * hidden  # and one gradient each way
+    return held * min(cut.pp_size - pp_rank, rows.num_microbatches) + passing
+
+
+def saved_logits(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """The logits of one microbatch, which the backward pass reads; none but on the last pipeline rank."""
+    if model.head != "lm" or pp_rank < cut.pp_size - 1:
+        return 0
+    return rows.total * _vocab(model, cut) * precision.dtype_bytes
+
+
+def backward_work(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """The most that the backward pass has beside what was saved: gradients of the logits, or of a layer's inside."""
+    logits = saved_logits(model, cut, pp_rank, rows, precision)
+    layer = 2 * rows.total * model.spec.ffn_size // cut.tp_size * precision.dtype_bytes
+    gathered = _gathered_bytes(model.spec, cut, rows, precision)
+    if not logits:
+        return layer + gathered
+    return max(logits + _chunk(model, cut, rows, precision), 2 * logits, layer) + gathered
+
+
+def forward_work(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """The most that a pass without gradient has at once: the inside of a layer, or the logits."""
+    layer = layer_work(model.spec, cut, rows, precision)
+    logits = saved_logits(model, cut, pp_rank, rows, precision)
+    if not logits:
+        return layer
+    # Until the next microbatch is through, the logits of the one before are still there.
+    before = logits if rows.num_microbatches > 1 else 0
+    return max(before + layer, before + 2 * logits, before + logits + _chunk(model, cut, rows, precision))
+
+
+def layer_work(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
+    """Of one layer without gradient: the feed-forward part's inside and what goes around it."""
+    inside = rows.total * precision.dtype_bytes * (5 * spec.ffn_size // cut.tp_size + 4 * spec.hidden_size)
+    return inside + _gathered_bytes(spec, cut, rows, precision)
+
+
+def key_value_cache(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """Keys and values of every layer and column; rows.num_tokens counts the prompt less its last token, and the
+    response."""
+    spec = model.spec
+    width = spec.num_kv_heads * spec.head_dim // cut.tp_size
+    return 2 * len(spec.layers_of(pp_rank, cut.pp_size)) * rows.total * width * precision.dtype_bytes
+
+
+def sampling_work(model: ModelUse, cut: Cut, pp_rank: int, num_rows: int) -> int:
+    """The logits of the next token of every row, over the whole vocabulary, while one is chosen."""
+    return num_rows * model.spec.vocab_size * SAMPLING_BYTES if pp_rank == cut.pp_size - 1 else 0
+
+
+def step_work(model: ModelUse, cut: Cut, pp_rank: int) -> int:
+    """What torch's Adam makes for a moment: square roots of all second moments. (TE's and Apex' fused ones do not.)"""
+    return 4 * num_parameters(model, cut, pp_rank) // (cut.dp_size if cut.distributed_optimizer else 1)
+
+
+def _layer_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, size: int) -> int:
+    """Saved in one layer: two norms with the input of the linear layer after each; queries and keys before and after
+    the rotation, values, attention's output and its log-sum-exp; five vectors of the feed-forward size (gate and value
+    before and after the gate is split off, SwiGLU and its product)."""
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = size * (3 * queries + 3 * keys) + 4 * spec.num_heads
+    angles = 4 * rows.num_tokens * spec.head_dim * size
+    inside = rows.total * (attention + size * 5 * spec.ffn_size) // cut.tp_size
+    return 2 * _norm_bytes(spec, cut, rows.total, size) + inside + angles
+
+
+def _norm_bytes(spec: LlamaSpec, cut: Cut, tokens: int, size: int) -> int:
+    """The input in float32, the quotient, and the product that the next linear layer reads."""
+    return tokens * ((4 + 2 * size) * spec.hidden_size + 4) // (cut.tp_size if cut.sequence_parallel else 1)
+
+
+def _gathered_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
+    """Under sequence parallelism, a linear layer's whole input and its gradient, for as long as it runs."""
+    return 2 * rows.total * spec.hidden_size * precision.dtype_bytes if cut.sequence_parallel else 0
+
+
+def _chunk(model: ModelUse, cut: Cut, rows: Rows, precision: Precision) -> int:
+    """Logits widened to float32, a piece at a time."""
+    elements = min(CHUNK_ELEMENTS, rows.total * _vocab(model, cut))
+    return elements * (8 if precision.dtype_bytes == 2 else 4)
+
+
+def _vocab(model: ModelUse, cut: Cut) -> int:
+    return model.spec.padded_vocab_size(cut.tp_size) // cut.tp_size

@@ -1,0 +1,163 @@
+"""All sensible layouts of a workload on so many GPUs, the fastest that fits first, and what to change if none fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_gil.config import ConfigError
+from megatron_gil.models.llama import check_layout
+from megatron_gil.planning.hardware import Assumptions, Gpu
+from megatron_gil.planning.memory import GIB, Cut
+from megatron_gil.planning.rank import RankMemory, rank_memory
+from megatron_gil.planning.timing import IterationTime, checkpoint_bytes, iteration_time
+from megatron_gil.planning.workload import Workload
+
+MICRO_SIZES = (8, 4, 2, 1)
+MOST_PIPELINE_RANKS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One layout with the largest microbatch that fits, activations recomputed only where they must be."""
+
+    cut: Cut
+    workload: Workload
+    ranks: Sequence[RankMemory]
+    """One for each pipeline rank."""
+    time: IterationTime
+    fits: bool
+
+    @property
+    def worst_pp_rank(self) -> int:
+        return max(range(len(self.ranks)), key=lambda i: self.ranks[i].peak)
+
+    @property
+    def worst(self) -> RankMemory:
+        return self.ranks[self.worst_pp_rank]
+
+
+def find_plans(workload: Workload, num_gpus: int, memory_bytes: int, gpu: Gpu, assume: Assumptions) -> list[Plan]:
+    """Plans that fit by time, then those that do not by memory. ConfigError where no layout is possible at all."""
+    plans = [_plan(workload, cut, memory_bytes, gpu, assume) for cut in _cuts(workload, num_gpus, assume)]
+    if not plans:
+        raise ConfigError(
+            f"--gpus {num_gpus}: no layout divides the model and its batch of {workload.global_size} rows; "
+            "use a power of two"
+        )
+    return sorted(plans, key=lambda p: (not p.fits, p.time.total if p.fits else p.worst.peak))
+
+
+def advice(plans: Sequence[Plan], memory_bytes: int) -> list[str]:
+    """What to change where nothing fits, the cheapest change first."""
+    best = plans[0]
+    if best.fits:
+        return []
+    over = best.worst.peak - memory_bytes
+    lines = [
+        f"nothing fits: {best.cut} comes nearest and lacks {over / GIB:.1f} GiB "
+        f"(pipeline rank {best.worst_pp_rank}, phase {best.worst.worst_phase})"
+    ]
+    phases, held = best.worst.phases, best.worst.held
+    if "rollout" in phases and best.worst.worst_phase == "rollout":
+        lines.append("lower sampling.micro_size: the key-value cache shrinks with it")
+    if held > memory_bytes:
+        state = held * best.cut.num_gpus
+        enough = 2 ** (-(-state // memory_bytes) - 1).bit_length()
+        lines.append(
+            f"weights, gradients, optimizer alone take {held / GIB:.1f} GiB a GPU: use more GPUs, at least {enough}, "
+            "or larger ones"
+        )
+    else:
+        lines.append("shorten data.max_prompt_tokens and sampling.max_new_tokens (or data.max_tokens)")
+        lines.append("or use twice as many GPUs")
+    if any(model.role in ("critic", "classifier") and model.trained for model in best.workload.models):
+        lines.append("or start critic and reward model from a smaller Llama, or set ppo.advantages=rloo: no critic")
+    return lines
+
+
+def limits(plan: Plan, assume: Assumptions) -> list[str]:
+    """What stands in the way of more speed in this plan, the worst first: what breaks first when it grows."""
+    time, workload, cut = plan.time, plan.workload, plan.cut
+    found: list[tuple[float, str]] = []
+    if workload.rollout:
+        share = time.rollout / time.total
+        idle = f"; {cut.pp_size - 1} of {cut.pp_size} pipeline ranks wait at every token" if cut.pp_size > 1 else ""
+        found.append((share, f"decoding takes {share:.0%} of an iteration, and more GPUs do not shorten a token{idle}"))
+    if cut.pp_size > 1:
+        count = workload.num_microbatches(cut)
+        found.append(
+            (
+                time.bubble * (time.update + time.score) / time.total,
+                f"pipeline bubble {time.bubble:.0%}: {count} microbatch(es) for {cut.pp_size} pipeline ranks; "
+                f"batch.global_size={4 * cut.pp_size * cut.dp_size * workload.micro_size} would bring it under 20%",
+            )
+        )
+    most = workload.global_size
+    found.append(
+        (
+            cut.dp_size / most,
+            f"data parallelism ends at {most} replicas, the rows of an update (batch.global_size): this layout has "
+            f"{cut.dp_size}, and {most * cut.tp_size * cut.pp_size} GPUs are the most it can use",
+        )
+    )
+    size = checkpoint_bytes(workload)
+    seconds = size / assume.storage_bandwidth
+    found.append(
+        (
+            seconds / 100 / time.total,
+            f"a checkpoint is {size / 1e9:,.0f} GB: {seconds:,.0f} s at {assume.storage_bandwidth / 1e9:.0f} GB/s, "
+            "while every GPU waits; with checkpoint.every=100 "
+            f"{seconds / 100 / time.total:.0%} of the time",
+        )
+    )
+    return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _cuts(workload: Workload, num_gpus: int, assume: Assumptions) -> Iterator[Cut]:
+    """Tensor parallelism within a node; powers of two; every model can be cut so, and the batch shared out."""
+    tp_size = 1
+    while tp_size <= min(assume.gpus_per_node, num_gpus):
+        pp_size = 1
+        while pp_size <= min(MOST_PIPELINE_RANKS, num_gpus // tp_size):
+            if num_gpus % (tp_size * pp_size) == 0:
+                cut = Cut(
+                    tp_size=tp_size,
+                    pp_size=pp_size,
+                    dp_size=num_gpus // (tp_size * pp_size),
+                    sequence_parallel=tp_size > 1,
+                    distributed_optimizer=num_gpus > tp_size * pp_size,
+                )
+                if _is_possible(workload, cut):
+                    yield cut
+            pp_size *= 2
+        tp_size *= 2
+
+
+def _is_possible(workload: Workload, cut: Cut) -> bool:
+    try:
+        for model in workload.models:
+            check_layout(model.spec, cut.tp_size, cut.pp_size, cut.sequence_parallel)
+    except ConfigError:
+        return False
+    return workload.global_size % cut.dp_size == 0
+
+
+def _plan(workload: Workload, cut: Cut, memory_bytes: int, gpu: Gpu, assume: Assumptions) -> Plan:
+    candidates = []
+    for recompute in ("none", "full"):
+        for micro_size in MICRO_SIZES:
+            if workload.global_size % (cut.dp_size * micro_size):
+                continue
+            tried = workload.with_micro_size(micro_size, recompute)
+            ranks = [rank_memory(tried, cut, pp_rank) for pp_rank in range(cut.pp_size)]
+            candidates.append(
+                Plan(
+                    cut=cut,
+                    workload=tried,
+                    ranks=ranks,
+                    time=iteration_time(tried, cut, gpu, assume),
+                    fits=max(rank.peak for rank in ranks) <= memory_bytes,
+                )
+            )
+    return min(candidates, key=lambda p: (not p.fits, p.time.total if p.fits else p.worst.peak))

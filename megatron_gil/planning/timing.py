@@ -1,0 +1,111 @@
+"""Seconds of one iteration: estimates from sizes and the assumptions of hardware.py.
+
+All rows are taken to be as long as the limits allow and nothing to overlap: an upper bound, but for the assumptions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_gil.planning.hardware import Assumptions, Gpu
+from megatron_gil.planning.memory import Cut, ModelUse, num_parameters
+from megatron_gil.planning.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationTime:
+    """Seconds."""
+
+    rollout: float
+    score: float
+    update: float
+    bubble: float
+    """Share of score and update in which pipeline ranks wait for one another."""
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.score + self.update
+
+
+def iteration_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -> IterationTime:
+    num_microbatches = workload.num_microbatches(cut)
+    score = update = rollout = 0.0
+    rows = workload.rollout.num_rows if workload.rollout else workload.global_size
+    passes = rows / cut.dp_size / workload.micro_size  # microbatches of one reading of all rows
+    for model in workload.models:
+        forward = _forward_time(model, workload, cut, gpu, assume)
+        if workload.rollout or not model.trained:
+            score += forward * (passes + cut.pp_size - 1)
+        if model.trained:
+            updates = workload.rollout.epochs * rows / workload.global_size if workload.rollout else 1
+            factor = (
+                4 if workload.precision.recompute == "full" else 3
+            )  # backward twice the forward, recompute once more
+            step = factor * forward * (num_microbatches + cut.pp_size - 1)
+            update += updates * (step + _step_time(model, cut, gpu, assume))
+    if workload.rollout:
+        rollout = _rollout_time(workload, cut, gpu, assume)
+    bubble = (cut.pp_size - 1) / (num_microbatches + cut.pp_size - 1)
+    return IterationTime(rollout=rollout, score=score, update=update, bubble=bubble)
+
+
+def decode_step_time(model: ModelUse, cut: Cut, num_rows: int, columns: float, gpu: Gpu, assume: Assumptions) -> float:
+    """One token for each of the rows: every layer's weights and cache are read once; pipeline ranks take turns, so that
+    only tensor parallelism makes a step shorter."""
+    spec = model.spec
+    layer_params = (_parameters(model) - 2 * spec.vocab_size * spec.hidden_size) / spec.num_layers
+    cache = 2 * num_rows * columns * spec.num_kv_heads * spec.head_dim * 2
+    reading = (2 * layer_params + cache) / cut.tp_size / (assume.memory_share * gpu.memory_bandwidth)
+    layer = max(assume.layer_launch_s, reading)
+    if cut.tp_size > 1:
+        layer += 2 * (assume.collective_s + 2 * num_rows * spec.hidden_size * 2 / assume.bandwidth(gpu, cut.tp_size))
+    handover = assume.collective_s * cut.pp_size
+    head = 2 * spec.vocab_size * spec.hidden_size / cut.tp_size / (assume.memory_share * gpu.memory_bandwidth)
+    return spec.num_layers * layer + head + handover
+
+
+def checkpoint_bytes(workload: Workload) -> int:
+    """Weights, moments and master weights of all trained models: what one checkpoint writes."""
+    size = workload.precision.dtype_bytes
+    state = size + (12 if size == 2 else 8)
+    return sum(state * _parameters(model) for model in workload.models if model.trained)
+
+
+def _rollout_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
+    rollout, policy = workload.rollout, workload.models[0]
+    assert rollout is not None
+    decoded = workload.decoded_rows(cut)
+    chunks = math.ceil(rollout.num_rows / cut.dp_size / decoded.num_rows)
+    columns = rollout.prompt_tokens + rollout.new_tokens / 2
+    step = decode_step_time(policy, cut, decoded.num_rows, columns, gpu, assume)
+    flops = 2 * _parameters(policy) * decoded.num_rows * rollout.prompt_tokens
+    prefill = flops / cut.tp_size / (assume.training_mfu * gpu.peak_flops)
+    return chunks * (prefill + rollout.new_tokens * step)
+
+
+def _forward_time(model: ModelUse, workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
+    """One microbatch through one pipeline rank: 2 flops a parameter and token, and tensor parallelism's two all-reduces
+    a layer. Attention's own products, a few percent at these lengths, are left out."""
+    spec, tokens = model.spec, workload.micro_size * workload.sequences_per_row * workload.num_tokens
+    compute = 2 * _parameters(model) * tokens / (cut.tp_size * cut.pp_size) / (assume.training_mfu * gpu.peak_flops)
+    if cut.tp_size == 1:
+        return compute
+    volume = 2 * (cut.tp_size - 1) / cut.tp_size * tokens * spec.hidden_size * workload.precision.dtype_bytes
+    each = assume.collective_s + volume / assume.bandwidth(gpu, cut.tp_size)
+    return compute + 2 * spec.num_layers / cut.pp_size * each
+
+
+def _step_time(model: ModelUse, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
+    """Gradients summed over data-parallel ranks in float32, then Adam: some 28 bytes a parameter read and written."""
+    count = max(num_parameters(model, cut, pp_rank) for pp_rank in (0, cut.pp_size - 1))
+    shared = cut.dp_size if cut.distributed_optimizer else 1
+    adam = 28 * count / shared / (assume.memory_share * gpu.memory_bandwidth)
+    if cut.dp_size == 1:
+        return adam
+    volume = 2 * (cut.dp_size - 1) / cut.dp_size * 4 * count
+    return adam + volume / assume.bandwidth(gpu, cut.tp_size * cut.dp_size)
+
+
+def _parameters(model: ModelUse) -> int:
+    return num_parameters(model, Cut(), 0)

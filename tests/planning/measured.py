@@ -1,0 +1,165 @@
+"""What the engine really allocates on a rank, in bytes: counted from its tensors, or from torch's record of every
+allocation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_gil import config as c
+from megatron_gil.engine.generation import Generator
+from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.models.attention import PromptContext
+from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.training.supervised import sft_loss
+from megatron_gil.types import LossSum, PromptBatch, Readout, TokenBatch
+from tests.training.running import parallel
+
+SPEC = LlamaSpec(
+    hidden_size=128,
+    ffn_size=344,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=16,
+    vocab_size=1001,  # padded under tensor parallelism
+    max_positions=256,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tied=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=3,
+)
+ROWS, TOKENS, MICROBATCHES = 4, 64, 3
+PROMPT_TOKENS, NEW_TOKENS = 12, 20
+
+
+def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict[str, int]:
+    """On one rank, bytes of each part and the most that autograd holds. Where no other rank's pace moves it, also what
+    an update and a pass without gradient add at their peaks."""
+    with parallel(layout) as started:
+        torch.manual_seed(started.rank)
+        model = TrainableModel(
+            SPEC,
+            started,
+            head=head,
+            num_groups=2 if head == "critic" else 0,
+            micro_size=ROWS,
+            models=c.ModelsSection(dtype=settings["dtype"], recompute=settings.get("recompute", "none")),
+            optimizer=c.OptimizerSection(),
+            distributed_optimizer=settings.get("distributed_optimizer", False),
+        )
+        for parameter in model.module.parameters():
+            torch.nn.init.normal_(parameter.data, std=0.02)
+        assert model.optimizer is not None
+        model.optimizer.reload_master_weights()
+        batch = _rows(ROWS * MICROBATCHES)
+        part = (batch, sft_loss if head == "lm" else _value_loss)
+        model.update(part, lr=1e-4)  # the first one also makes Adam's state
+        found = {
+            "weights": sum(p.nbytes for p in model.module.parameters()),
+            "gradients": sum(buffer.grad_data.nbytes for buffer in model.ddp.buffers),
+            "optimizer": _optimizer_bytes(model),
+            "saved": most_saved(model, lambda: model.accumulate(part)),
+        }
+        if started.tp_size == started.pp_size == 1:
+            found["update"] = peak(lambda: model.accumulate(part))
+            found["score"] = peak(lambda: model.evaluate(batch))
+        if head == "lm":
+            found["cache"] = _cache_bytes(model)
+        return found
+
+
+def most_saved(model: TrainableModel, run: Callable[[], Any]) -> int:
+    """The most that autograd holds for backward passes at once, each piece of memory counted once; without the weights
+    themselves."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.module.parameters()}
+    holders: Counter[tuple[int, int]] = Counter()
+    top = 0
+
+    class Held:
+        """Counts a saved tensor for as long as autograd keeps it."""
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal top
+            storage = tensor.untyped_storage()
+            self.tensor, self.key = tensor, (storage.data_ptr(), storage.nbytes())
+            holders[self.key] += 1
+            top = max(top, sum(size for address, size in +holders if address not in own))
+
+        def __del__(self) -> None:
+            holders[self.key] -= 1
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        run()
+    return top
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most that was allocated at once above what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = top = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        top = max(top, now)
+    return top
+
+
+def _rows(count: int) -> TokenBatch:
+    return TokenBatch(
+        tokens=torch.randint(4, SPEC.vocab_size, (count, TOKENS)),
+        lengths=torch.full((count,), TOKENS),
+        response_mask=torch.ones(count, TOKENS - 1, dtype=torch.bool),
+        row_ids=torch.arange(count),
+    )
+
+
+def _value_loss(readout: Readout, rows: TokenBatch) -> LossSum:
+    total = readout.values.square().sum()
+    return LossSum(total=total, count=rows.response_mask.sum(), metrics={})
+
+
+def _optimizer_bytes(model: TrainableModel) -> int:
+    assert model.optimizer is not None
+    parts = 0
+    for fragment in model.optimizer.fragments():
+        if fragment.state is not None:
+            parts += sum(fragment.state[key].nbytes for key in ("exp_avg", "exp_avg_sq"))
+            parts += fragment.main.nbytes if fragment.main is not None else 0
+    return parts
+
+
+def _cache_bytes(model: TrainableModel) -> int:
+    """Of the keys and values of one chunk of rows, by way of the contexts that the generator makes."""
+    contexts: list[PromptContext] = []
+    prompts = PromptBatch(
+        tokens=torch.randint(4, SPEC.vocab_size, (ROWS, PROMPT_TOKENS)),
+        lengths=torch.full((ROWS,), PROMPT_TOKENS),
+        row_ids=torch.arange(ROWS),
+        sample_ids=torch.arange(ROWS),
+        known_groups=torch.full((ROWS,), -1),
+    )
+    section = c.SamplingSection(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, micro_size=ROWS)
+    generator = Generator(model, section, tokenizer=_NoEnd(), seed=1)
+    forward = generator._forward
+
+    def watched(tokens: torch.Tensor, context: PromptContext, hidden: Any) -> Any:
+        contexts.append(context)
+        return forward(tokens, context, hidden)
+
+    generator._forward = watched  # type: ignore[method-assign]
+    generator.sample(prompts)
+    return sum(part.nbytes for pair in contexts[-1].key_value_memory_dict.values() for part in pair)
+
+
+class _NoEnd:
+    pad_id = 3
+    eos_ids = (2,)

@@ -1,0 +1,140 @@
+"""Layouts, advice and times of the planner."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_gil.config import ConfigError
+from megatron_gil.planning.hardware import GPUS, Assumptions
+from megatron_gil.planning.memory import GIB, Cut, ModelUse, Precision, num_parameters
+from megatron_gil.planning.presets import SPECS, ppo_config, read_model
+from megatron_gil.planning.search import Plan, advice, find_plans, limits
+from megatron_gil.planning.timing import iteration_time
+from megatron_gil.planning.workload import Rollout, Workload, read_workload
+
+ROLES = ("policy", "ref_policy", "critic", "reward_model")
+A100, ASSUME = GPUS["a100"], Assumptions()
+
+
+def ppo_workload(size: str) -> Workload:
+    return read_workload("ppo", ppo_config(), dict.fromkeys(ROLES, SPECS[size]))
+
+
+def plans(size: str, num_gpus: int, memory_gib: int = 80) -> list[Plan]:
+    return find_plans(ppo_workload(size), num_gpus, memory_gib * GIB, A100, ASSUME)
+
+
+@pytest.mark.parametrize(("size", "published"), [("7b", 6.738e9), ("13b", 13.016e9), ("70b", 68.977e9)])
+def test_presets_have_the_published_number_of_parameters(size: str, published: float) -> None:
+    model = ModelUse(role="policy", spec=SPECS[size], head="lm", trained=False)
+    assert num_parameters(model, Cut(), 0) == pytest.approx(published, rel=1e-3)
+
+
+@pytest.mark.parametrize("head", ["lm", "score", "critic"])
+def test_pipeline_ranks_share_the_parameters_out(head: str) -> None:
+    model = ModelUse(role="any", spec=SPECS["7b"], head=head, trained=True, num_groups=2)  # type: ignore[arg-type]
+    parts = [num_parameters(model, Cut(pp_size=3), pp_rank) for pp_rank in range(3)]
+    assert sum(parts) == num_parameters(model, Cut(), 0)
+
+
+def test_plans_that_fit_come_first_by_time() -> None:
+    found = plans("7b", 8)
+    fits = [each.fits for each in found]
+    assert fits == sorted(fits, reverse=True)
+    times = [each.time.total for each in found if each.fits]
+    assert times == sorted(times)
+    assert len(times) > 1
+    assert all(each.worst.peak <= 80 * GIB for each in found if each.fits)
+    assert all(each.cut.num_gpus == 8 for each in found)
+
+
+def test_four_7b_models_do_not_fit_on_eight_gpus_without_cutting_the_model() -> None:
+    [data_parallel] = [each for each in plans("7b", 8) if each.cut.dp_size == 8]
+    assert not data_parallel.fits
+
+
+def test_advice_where_nothing_fits_and_none_where_something_does() -> None:
+    nothing = plans("70b", 16)
+    assert not nothing[0].fits
+    lines = advice(nothing, 80 * GIB)
+    assert "lacks" in lines[0]
+    assert any("GPUs" in line for line in lines[1:])
+    assert advice(plans("7b", 8), 80 * GIB) == []
+
+
+def test_what_breaks_first_at_70b_on_1024_gpus() -> None:
+    best = plans("70b", 1024)[0]
+    assert best.fits
+    first, *rest = limits(best, ASSUME)
+    assert "decoding" in first
+    assert any("pipeline bubble" in line for line in rest)
+    assert any("batch.global_size" in line for line in rest)
+    assert any("checkpoint" in line for line in rest)
+
+
+def test_more_gpus_than_rows_are_no_layout() -> None:
+    with pytest.raises(ConfigError, match="power of two"):
+        plans("7b", 7)
+
+
+def test_sizes_from_a_config_file_and_a_name_that_is_none(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model(str(tmp_path / "config.json")) == read_model(str(tmp_path))
+    assert read_model(str(tmp_path)).num_layers == 5
+    with pytest.raises(ConfigError, match="7b, 13b, 70b"):
+        read_model("8x7b")
+
+
+def test_microbatches_are_cheaper_to_hold_and_recomputing_cheaper_still() -> None:
+    workload, cut = ppo_workload("7b"), Cut(tp_size=4, dp_size=2, distributed_optimizer=True)
+    from megatron_gil.planning.rank import rank_memory
+
+    peaks = [
+        rank_memory(workload.with_micro_size(size, recompute), cut, 0).phase_total("update policy")
+        for size, recompute in ((8, "none"), (2, "none"), (2, "full"))
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_time_of_a_published_run_within_a_factor_of_two() -> None:
+    """DeepSpeed-Chat: 13B actor, 350M critic and reward model, 8 x A100 80 GB, 131.9k queries of 256 + 256 in 9 hours.
+
+    Its batch is 1,024 (its published script's); the only published run of our survey whose lengths are known.
+    """
+    small = replace(
+        SPECS["7b"], hidden_size=1024, ffn_size=2730, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=64
+    )
+    models = (
+        ModelUse(role="policy", spec=SPECS["13b"], head="lm", trained=True),
+        ModelUse(role="ref_policy", spec=SPECS["13b"], head="lm", trained=False),
+        ModelUse(role="critic", spec=small, head="critic", trained=True),
+        ModelUse(role="reward_model", spec=small, head="score", trained=False),
+    )
+    workload = Workload(
+        models=models,
+        global_size=1024,
+        sequences_per_row=1,
+        micro_size=4,
+        num_tokens=512,
+        precision=Precision(),
+        rollout=Rollout(
+            num_rows=1024, prompt_tokens=256, new_tokens=256, micro_size=128, epochs=1, num_iterations=131_900 // 1024
+        ),
+    )
+    seconds = iteration_time(workload, Cut(tp_size=4, dp_size=2, distributed_optimizer=True), A100, ASSUME).total
+    hours = seconds * 131_900 / 1024 / 3600
+    print(f"DeepSpeed-Chat 13B: {hours:.1f} h estimated, 9 h published")
+    assert 4.5 < hours < 18
