@@ -67,6 +67,7 @@ class _Place:
     world_size: int
     local_rank: int
     init_method: str | None  # None: alone
+    attempt: int = 0  # times that torchrun has restarted the run
 
 
 def read_world_size() -> int:
@@ -121,6 +122,9 @@ def _meet(place: _Place, timeout_s: float) -> dist.Store:
         store, _, _ = next(
             rendezvous(place.init_method, place.rank, place.world_size, timeout=timedelta(seconds=timeout_s))
         )
+        # torchrun's store outlives a restart, and a process may start a layout twice: old keys would mislead.
+        attempt = dist.PrefixStore(f"attempt_{place.attempt}", store)
+        store = dist.PrefixStore(f"start_{attempt.add(f'starts_of_rank_{place.rank}', 1)}", attempt)
         store.set(f"rank_{place.rank}", "here")
         deadline, missing = time.monotonic() + timeout_s, list(range(place.world_size))
         while missing := [rank for rank in missing if not store.check([f"rank_{rank}"])]:
@@ -184,6 +188,7 @@ def _read_place(env: Mapping[str, str]) -> _Place:
             world_size=_read_int(env, "WORLD_SIZE"),
             local_rank=_read_int(env, "LOCAL_RANK", env["RANK"]),
             init_method="env://",
+            attempt=_read_int(env, "TORCHELASTIC_RESTART_COUNT", "0"),
         )
     if "SLURM_PROCID" in env and _read_int(env, "SLURM_NTASKS", "1") > 1:
         return _Place(
