@@ -19,9 +19,11 @@ COMMANDS = {
     "score": "reward-model scores of a file of responses",
     "evaluate": "win/tie/lose of response files against one another",
     "report": "run directories as one HTML page with pictures",
+    "plan": "memory and time of a model on so many GPUs, for every layout",
     "demo": "the whole pipeline in miniature on this machine",
 }
-CONFIGURED = ("sft", "reward", "dpo", "ppo", "generate", "score")
+TRAINING = ("sft", "reward", "dpo", "ppo")
+CONFIGURED = (*TRAINING, "generate", "score")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         if name in CONFIGURED:
             command.add_argument("--config", type=Path, metavar="FILE.yaml", help="a run's settings")
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
+            if name in TRAINING:
+                _add_dry_run(command)
         elif name == "evaluate":
             command.add_argument("ours", type=Path, metavar="OURS.jsonl", help="responses: {prompt, response} lines")
             command.add_argument("theirs", type=Path, nargs="+", metavar="THEIRS.jsonl", help="opponents, same prompts")
@@ -59,11 +63,25 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "report":
             command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
             command.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+        elif name == "plan":
+            command.add_argument("--model", default="7b", metavar="SIZE", help="7b, 13b, 70b or a config.json")
+            command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of the run (default 8)")
+            command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
+            command.add_argument("--gpu", choices=("a100", "h100", "h200"), default="a100", help="for the times")
+            command.add_argument("--config", type=Path, metavar="FILE.yaml", help="of a ppo run (default: the paper's)")
+            command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
         else:
             command.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
             command.add_argument("--quick", action="store_true", help="a first impression in under 90 seconds")
             command.add_argument("--seed", type=int, default=1)
     return parser
+
+
+def _add_dry_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true", help="check everything, print what each rank holds, end")
+    command.add_argument("--gpus", type=int, metavar="N", help="dry run: processes (default: one copy of the model)")
+    command.add_argument("--gpu-memory", type=float, metavar="GIB", help="dry run: exit 2 where it does not fit")
+    command.add_argument("--sizes-from", type=Path, metavar="DIR", help="dry run: of models still to be written")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -76,6 +94,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from megatron_gil.evaluation.command import report
 
         return report(arguments)
+    if arguments.command == "plan":
+        from megatron_gil.planning.command import plan
+
+        return plan(arguments)
     from megatron_gil.demo.pipeline import run_demo
 
     return run_demo(arguments.output, quick=arguments.quick, seed=arguments.seed)
@@ -93,6 +115,10 @@ def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
         "score": c.ScoreConfig,
     }
     config = c.load_config(classes[arguments.command], arguments.config, arguments.overrides)
+    if arguments.command in TRAINING and arguments.dry_run:
+        from megatron_gil.training.dry_run import dry_run
+
+        return dry_run(arguments.command, config, arguments)
     from megatron_gil.training.commands import run_command
 
     return run_command(arguments.command, config, stop)

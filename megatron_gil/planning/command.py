@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +12,7 @@ from rich.table import Table
 from megatron_gil.config import ConfigError, PpoConfig, load_config
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.planning.hardware import GPUS, Assumptions, Gpu
-from megatron_gil.planning.memory import GIB, OVERHEAD_BYTES, Cut, ModelUse, num_parameters
+from megatron_gil.planning.memory import GIB, MIB, OVERHEAD_BYTES, Cut, ModelUse, num_parameters
 from megatron_gil.planning.presets import ppo_config, read_model, recipe
 from megatron_gil.planning.rank import RankMemory
 from megatron_gil.planning.search import Plan, advice, find_plans, limits
@@ -21,15 +20,6 @@ from megatron_gil.planning.workload import Workload, read_workload
 
 ROLES = ("policy", "ref_policy", "critic", "reward_model")
 DAY = 86400.0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="7b", metavar="SIZE", help="7b, 13b, 70b or a config.json (default 7b)")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of the run (default 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of each (default 80)")
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="a100", help="for the times (default a100)")
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="a ppo run's settings (default: the paper's)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
 
 
 def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
@@ -91,7 +81,7 @@ def _layout_table(plans: Sequence[Plan], workload: Workload) -> Table:
 
 def _memory_table(best: Plan) -> Table:
     """Every part of the fullest rank of the best plan, by model and phase."""
-    return memory_table(best.worst, f"one GPU of {best.cut}, pipeline rank {best.worst_pp_rank}, GiB")
+    return memory_table(best.worst, f"one GPU of {best.cut}, pipeline rank {best.worst_pp_rank}")
 
 
 def wide_console() -> Console:
@@ -101,13 +91,14 @@ def wide_console() -> Console:
 
 def memory_table(rank: RankMemory, title: str) -> Table:
     parts = ("weights", "gradients", "optimizer", "activations", "KV cache", "logits")
-    table = Table(title=title, title_justify="left")
+    unit, name = (GIB, "GiB") if rank.held >= GIB else (MIB, "MiB")
+    table = Table(title=f"{title}; {name}, estimated", title_justify="left")
     table.add_column("")
     for name in (*parts, "total"):
         table.add_column(name, justify="right")
 
     def add(name: str, found: dict[str, int], total: int) -> None:
-        table.add_row(name, *(f"{found[p] / GIB:.2f}" if found.get(p) else "" for p in parts), f"{total / GIB:.2f}")
+        table.add_row(name, *(f"{found[p] / unit:.2f}" if found.get(p) else "" for p in parts), f"{total / unit:.2f}")
 
     for role, held in rank.resident.items():
         found = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
@@ -116,8 +107,8 @@ def memory_table(rank: RankMemory, title: str) -> Table:
     for phase, found in rank.phases.items():
         add(f"+ {phase}", dict(found), sum(found.values()))
     table.add_section()
-    table.add_row("+ overhead", *[""] * len(parts), f"{OVERHEAD_BYTES / GIB:.2f}")
-    table.add_row(f"peak ({rank.worst_phase})", *[""] * len(parts), f"{rank.peak / GIB:.2f}")
+    table.add_row("+ overhead", *[""] * len(parts), f"{OVERHEAD_BYTES / unit:.2f}")
+    table.add_row(f"peak ({rank.worst_phase})", *[""] * len(parts), f"{rank.peak / unit:.2f}")
     return table
 
 

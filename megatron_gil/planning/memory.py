@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_gil.models.llama import Head, LlamaSpec
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 OVERHEAD_BYTES = 4 * GIB
 """Estimate, ours: CUDA context and kernels 1 GiB, NCCL's buffers 1 GiB, what the allocator cannot use 2 GiB."""
 CHUNK_ELEMENTS = 1 << 22

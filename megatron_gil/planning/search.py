@@ -84,7 +84,7 @@ def limits(plan: Plan, assume: Assumptions) -> list[str]:
         share = time.rollout / time.total
         idle = f"; {cut.pp_size - 1} of {cut.pp_size} pipeline ranks wait at every token" if cut.pp_size > 1 else ""
         found.append((share, f"decoding takes {share:.0%} of an iteration, and more GPUs do not shorten a token{idle}"))
-    if cut.pp_size > 1:
+    if time.bubble > 0.2:
         count = workload.num_microbatches(cut)
         found.append(
             (

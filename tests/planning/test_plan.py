@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gil.cli import main
 from megatron_gil.config import ConfigError
 from megatron_gil.planning.hardware import GPUS, Assumptions
 from megatron_gil.planning.memory import GIB, Cut, ModelUse, Precision, num_parameters
@@ -138,3 +139,15 @@ def test_time_of_a_published_run_within_a_factor_of_two() -> None:
     hours = seconds * 131_900 / 1024 / 3600
     print(f"DeepSpeed-Chat 13B: {hours:.1f} h estimated, 9 h published")
     assert 4.5 < hours < 18
+
+
+def test_the_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "7b", "--gpus", "8", "--gpu-memory", "80"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("KV cache", "logits", "gradients", "optimizer", "update critic", "ppo_gil", "estimates", "4 x 1 x 2"):
+        assert text in shown
+
+
+def test_the_command_refuses_what_is_not_a_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpus", "0"]) == 2
+    assert "--gpus 0 must be above 0" in capsys.readouterr().err
