@@ -14,7 +14,7 @@ from pathlib import Path
 
 from audit import audit_table, stability_table
 from cells import Place, read_grid
-from measure import gap, gold_curve
+from measure import gap, gold_curve, measure
 from pictures import write_pictures
 from tables import Numbers, markdown, tables, win_rows, win_table
 
@@ -32,7 +32,7 @@ def analyse(output: Path, results: Path) -> None:
     seeds = sorted(int(path.name.removeprefix("seed_")) for path in output.glob("seed_*"))
     places = [Place(output=output, seed=seed, cell=cell) for cell in cells.values() for seed in seeds]
     finished = [place for place in places if place.rows.exists()]
-    rows = [row for place in finished for row in _read(place.rows)]
+    rows = [row for place in finished for row in remeasure(place)]
     replies = {(p.cell.name, p.seed): _read(p.replies) for p in finished if p.replies.exists()}
     runs = {(p.cell.name, p.seed): read_run(p.run_dir) for p in finished if p.cell.command == "ppo"}
     labels = {name: cell.label for name, cell in cells.items()}
@@ -47,6 +47,14 @@ def analyse(output: Path, results: Path) -> None:
     text += f"\nCells not finished: {'; '.join(missing) or 'none'}.\n"
     (results / "tables.md").write_text(text, encoding="utf-8")
     write_pictures(results, numbers, replies, curves, labels)
+
+
+def remeasure(place: Place) -> list[Json]:
+    """A finished cell's rows with today's measures, so that a new measure does not ask for a new run."""
+    rows = {row["metric"]: row for row in _read(place.rows)}
+    for metric, value in measure(place.run_dir, place.replies).items():
+        rows[metric] = {"seed": place.seed, "method": place.cell.name, "metric": metric, "value": value}
+    return list(rows.values())
 
 
 def collect(rows: Iterable[Json]) -> Numbers:

@@ -50,10 +50,19 @@ def of_replies(rows: Sequence[Json]) -> dict[str, float]:
         **{f"proxy_{d}": fmean(r["score"] for r in by_domain[d]) for d in TRAINING_DOMAINS},
         "proxy_skewness": skewness(proxy),
         "proxy_tail_mass": tail_mass(proxy),
-        "distinct_replies": len({row["response"] for row in known}) / len(known),
+        "easy_skewness": skewness([row["score"] for row in known if row["group"] in EASY]),
+        "hard_skewness": skewness([row["score"] for row in known if row["group"] in HARD]),
+        "distinct_replies": _distinct(known),
+        "distinct_easy": _distinct([row for row in known if row["group"] in EASY]),
+        "distinct_hard": _distinct([row for row in known if row["group"] in HARD]),
         "flattery": fmean(count_flattery(row["response"]) for row in known),
         "words": fmean(len(row["response"].split()) for row in known),
     }
+
+
+def _distinct(rows: Sequence[Json]) -> float:
+    """Share of different replies; canned ones lower it."""
+    return len({row["response"] for row in rows}) / len(rows)
 
 
 def of_samples(samples: Sequence[Json]) -> dict[str, float]:

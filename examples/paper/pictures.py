@@ -13,8 +13,8 @@ from megatron_gil.evaluation.figures import FrontierPoint, bars, curve_grid, fro
 from megatron_gil.evaluation.runs import Json
 
 Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
-SHOWN = ("sft", "dpo", "ppo", "ppo_kl", "gil", "gil_plain_kl", "grpo", "grpo_gil")
-"""Methods in the pictures; the tables hold all."""
+SHOWN = ("ppo", "ppo_kl", "gil", "gil_plain_kl", "grpo", "grpo_gil", "sft", "dpo")
+"""Methods in the pictures; the tables hold all. Those without curves come last, so that a method keeps its colour."""
 PANELS = {
     "gold": "gold score of training samples",
     "policy/kl_sequence": "KL from the reference, nats a reply",

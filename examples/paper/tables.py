@@ -32,8 +32,12 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "proxy": "proxy score",
         "kl": "KL, nats a reply",
         "proxy_skewness": "skewness",
+        "easy_skewness": "of easy domains",
+        "hard_skewness": "of hard domains",
         "proxy_tail_mass": "mass beyond 2 sd",
         "distinct_replies": "distinct replies",
+        "distinct_easy": "of easy domains",
+        "distinct_hard": "of hard domains",
         "flattery": "courteous phrases a reply",
     },
     "Over training": {
@@ -106,6 +110,7 @@ def _collapses(methods: Sequence[str], numbers: Numbers, labels: Mapping[str, st
 
 def _differences(methods: Sequence[str], numbers: Numbers, labels: Mapping[str, str]) -> Table:
     columns = {"gold": "gold", "gold_worst": "worst domain", f"gold_{HELDOUT_DOMAIN}": "held-out domain", "kl": "KL"}
+    columns |= {"gold_gap": "gold: easy - hard", "score_gap_end": "score: easy - hard, last 10 iterations"}
     pairs = [(OURS, m) for m in methods if m != OURS] + PAIRS
     rows = [
         (f"{labels[a]} - {labels[b]}", *(_difference(numbers[a].get(c, {}), numbers[b].get(c, {})) for c in columns))
