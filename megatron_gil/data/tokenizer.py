@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.chat import Message, format_dialogue, render_template
+from megatron_gil.data.sentencepiece_json import as_tokenizer_json
 from megatron_gil.data.special_tokens import JSON_FILES, read_special_tokens
 from megatron_gil.data.subwords import FastModel, SentencePieceModel
 
@@ -110,8 +111,21 @@ class Tokenizer:
                 (directory / name).write_bytes(self._files[name])
         if "tokenizer.json" not in self._files and "tokenizer_config.json" not in self._files:
             config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": self._add_bos, "add_eos_token": False}
-            text = json.dumps({**config, **self._special_strings()}, indent=2)
-            (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+            _write_json(directory / "tokenizer_config.json", {**config, **self._special_strings()})
+
+    def save_for_transformers(self, directory: str | Path) -> None:
+        """`save`, and where transformers would read tokenizer.model otherwise than sentencepiece, the tokenizer.json
+        that it reads alike."""
+        self.save(directory)
+        if "tokenizer.json" in self._files:
+            return
+        strings = self._special_strings()
+        text = as_tokenizer_json(self._files["tokenizer.model"], bos=strings["bos_token"] if self._add_bos else None)
+        if text is not None:
+            path = Path(directory) / "tokenizer_config.json"
+            config = json.loads(path.read_text(encoding="utf-8"))
+            (Path(directory) / "tokenizer.json").write_text(text, encoding="utf-8")
+            _write_json(path, {**config, **strings, "tokenizer_class": "PreTrainedTokenizerFast"})
 
     def _first_id(self, name: str) -> int | None:
         """The token the tokenizer's files name, else the id the model's configs name, else sentencepiece's own."""
@@ -145,3 +159,7 @@ class Tokenizer:
         known = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         named = {name: self._subwords.token_of(i) for name, i in known.items() if i is not None}
         return {**named, **self._special.tokens}
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ def _batch() -> TokenBatch:
 
 
 def _save(layout: dict[str, Any], world: Path, run: Path) -> Tensor:
-    """A checkpoint of the three models at iterations 1 and 2; the reward model's scores."""
+    """A checkpoint of the three models at iteration 2; the reward model's scores."""
     with parallel(layout) as started:
         models = {}
         for role, head in HEADS.items():
@@ -53,10 +53,8 @@ def _save(layout: dict[str, Any], world: Path, run: Path) -> Tensor:
                 optimizer=OptimizerSection(),
             )
             models[role].load(source)
-        section = CheckpointSection(keep_last=5)
-        store = CheckpointStore(run / "checkpoints", started, section, tokenizer_dir=world / "policy")
-        for iteration in (1, 2):
-            store.save(iteration, models, {})
+        store = CheckpointStore(run / "checkpoints", started, CheckpointSection(), tokenizer_dir=world / "policy")
+        store.save(2, models, {})
         frozen = MegatronModel(models["reward_model"].spec, started, head="score", micro_size=3)
         frozen.load(run / "checkpoints/iter_0000002/reward_model")
         return frozen.evaluate(_batch()).scores
@@ -67,7 +65,9 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     run = tmp_path_factory.mktemp("trained") / "run"
     (run / "checkpoints").mkdir(parents=True)
     layout = {"tensor_size": 2, "pipeline_size": 1}
-    return run, run_ranks(_save, 2, layout, world, run)[0]
+    scores = run_ranks(_save, 2, layout, world, run)[0]
+    shutil.copytree(run / "checkpoints/iter_0000002", run / "checkpoints/iter_0000001")
+    return run, scores
 
 
 @pytest.mark.parametrize("where", ["", "checkpoints/iter_0000001", "checkpoints/iter_0000001/{role}"])

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_gil.config import ConfigError
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
