@@ -61,7 +61,6 @@ def bench_convert(*, size: int, rounds: int, directory: Path | None) -> str:
             Action("import", [*convert, "import", root / "hf"]),
             Action("export of a model directory", [*convert, "export", root / "hf"]),
             Action("export of a run, checksums included", [*convert, "export", root / "run"]),
-            Action("import --dtype float16", [*convert, "import", "--dtype", "float16", root / "hf"]),
         ]
         order = random.Random(1)
         for number in range(rounds + 1):

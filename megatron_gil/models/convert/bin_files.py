@@ -18,21 +18,12 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class BinFile:
     path: Path
     tensors: dict[str, StoredTensor]
-    loaded: dict[str, Any]  # name -> torch.Tensor over the file's memory map
 
     @classmethod
     def read(cls, path: Path) -> BinFile:
         import torch
 
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: not found") from None
-        except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{path}: holds more than tensors, which is never loaded: {reason}") from None
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise ConfigError(f"{path}: cut off or not written by torch.save: {str(error).splitlines()[0]}") from None
+        loaded = _load(path)
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path}: holds a {type(loaded).__name__}, expected tensors by name")
         tensors = {}
@@ -41,12 +32,28 @@ class BinFile:
                 raise ConfigError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
             dtype = str(tensor.dtype).removeprefix("torch.")
             tensors[str(name)] = StoredTensor(check_dtype(path, name, _DTYPES.get(dtype, dtype)), tuple(tensor.shape))
-        return cls(path, tensors, loaded)
+        return cls(path, tensors)
 
     def chunks(self, name: str) -> Iterator[Any]:
+        """Mapped anew for each tensor: the pages of a map that stays would pile up in memory."""
         import torch
 
-        yield self.loaded[name].contiguous().view(-1).view(torch.uint8).numpy().data
+        yield _load(self.path)[name].contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _load(path: Path) -> Any:
+    """What the pickle holds, its tensors mapped and not read."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: holds more than tensors, which is never loaded: {reason}") from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise ConfigError(f"{path}: cut off or not written by torch.save: {str(error).splitlines()[0]}") from None
 
 
 def read_bin_files(directory: Path) -> list[BinFile]:
