@@ -17,7 +17,7 @@ from megatron_gil.evaluation.winrate import verdicts
 Numbers = Mapping[str, Mapping[str, Mapping[int, float]]]
 """method -> metric -> seed -> value."""
 OURS = "gil"
-PAIRS = [("grpo_gil", "grpo")]
+PAIRS = [("grpo_gil", "grpo"), ("gil_plain_kl", "ppo_kl"), ("beta_0", "ppo_kl"), ("beta_1", "beta_0")]
 """Compared besides PPO-GIL with everything."""
 
 COLUMNS: Mapping[str, Mapping[str, str]] = {
