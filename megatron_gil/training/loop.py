@@ -200,7 +200,6 @@ class TrainingLoop:
 
     def _save_failed(self, error: CheckpointError) -> None:
         self._saved = None
-        kept = "the last good checkpoint is kept"
         if self._config.checkpoint.on_error == "stop":
-            raise RunFailed(f"{error}; {kept}; make room, then start again (checkpoint.on_error=continue goes on)")
-        self._log.note(f"{error}; {kept}, the run goes on (checkpoint.on_error=continue)")
+            raise RunFailed(f"{error}; older checkpoints are untouched. Make room, then start again")
+        self._log.note(f"{error}; older checkpoints are untouched, the run goes on")
