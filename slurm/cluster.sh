@@ -30,7 +30,7 @@ save_seconds=900                 # before the time limit, save and requeue. Slur
 max_requeues=100                 # of one job; after that it fails
 
 # --- where Python comes from: the first of these that is set
-container_image=                 # pyxis/enroot: a .sqsh file, or an image as docker://IMAGE
+container_image=                 # pyxis/enroot: a .sqsh file, or an image as REGISTRY#IMAGE:TAG
 apptainer_image=                 # Apptainer: a .sif file
 venv=$HOME/megatron_gil/.venv    # a virtual environment on a file system that all nodes see
 mounts=()                        # directories that a container must see besides this project: (/data /scratch)

@@ -12,8 +12,9 @@
 #                          (default: examples/paper_7b)
 #   --methods "A B ..."    PPO runs, one array task each; the first is the one compared with the rest
 #                          (default: "ppo_gil ppo_kl ppo")
-#   --nodes N              of each training job (default 1)
+#   --nodes N              of each training job (default 1); answers and scores take one
 #   --dry-run              check every stage on this machine, print the jobs, submit nothing
+#   --no-check             submit without that check
 #
 # Overrides go to every training stage, or to the one named before the colon (sft:, reward:, dpo:, ppo:, generate:,
 # score:). A stage that fails cancels all after it; DIR/pipeline.log says why, in one line.
@@ -25,10 +26,11 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit "$1"; }
 die() { echo "pipeline.sh: $*" >&2; exit 2; }
 
 llama='' data='' demonstrations='' out='' recipes=$project_dir/examples/paper_7b
-methods="ppo_gil ppo_kl ppo" nodes=1 dry_run='' overrides=()
+methods="ppo_gil ppo_kl ppo" nodes=1 dry_run='' no_check='' overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=yes; shift; continue ;;
+    --no-check) no_check=yes; shift; continue ;;
     -h | --help) usage 0 ;;
     --*) [ $# -ge 2 ] || die "$1 needs a value" ;;
   esac
@@ -110,8 +112,11 @@ check() { # check STAGE [METHOD]: the command's own --dry-run, with sizes of the
     die "stage ${2:-$1} cannot run as it is; see the line above"
 }
 cd "$project_dir"
-if "${launch[@]}" -c 'import megatron_gil' 2> /dev/null; then
-  checks=$(check sft; check reward; check dpo; for method in $methods; do check ppo "$method"; done) || exit 2
+if [ -n "$no_check" ]; then
+  :
+elif "${launch[@]}" -c 'import megatron_gil' 2> /dev/null; then
+  checks=$(check sft && check reward && check dpo && for method in $methods; do check ppo "$method" || exit 2; done) ||
+    exit 2
   [ -z "$dry_run" ] || printf '%s\n' "$checks"
 else
   echo "pipeline.sh: megatron_gil does not import here (${launch[*]}); the stages are not checked before they run" >&2
@@ -138,15 +143,15 @@ submit() { # submit NAME AFTER OPTION... -- ARGUMENT...: the job's number; AFTER
   echo "$name: job $number" >&2
   echo "$number"
 }
-train() { # train STAGE AFTER [METHODS]: with methods, an array of one task each
+train() { # train STAGE AFTER NODES [METHODS]: with methods, an array of one task each
   local arguments array=''
   mapfile -t arguments < <(stage_arguments "$1")
-  if [ -n "${3:-}" ]; then
+  if [ -n "${4:-}" ]; then
     local words
-    read -ra words <<< "$3"
+    read -ra words <<< "$4"
     array=--array=0-$((${#words[@]} - 1))
   fi
-  MEGATRON_GIL_METHODS=${3:-} submit "$1" "$2" "${train_options[@]}" --nodes="$nodes" \
+  MEGATRON_GIL_METHODS=${4:-} submit "$1" "$2" "${train_options[@]}" --nodes="$3" \
     --signal=B:USR1@"$save_seconds" ${array:+"$array"} -- "$slurm_dir/train.sbatch" "${arguments[@]}"
 }
 tool() { # tool NAME AFTER PRODUCT ARGUMENT...
@@ -165,12 +170,12 @@ if [ -z "$dry_run" ]; then
 fi
 all="sft dpo $methods" first=${methods%% *}
 job_import=$(tool import "" "$out/llama" tools/convert_hf.py import "$llama" "$out/llama")
-job_sft=$(train sft "$job_import")
-job_reward=$(train reward "$job_sft")
-job_dpo=$(train dpo "$job_sft")
-job_ppo=$(train ppo "$job_reward" "$methods")
-job_generate=$(train generate "$job_ppo:$job_dpo" "$all")
-job_score=$(train score "$job_generate" "$all")
+job_sft=$(train sft "$job_import" "$nodes")
+job_reward=$(train reward "$job_sft" "$nodes")
+job_dpo=$(train dpo "$job_sft" "$nodes")
+job_ppo=$(train ppo "$job_reward" "$nodes" "$methods")
+job_generate=$(train generate "$job_ppo:$job_dpo" 1 "$all")
+job_score=$(train score "$job_generate" 1 "$all")
 tool export "$job_ppo" "$out/policy_hf" tools/convert_hf.py export "$out/$first" "$out/policy_hf" > /dev/null
 rest=() runs=()
 for method in $all; do
