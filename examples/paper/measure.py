@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, read_task
 from megatron_gil.demo.gold import count_flattery, gold_score
@@ -52,12 +52,19 @@ def of_replies(rows: Sequence[Json]) -> dict[str, float]:
         "proxy_tail_mass": tail_mass(proxy),
         "easy_skewness": skewness([row["score"] for row in known if row["group"] in EASY]),
         "hard_skewness": skewness([row["score"] for row in known if row["group"] in HARD]),
+        **{f"proxy_gold_{d}": _agreement(by_domain[d]) for d in TRAINING_DOMAINS},
         "distinct_replies": _distinct(known),
         "distinct_easy": _distinct([row for row in known if row["group"] in EASY]),
         "distinct_hard": _distinct([row for row in known if row["group"] in HARD]),
         "flattery": fmean(count_flattery(row["response"]) for row in known),
         "words": fmean(len(row["response"].split()) for row in known),
     }
+
+
+def _agreement(rows: Sequence[Json]) -> float:
+    """Correlation of proxy and gold score; 0 where one of them does not vary."""
+    proxy, gold = [row["score"] for row in rows], [gold_score(row["prompt"], row["response"]) for row in rows]
+    return correlation(proxy, gold) if len(set(proxy)) > 1 < len(set(gold)) else 0.0
 
 
 def _distinct(rows: Sequence[Json]) -> float:

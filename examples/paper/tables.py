@@ -40,6 +40,7 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "distinct_hard": "of hard domains",
         "flattery": "courteous phrases a reply",
     },
+    "Correlation of proxy and gold within a domain": {f"proxy_gold_{domain}": domain for domain in TRAINING_DOMAINS},
     "Over training": {
         "score_gap_start": "score gap at the start",
         "score_gap_end": "score gap at the end",
