@@ -29,10 +29,9 @@ def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
         if not getattr(arguments, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be above 0")
     spec, gpu, assume = read_model(arguments.model), GPUS[arguments.gpu], Assumptions()
-    config = ppo_config()
-    if arguments.config is not None or arguments.overrides:
-        needed = [] if arguments.config is not None else ["models.dtype=bfloat16"]
-        config = load_config(PpoConfig, arguments.config, ["run.dir=plan", *needed, *arguments.overrides])
+    config = ppo_config(arguments.overrides)
+    if arguments.config is not None:
+        config = load_config(PpoConfig, arguments.config, ["run.dir=plan", *arguments.overrides])
     workload = read_workload("ppo", config, dict.fromkeys(ROLES, spec))
     memory = int(arguments.gpu_memory * GIB)
     plans = find_plans(workload, arguments.gpus, memory, gpu, assume)

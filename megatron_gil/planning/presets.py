@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,16 +65,23 @@ NUM_PREFERENCES = 160_800
 PPO_RUNS = ("ppo_gil", "ppo_kl", "ppo")
 
 
-def ppo_config() -> c.PpoConfig:
-    """Sizes of the PPO runs; micro sizes are the planner's to choose."""
-    return c.PpoConfig(
-        run=c.TrainingRunSection(dir="plan"),
-        models=c.ModelsSection(dtype="bfloat16"),
-        data=c.DataSection(max_prompt_tokens=512, max_tokens=1024),
-        batch=c.BatchSection(global_size=32, micro_size=1),
-        sampling=c.SamplingSection(max_new_tokens=512, micro_size=32),
-        ppo=c.PpoSection(iterations=2000, prompts=32, responses_per_prompt=4),
-    )
+PPO_SETTINGS = (
+    "run.dir=plan",
+    "models.dtype=bfloat16",
+    "data.max_prompt_tokens=512",
+    "batch.global_size=32",
+    "batch.micro_size=1",
+    "sampling.max_new_tokens=512",
+    "sampling.micro_size=32",
+    "ppo.iterations=2000",
+    "ppo.prompts=32",
+    "ppo.responses_per_prompt=4",
+)
+"""Sizes of the PPO runs; batch.micro_size is the planner's to choose."""
+
+
+def ppo_config(overrides: Sequence[str] = ()) -> c.PpoConfig:
+    return c.load_config(c.PpoConfig, None, [*PPO_SETTINGS, *overrides])
 
 
 def recipe() -> dict[str, RecipeStage]:

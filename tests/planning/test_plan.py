@@ -151,3 +151,11 @@ def test_the_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_command_refuses_what_is_not_a_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpus", "0"]) == 2
     assert "--gpus 0 must be above 0" in capsys.readouterr().err
+
+
+def test_changes_start_from_the_papers_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "70b", "--gpus", "1024"]) == 0
+    unchanged = capsys.readouterr().out.splitlines()
+    assert main(["plan", "--model", "70b", "--gpus", "1024", "ppo.iterations=2000"]) == 0
+    changed = capsys.readouterr().out.splitlines()
+    assert changed[:10] == unchanged[:10]

@@ -102,3 +102,14 @@ def test_what_is_wrong_is_found_before_anything_is_submitted(
     assert "batch.global_size=7 cannot be divided" in refused.stderr
     assert "stage sft" in refused.stderr
     assert not out.exists()
+
+
+def test_the_settings_as_they_are_shipped_ask_for_what_slurm_can_give(slurm: SlurmTestbed) -> None:
+    script = """
+        . slurm/cluster.sh
+        sbatch --test-only "${job_options[@]}" "${train_options[@]}" --partition=batch --nodes=2 slurm/train.sbatch ppo
+        sbatch --test-only "${job_options[@]}" "${tool_options[@]}" --partition=batch slurm/tool.sbatch product command
+    """
+    tried = slurm.run("bash", "-ec", f"cd {PROJECT}\n{script}")
+    assert "using 192 processors on nodes n[1-2]" in tried.stderr
+    assert "using 8 processors on nodes n1" in tried.stderr

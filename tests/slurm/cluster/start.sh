@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # start.sh DIR [name=value ...]: a real Slurm cluster on this machine, all its files under DIR, without systemd or cgroups.
 #
-#   nodes=2 cpus=8 mem=4000 gpus=8   virtual nodes n1..nN and what each claims to have
+#   nodes=2 cpus=96 mem=128000 gpus=8   virtual nodes n1..nN and what each claims to have
 #                                    (GPUs are device files that do nothing: Slurm discards one without a file)
 #   ns=net     a host name, network namespace and address per node, on a bridge with no uplink (root only)
 #   ns=uts     a host name per node; all of them are 127.0.0.1, a port each
@@ -11,7 +11,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$1"; DIR=$(cd "$1" && pwd -P); shift
-nodes=2 cpus=8 mem=4000 gpus=8 ns=uts killwait=5 grace=20 credexpire=5 base=17000
+nodes=2 cpus=96 mem=128000 gpus=8 ns=uts killwait=5 grace=20 credexpire=5 base=17000
 for kv in "$@"; do
   case $kv in
     nodes=*|cpus=*|mem=*|gpus=*|ns=*|killwait=*|grace=*|credexpire=*|base=*) declare "${kv%%=*}=${kv#*=}" ;;
