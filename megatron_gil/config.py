@@ -210,6 +210,26 @@ class LogSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AlarmSection:
+    """When ppo warns: a line as it begins, and a metric alarm/NAME that is 0 or 1. 0 switches an alarm off."""
+
+    max_kl: float = 50.0
+    """Nats a reply, of the batch or of one group."""
+    score_deviations: float = 4.0
+    """Mean score away from the first iteration's, in that iteration's standard deviations."""
+    entropy_fraction: float = 0.1
+    """Entropy below this share of the first iteration's."""
+    length_factor: float = 3.0
+    """Replies this many times longer or shorter than in the first iteration."""
+    duplicate_fraction: float = 0.5
+    """Share of the replies that equal a reply to another prompt."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_kl", "score_deviations", "entropy_fraction", "length_factor", "duplicate_fraction"):
+            _require(getattr(self, name) >= 0, f"alarms.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSection:
     """How long sft, reward and dpo train: epochs, or a number of updates where that is set."""
 
@@ -384,6 +404,7 @@ class PpoConfig(TrainConfig):
     sampling: SamplingSection = _section(SamplingSection)
     ppo: PpoSection = _section(PpoSection)
     gil: GilSection = _section(GilSection)
+    alarms: AlarmSection = _section(AlarmSection)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

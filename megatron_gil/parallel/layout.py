@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
-from torch.distributed.rendezvous import rendezvous
 
 from megatron_gil.config import ConfigError, ParallelSection
 from megatron_gil.parallel.cpu import install_cpu_shim
@@ -66,7 +65,8 @@ class _Place:
     rank: int
     world_size: int
     local_rank: int
-    init_method: str | None  # None: alone
+    store: tuple[str, int] | None  # host and port; None: alone
+    store_runs: bool = False  # torchrun keeps it; else rank 0 does
     attempt: int = 0  # times that torchrun has restarted the run
 
 
@@ -116,11 +116,16 @@ def stop_parallel() -> None:
 
 def _meet(place: _Place, timeout_s: float) -> dist.Store:
     """The store of the run, once every rank has written into it. Polls, so that signals are not held up."""
-    if place.init_method is None:
+    if place.store is None:
         return dist.HashStore()
+    host, port = place.store
     try:
-        store, _, _ = next(
-            rendezvous(place.init_method, place.rank, place.world_size, timeout=timedelta(seconds=timeout_s))
+        store = dist.TCPStore(
+            host,
+            port,
+            is_master=place.rank == 0 and not place.store_runs,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
         )
         # torchrun's store outlives a restart, and a process may start a layout twice: old keys would mislead.
         attempt = dist.PrefixStore(f"attempt_{place.attempt}", store)
@@ -129,6 +134,7 @@ def _meet(place: _Place, timeout_s: float) -> dist.Store:
         deadline, missing = time.monotonic() + timeout_s, list(range(place.world_size))
         while missing := [rank for rank in missing if not store.check([f"rank_{rank}"])]:
             if time.monotonic() > deadline:
+                time.sleep(min(5.0, timeout_s) if place.rank == 0 else 0.0)  # it may keep the store that others read
                 raise StartError(
                     f"rank {place.rank}: of {place.world_size} ranks, {missing} did not start within "
                     f"parallel.timeout_s={timeout_s:g}"
@@ -136,8 +142,8 @@ def _meet(place: _Place, timeout_s: float) -> dist.Store:
             time.sleep(0.05)
     except dist.DistError as error:
         raise StartError(
-            f"rank {place.rank}: no store at {place.init_method} within parallel.timeout_s={timeout_s:g}; is rank 0 "
-            f"running, and MASTER_ADDR its host? ({str(error).splitlines()[0]})"
+            f"rank {place.rank}: no store at {host}:{port} within parallel.timeout_s={timeout_s:g}; is rank 0 "
+            f"running there, and the port free? ({str(error).splitlines()[0]})"
         ) from None
     return store
 
@@ -187,7 +193,8 @@ def _read_place(env: Mapping[str, str]) -> _Place:
             rank=_read_int(env, "RANK"),
             world_size=_read_int(env, "WORLD_SIZE"),
             local_rank=_read_int(env, "LOCAL_RANK", env["RANK"]),
-            init_method="env://",
+            store=(_read_text(env, "MASTER_ADDR"), _read_int(env, "MASTER_PORT")),
+            store_runs=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=_read_int(env, "TORCHELASTIC_RESTART_COUNT", "0"),
         )
     if "SLURM_PROCID" in env and _read_int(env, "SLURM_NTASKS", "1") > 1:
@@ -195,9 +202,15 @@ def _read_place(env: Mapping[str, str]) -> _Place:
             rank=_read_int(env, "SLURM_PROCID"),
             world_size=_read_int(env, "SLURM_NTASKS"),
             local_rank=_read_int(env, "SLURM_LOCALID", "0"),
-            init_method=f"tcp://{_find_master_host(env)}:{_find_master_port(env)}",
+            store=(_find_master_host(env), _find_master_port(env)),
         )
-    return _Place(rank=0, world_size=1, local_rank=0, init_method=None)
+    return _Place(rank=0, world_size=1, local_rank=0, store=None)
+
+
+def _read_text(env: Mapping[str, str], name: str) -> str:
+    if not env.get(name):
+        raise ConfigError(f"environment variable {name} is not set; start with torchrun or srun")
+    return env[name]
 
 
 def _read_int(env: Mapping[str, str], name: str, default: str | None = None) -> int:

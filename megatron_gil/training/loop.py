@@ -45,6 +45,10 @@ class Trainer(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None: ...
 
+    def take_warnings(self) -> list[str]:
+        """Lines for the person who watches, since the last call."""
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class LoopState:
@@ -143,6 +147,8 @@ class TrainingLoop:
         metrics = dict(trainer.iterate(state.iteration))
         state.iteration += 1
         state.num_skipped += self._report_skipped()
+        for text in trainer.take_warnings():
+            self._log.note(f"iteration {state.iteration}: {text}")
         state.unlogged = metrics
         last = state.iteration == trainer.num_iterations
         if self._layout.is_main and (last or (log.samples_every and state.iteration % log.samples_every == 0)):

@@ -18,6 +18,7 @@ from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
+from megatron_gil.training.alarms import Alarms, duplicate_fraction
 from megatron_gil.training.experience import rollout_means, shape_experience, with_deviations
 from megatron_gil.training.grouping import Grouping
 from megatron_gil.training.metrics import Means
@@ -76,6 +77,7 @@ class PpoTrainer:
         self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
         self.tokenizer, self.progress, self.all_sum = tokenizer, progress, all_sum
         self.moments = ScoreMoments()
+        self.alarms = Alarms(config.alarms, min_group_mass=config.gil.min_group_mass)
         self.num_updates = 0
         minibatches = config.ppo.prompts * config.ppo.responses_per_prompt // config.batch.global_size
         self.num_planned_updates = config.ppo.iterations * config.ppo.epochs * minibatches
@@ -92,6 +94,7 @@ class PpoTrainer:
         metrics |= self.optimize(experience)
         clock.append(time.perf_counter())
         self.last_rollout, self.last_scores = rollout, scores
+        metrics |= self.alarms.check(metrics)
         return metrics | _times(clock, metrics["response/tokens"] * self.prompts.num_rows)
 
     def sample(self, prompts: PromptBatch) -> Rollout:
@@ -134,6 +137,7 @@ class PpoTrainer:
             mask = rollout.response_mask
             explained = explained_variance(scores.values, experience.returns, mask, all_sum=self.all_sum)
             metrics["critic/explained_variance"] = float(explained)
+        metrics["response/duplicate_fraction"] = duplicate_fraction(rollout, self.policy.layout)
         return experience, metrics
 
     def optimize(self, experience: Experience) -> dict[str, float]:
@@ -249,11 +253,20 @@ class PpoTrainer:
 
     def state(self) -> dict[str, Any]:
         moments = {"count": self.moments.count, "mean": self.moments.mean, "m2": self.moments.m2}
-        return {"num_updates": self.num_updates, "moments": moments, "grouping": self.grouping.state()}
+        return {
+            "num_updates": self.num_updates,
+            "moments": moments,
+            "grouping": self.grouping.state(),
+            "baseline": self.alarms.baseline,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.num_updates, self.moments = state["num_updates"], ScoreMoments(**state["moments"])
         self.grouping.load_state(state["grouping"])
+        self.alarms.baseline = state["baseline"]
+
+    def take_warnings(self) -> list[str]:
+        return self.alarms.take_lines()
 
 
 def _named(family: str, metrics: Metrics) -> dict[str, float]:

@@ -35,11 +35,11 @@ class StopSignal:
     def __init__(self) -> None:
         self._started, self._max_minutes = time.monotonic(), None
         self._signal = 0
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # the wake-up below is written only where there is a handler
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # the pipe is written only where there is a handler
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
 

@@ -93,6 +93,9 @@ class SupervisedTrainer:
     def load_state(self, state: dict[str, Any]) -> None:
         assert not state
 
+    def take_warnings(self) -> list[str]:
+        return []
+
 
 def sft_loss(readout: Readout, rows: TokenBatch) -> LossSum:
     return token_nll(readout.log_probs, rows.response_mask)

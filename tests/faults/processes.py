@@ -53,32 +53,41 @@ class Ranks:
     """A command in `world_size` processes; rank 0 keeps the store, as under srun."""
 
     def __init__(
-        self, arguments: Sequence[str], root: Path, log: Path, *, world_size: int = 2, change: Change | None = None
-    ):
+        self,
+        arguments: Sequence[str],
+        root: Path,
+        log: Path,
+        *,
+        world_size: int = 2,
+        start: Sequence[int] | None = None,
+        change: Change | None = None,
+    ) -> None:
+        """start: the ranks that are started; None: all."""
         port = _free_port()
         self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world_size)]
-        self.processes = [
-            _CONTEXT.Process(
-                target=_run, args=(list(arguments), root, path, rank, world_size, port, change), daemon=True
-            )
-            for rank, path in enumerate(self.logs)
-        ]
-        for process in self.processes:
-            process.start()
+        self.processes = []
+        for rank, path in enumerate(self.logs):
+            fixed = (list(arguments), root, path, rank, world_size, port, change)
+            self.processes.append(_CONTEXT.Process(target=_run, args=fixed, daemon=True))
+            if start is None or rank in start:
+                self.processes[-1].start()
 
     def wait(self, timeout_s: float = 120.0) -> list[int | None]:
         """Exit codes; None for a rank that has not ended (and is killed now)."""
-        for process in self.processes:
+        for process in self._started():
             process.join(timeout_s)
         codes = [process.exitcode for process in self.processes]
         self.kill()
         return codes
 
     def kill(self, ranks: Sequence[int] | None = None) -> None:
-        for rank, process in enumerate(self.processes):
-            if ranks is None or rank in ranks:
+        for process in self._started():
+            if ranks is None or self.processes.index(process) in ranks:
                 process.kill()
                 process.join()
+
+    def _started(self) -> list[Any]:
+        return [process for process in self.processes if process.pid is not None]
 
     def said(self, rank: int) -> str:
         return self.logs[rank].read_text()

@@ -39,13 +39,13 @@ def test_world_size_from_the_environment(env: pytest.MonkeyPatch) -> None:
     assert read_world_size() == 1
     _set(env, SLURM_PROCID="3", SLURM_NTASKS="8", SLURM_LOCALID="1", MASTER_ADDR="n1")
     assert read_world_size() == 8
-    _set(env, RANK="0", WORLD_SIZE="4", LOCAL_RANK="0")  # torchrun inside a Slurm job
+    _set(env, RANK="0", WORLD_SIZE="4", LOCAL_RANK="0", MASTER_PORT="4000")  # torchrun inside a Slurm job
     assert read_world_size() == 4
 
 
 def test_a_batch_script_of_one_task_is_alone(env: pytest.MonkeyPatch) -> None:
     _set(env, SLURM_PROCID="0", SLURM_NTASKS="1", SLURM_JOB_ID="7")
-    assert layout_module._read_place(os.environ).init_method is None
+    assert layout_module._read_place(os.environ).store is None
 
 
 def test_a_number_that_is_none_is_named(env: pytest.MonkeyPatch) -> None:
@@ -62,12 +62,12 @@ def test_srun_meets_at_the_first_node_of_the_list(env: pytest.MonkeyPatch, tmp_p
     _set(env, SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1")
     place = layout_module._read_place(os.environ)
     assert (place.rank, place.world_size, place.local_rank) == (5, 8, 1)
-    assert place.init_method is not None
-    assert place.init_method.startswith("tcp://n7:")
+    assert place.store is not None
+    assert place.store[0] == "n7"
     env.setenv("SLURM_JOB_ID", "124")
-    assert layout_module._read_place(os.environ).init_method != place.init_method
+    assert layout_module._read_place(os.environ).store != place.store
     _set(env, MASTER_ADDR="other", MASTER_PORT="4000")
-    assert layout_module._read_place(os.environ).init_method == "tcp://other:4000"
+    assert layout_module._read_place(os.environ).store == ("other", 4000)
 
 
 def test_srun_without_scontrol_says_what_to_export(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
