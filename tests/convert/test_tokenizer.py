@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
@@ -40,6 +40,7 @@ def test_transformers_alone_reads_it_otherwise(stories: Path, sides: Any) -> Non
 @settings(max_examples=150, deadline=None)
 @given(text=texts)
 def test_all_sides_encode_alike(sides: Any, text: str) -> None:
+    assume(not any(token in text for token in ("<unk>", "<s>", "</s>")))  # which sentencepiece alone takes for text
     model, theirs, before, after = sides
     ids = [1, *model.encode(text)]
     assert theirs(text)["input_ids"] == before.encode(text, bos=True) == after.encode(text, bos=True) == ids
