@@ -8,7 +8,6 @@ from hypothesis import settings
 from tests.world import write_world
 
 # The same examples every time, and none too slow: a red run must mean a change, not a busy machine or a lucky draw.
-# `make fuzz` is where new examples are looked for.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
