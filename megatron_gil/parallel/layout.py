@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -75,8 +75,16 @@ def read_world_size() -> int:
     return _read_place(os.environ).world_size
 
 
-def start_parallel(parallel: ParallelSection, *, seed: int) -> ParallelLayout:
-    """Join the other processes and form megatron's groups; `seed` also seeds megatron's RNG streams."""
+Joined = Callable[[int, int, dist.Store], None]
+
+
+def start_parallel(
+    parallel: ParallelSection, *, seed: int, joined: Joined = lambda rank, world_size, store: None
+) -> ParallelLayout:
+    """Join the other processes and form megatron's groups; `seed` also seeds megatron's RNG streams.
+
+    joined: called as soon as there is a store, with this rank, the number of ranks and the store.
+    """
     model_size = parallel.tensor_size * parallel.pipeline_size
     place = _read_place(os.environ)
     if place.world_size % model_size:
@@ -88,7 +96,7 @@ def start_parallel(parallel: ParallelSection, *, seed: int) -> ParallelLayout:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     install_cpu_shim()
     device = _pick_device(place.local_rank)
-    store = _meet(place, parallel.timeout_s)
+    store = _meet(place, parallel.timeout_s, joined)
     dist.init_process_group(
         # Logs and checkpoints also exchange CPU tensors, which nccl does not carry.
         backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
@@ -109,12 +117,13 @@ def start_parallel(parallel: ParallelSection, *, seed: int) -> ParallelLayout:
 
 
 def stop_parallel() -> None:
-    """Leave all groups; a layout can be started again."""
+    """Leave all groups, if there are any; a layout can be started again."""
     mpu.destroy_model_parallel()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def _meet(place: _Place, timeout_s: float) -> dist.Store:
+def _meet(place: _Place, timeout_s: float, joined: Joined) -> dist.Store:
     """The store of the run, once every rank has written into it. Polls, so that signals are not held up."""
     if place.store is None:
         return dist.HashStore()
@@ -130,6 +139,7 @@ def _meet(place: _Place, timeout_s: float) -> dist.Store:
         # torchrun's store outlives a restart, and a process may start a layout twice: old keys would mislead.
         attempt = dist.PrefixStore(f"attempt_{place.attempt}", store)
         store = dist.PrefixStore(f"start_{attempt.add(f'starts_of_rank_{place.rank}', 1)}", attempt)
+        joined(place.rank, place.world_size, store)
         store.set(f"rank_{place.rank}", "here")
         deadline, missing = time.monotonic() + timeout_s, list(range(place.world_size))
         while missing := [rank for rank in missing if not store.check([f"rank_{rank}"])]:

@@ -19,8 +19,6 @@ from typing import Literal, Self
 import torch.distributed as dist
 
 from megatron_gil.config import ConfigError
-from megatron_gil.parallel.collectives import barrier
-from megatron_gil.parallel.layout import ParallelLayout
 
 INTERVAL_S = 1.0
 HURRIED_S = 4.0
@@ -62,11 +60,11 @@ class Heard:
 
 
 class Watchdog:
-    """Used as a context around all that a rank does with the others. Alone in the world it does nothing."""
+    """Used as a context around all that a rank does with the others, from its `join`. Alone it does nothing."""
 
-    def __init__(self, layout: ParallelLayout, where: Callable[[], Whereabouts], *, timeout_s: float) -> None:
+    def __init__(self, where: Callable[[], Whereabouts], *, timeout_s: float) -> None:
         """where: this rank's whereabouts, asked from a thread."""
-        self._layout, self._where = layout, where
+        self._where, self._rank, self._world_size = where, 0, 1
         self._interval = min(INTERVAL_S, timeout_s / 40)
         self._hurried, self._silence = min(HURRIED_S, timeout_s / 8), min(SILENCE_S, timeout_s / 2)
         self._state: State = "running"
@@ -76,23 +74,25 @@ class Watchdog:
         self._answered = time.monotonic()
 
     def __enter__(self) -> Self:
-        if self._layout.world_size > 1:
-            store = self._layout.store.clone()  # type: ignore[attr-defined]  the stubs lack it
-            if self._layout.is_main:
-                store.set(VERDICT, "")
-            self._say(store)
-            barrier(self._layout)  # from here on every key exists
-            self._threads = [
-                threading.Thread(target=self._talk, args=(store,), name="watchdog", daemon=True),
-                threading.Thread(target=self._guard, name="watchdog-guard", daemon=True),
-            ]
-            for thread in self._threads:
-                thread.start()
         return self
+
+    def join(self, rank: int, world_size: int, store: dist.Store) -> None:
+        """Begin to tell the other ranks of this one, through the store that all of them see."""
+        self._rank, self._world_size, self._answered = rank, world_size, time.monotonic()
+        own = store.clone()  # type: ignore[attr-defined]  for the thread; the stubs lack it
+        if rank == 0:
+            own.set(VERDICT, "")
+        self._say(own)
+        self._threads = [
+            threading.Thread(target=self._talk, args=(own,), name="watchdog", daemon=True),
+            threading.Thread(target=self._guard, name="watchdog-guard", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """The rank goes. After a broken collective, wait for the verdict first: it says more than the exception."""
-        if self._layout.world_size > 1:
+        if self._world_size > 1:
             if error is not None and is_broken_collective(error):
                 self._detail, self._state = _first_line(error), "broken"
                 time.sleep(4 * self._hurried)  # the verdict ends the process
@@ -108,11 +108,14 @@ class Watchdog:
         self._detail, self._state = reason, "failed"
 
     def _talk(self, store: dist.Store) -> None:
-        watched = range(self._layout.world_size) if self._layout.is_main else [0]
+        watched = range(self._world_size) if self._rank == 0 else [0]
         keys = [*(_key(rank) for rank in watched), VERDICT]
         try:
             while not self._closed.wait(self._interval):
                 self._say(store)
+                self._answered = time.monotonic()
+                if not store.check(keys):
+                    continue  # not all have joined
                 *found, verdict = (text.decode() for text in store.multi_get(keys))
                 self._answered = time.monotonic()
                 verdict = verdict or self._judge(self._listen(dict(zip(watched, found, strict=True))))
@@ -134,7 +137,7 @@ class Watchdog:
             seconds=time.monotonic() - where.since,
             detail=self._detail,
         )
-        store.set(_key(self._layout.rank), json.dumps(asdict(sign)))
+        store.set(_key(self._rank), json.dumps(asdict(sign)))
         return sign
 
     def _listen(self, found: dict[int, str]) -> dict[int, Heard]:
@@ -152,7 +155,7 @@ class Watchdog:
     def _judge(self, heard: dict[int, Heard]) -> str:
         broken = self._state == "broken" or any(h.sign.state == "broken" for h in heard.values())
         lost = find_lost(heard, time.monotonic(), broken=broken, hurried_s=self._hurried, silence_s=self._silence)
-        return lost or (find_late(heard, time.monotonic(), hurried_s=self._hurried) if self._layout.is_main else "")
+        return lost or (find_late(heard, time.monotonic(), hurried_s=self._hurried) if self._rank == 0 else "")
 
     def _lose_store(self) -> None:
         """The store is kept by rank 0, or by torchrun on its machine: it is gone when they are."""
@@ -174,10 +177,10 @@ class Watchdog:
             return  # it is ending by itself
         where = self._where()
         waited = time.monotonic() - where.since
-        line = f"megatron-gil: rank {self._layout.rank} ends, {waited:.0f} s into {where.phase}: {verdict}\n"
+        line = f"megatron-gil: rank {self._rank} ends, {waited:.0f} s into {where.phase}: {verdict}\n"
         sys.stderr.write(line)
         sys.stderr.flush()
-        if self._layout.is_main:
+        if self._rank == 0:
             time.sleep(3 * self._interval)  # it may keep the store, from which the others read the verdict
         os._exit(1)
 

@@ -56,15 +56,15 @@ def run_command(name: str, config: Any, stop: StopSignal) -> int:
     """Run a configured command on this rank; the exit code."""
     stop.limit(config.run.max_minutes)
     BatchPlan.of(read_world_size(), config.parallel, config.batch)  # before any process group is formed
+    progress = Progress(stop)
     try:
-        layout = start_parallel(config.parallel, seed=config.run.seed)
+        with Watchdog(lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog:
+            layout = start_parallel(config.parallel, seed=config.run.seed, joined=watchdog.join)
+            progress.attend(layout)
+            code, text = _run_guarded(name, config, layout, progress, watchdog)
     except StartError as error:
         print(f"megatron-gil {name}: {error}", file=sys.stderr)
         return 1
-    progress = Progress(layout, stop)
-    try:
-        with Watchdog(layout, lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog:
-            code, text = _run_guarded(name, config, layout, progress, watchdog)
     except ConfigError:  # found by all ranks alike
         stop_parallel()
         raise

@@ -14,11 +14,16 @@ from megatron_gil.training.signals import StopRequested, StopSignal
 class Progress:
     """The phase this rank is in. All ranks enter the same phases in the same order."""
 
-    def __init__(self, layout: ParallelLayout, stop: StopSignal) -> None:
-        self._layout, self._stop = layout, stop
+    def __init__(self, stop: StopSignal) -> None:
+        self._stop = stop
+        self._layout: ParallelLayout | None = None
         self.where = Whereabouts(number=0, phase="start-up", since=time.monotonic())
         self.shape: tuple[int, ...] = ()
         """Of the tokens that the phase works on: rows x padded length."""
+
+    def attend(self, layout: ParallelLayout) -> None:
+        """There is a layout now, over which ranks can agree to stop."""
+        self._layout = layout
 
     def enter(self, phase: str, batch: Any = None) -> None:
         """Begin a phase; `batch` (of types.py) is what it works on."""
@@ -30,6 +35,7 @@ class Progress:
 
         To be called only where all that happened since the last whole iteration can be thrown away.
         """
+        assert self._layout is not None, "there are no other ranks yet to agree with"
         self.enter(phase, batch)
         if wanted := max_over_ranks(self._stop.wanted, self._layout):
             raise StopRequested(wanted)

@@ -136,7 +136,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 def final_weights(run: Path) -> dict[str, str]:
     """SHA-256 of every tensor file of the last checkpoint, which is that of the last iteration: optimizers too."""
-    path = run / "checkpoints" / f"iter_{NUM_ITERATIONS:07}"
+    path = max((run / "checkpoints").glob("iter_*"))
     return {str(file.relative_to(path)): digest(file)["sha256"] for file in sorted(path.rglob("*.safetensors"))}
 
 

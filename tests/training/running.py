@@ -162,6 +162,8 @@ def make_trainer(
             start_group_head(model, gil, seed=1)
         return model
 
+    progress = Progress(StopSignal())
+    progress.attend(layout)
     own = (
         trainable("reward_model", "critic", config.critic_optimizer, gil.num_groups)
         if not in_head and isinstance(grouping, LearnedGroups)
@@ -181,7 +183,7 @@ def make_trainer(
         eval_prompts=None,
         pretrain=None,
         tokenizer=tokenizer,
-        progress=Progress(layout, StopSignal()),
+        progress=progress,
         all_sum=sums,
     )
 
