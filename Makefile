@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo paper test lint clean
+.PHONY: help setup demo paper test faults lint clean
 
 help:
 	@echo "make demo    the whole pipeline in miniature, ending in runs/demo/report.html (under 10 minutes on two cores)"
 	@echo "make paper   every method on five seeds, into runs/paper/results (under 100 minutes on two cores, restartable)"
 	@echo "make test    every test that needs no GPU (under 10 minutes on two cores)"
+	@echo "make faults  every stop, kill and failed save, in every phase; longer than make test"
 	@echo "make lint    formatting, lint and types"
 	@echo "make setup   only create .venv with the pinned versions"
 
@@ -29,7 +30,10 @@ paper: setup
 	$(BIN)/python examples/paper/run.py --output runs/paper
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not long"
+
+faults: setup
+	$(BIN)/python -m pytest -m "not gpu" tests/faults
 
 lint: setup
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
