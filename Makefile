@@ -6,13 +6,15 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo paper test faults lint clean
+.PHONY: help setup demo paper test faults soak fuzz lint clean
 
 help:
 	@echo "make demo    the whole pipeline in miniature, ending in runs/demo/report.html (under 10 minutes on two cores)"
 	@echo "make paper   every method on five seeds, into runs/paper/results (under 100 minutes on two cores, restartable)"
 	@echo "make test    every test that needs no GPU (under 10 minutes on two cores)"
 	@echo "make faults  every stop, kill and failed save, in every phase; longer than make test"
+	@echo "make soak    a hundred random kill -9s of a PPO run, then its weights compared with a run never killed"
+	@echo "make fuzz    15,000 damaged or made-up files and settings through every reader"
 	@echo "make lint    formatting, lint and types"
 	@echo "make setup   only create .venv with the pinned versions"
 
@@ -34,6 +36,12 @@ test: setup
 
 faults: setup
 	$(BIN)/python -m pytest -m "not gpu" tests/faults
+
+soak: setup
+	$(BIN)/python -m tests.faults.soak --kills 100
+
+fuzz: setup
+	$(BIN)/python -m pytest tests/fuzz --hypothesis-profile=fuzz
 
 lint: setup
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright

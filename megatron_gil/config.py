@@ -19,6 +19,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 class ConfigError(ValueError):
     """The user's configuration or data is wrong; the message is one line that names the key or file and the fix."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # it may quote what it refuses
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:

@@ -35,17 +35,19 @@ class SentencePieceModel:
     the text are recognised, and the dummy prefix stands at the start of the text only, not after a special token."""
 
     def __init__(self, source: str, proto: bytes, added_tokens: Mapping[str, int]) -> None:
+        from google.protobuf.message import DecodeError
         from sentencepiece import SentencePieceProcessor
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
         try:
-            self._model = SentencePieceProcessor(model_proto=proto)
-        except RuntimeError:
+            parsed = ModelProto.FromString(proto)
+            self._model = SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(proto)  # the constructor would take no bytes for no model
+        except (RuntimeError, DecodeError):
             raise ConfigError(
                 f"{source}: not a sentencepiece model; for Llama 3, whose original tokenizer.model is in another "
                 "format, take the directory in Hugging Face format with tokenizer.json"
             ) from None
-        parsed = ModelProto.FromString(proto)
         self._collapses_spaces = parsed.normalizer_spec.add_dummy_prefix and (
             parsed.normalizer_spec.remove_extra_whitespaces
         )

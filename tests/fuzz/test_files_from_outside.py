@@ -1,0 +1,209 @@
+"""Damaged and invented files of every kind that is read: accepted, or refused in one line; nothing else ever happens.
+
+`make fuzz` draws 1,500 inputs for each of the readers, `make test` 100.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from megatron_gil.config import ConfigError, PpoConfig, load_config
+from megatron_gil.data.fields import check_record
+from megatron_gil.data.records import iter_jsonl, iter_parquet
+from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.engine.files import read_manifest
+from megatron_gil.models.hf_files import HfTensors
+from megatron_gil.models.llama import LlamaSpec
+
+KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")
+fuzzed = settings(deadline=10_000, suppress_health_check=list(HealthCheck))
+"""10 s for one input is a hang."""
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
+    """The bytes with up to eight places overwritten, cut out, doubled or filled in; or cut short."""
+    content = bytearray(whole)
+    for _ in range(draw(st.integers(1, 8))):
+        start = draw(st.integers(0, max(0, len(content) - 1)) | st.integers(0, min(200, max(0, len(content) - 1))))
+        length = draw(st.integers(1, 16))
+        act = draw(st.sampled_from(("write", "insert", "delete", "double", "cut")))
+        if act == "write":
+            content[start : start + length] = draw(st.binary(min_size=length, max_size=length))
+        elif act == "insert":
+            content[start:start] = draw(st.binary(min_size=1, max_size=16))
+        elif act == "delete":
+            del content[start : start + length]
+        elif act == "double":
+            content[start:start] = content[start : start + length]
+        else:
+            del content[start:]
+    return bytes(content)
+
+
+def _accept_or_refuse(read: Callable[[], Any], directory: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    said = "accepted"
+    try:
+        read()
+    except ConfigError as error:
+        said = str(error)
+    assert len(said.splitlines()) == 1
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before, "a reader wrote something"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for all inputs, overwritten each time."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+CONFIG = b"run: {dir: x, seed: 3}\nbatch: {micro_size: 2}\n"
+
+
+@fuzzed
+@given(content=damaged(CONFIG) | st.binary(max_size=200) | json_values.map(lambda v: json.dumps(v).encode()))
+def test_config_files(content: bytes, place: Path) -> None:
+    path = place / "run.yaml"
+    path.write_bytes(content)
+    _accept_or_refuse(lambda: load_config(PpoConfig, path, []), place)
+
+
+@fuzzed
+@given(
+    key=st.sampled_from(["run.dir", "run.seed", "batch", "gil.num_groups", "optimizer.lr", "", "x.y", "models.dtype"])
+    | st.text(max_size=12),
+    value=st.text(max_size=30) | json_values.map(json.dumps),
+)
+def test_overrides(key: str, value: str, place: Path) -> None:
+    _accept_or_refuse(lambda: load_config(PpoConfig, None, ["run.dir=x", f"{key}={value}"]), place)
+
+
+ROW = {"prompt": "Hello", "completion": " you", "chosen": " a", "rejected": " b", "text": "t", "group": "g"}
+FIELDS = st.sampled_from([*ROW, "messages", "role", "content", "response"])
+rows = st.dictionaries(FIELDS, json_values | st.lists(st.dictionaries(FIELDS, json_values, max_size=3), max_size=3))
+
+
+def _read_rows(path: Path, iterate: Any) -> None:
+    for kind in KINDS:
+        for number, record in iterate(path):
+            check_record(record, kind, f"{path}:{number}")
+
+
+@fuzzed
+@given(
+    content=damaged((json.dumps(ROW) + "\n").encode() * 3)
+    | st.binary(max_size=200)
+    | st.lists(rows | json_values, max_size=4).map(lambda found: "\n".join(map(json.dumps, found)).encode())
+)
+def test_json_lines(content: bytes, place: Path) -> None:
+    path = place / "rows.jsonl"
+    path.write_bytes(content)
+    _accept_or_refuse(lambda: _read_rows(path, iter_jsonl), place)
+
+
+def _parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([{**ROW, "messages": [{"role": "user", "content": "x"}]}] * 3), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@fuzzed
+@given(content=damaged(_parquet()) | st.binary(max_size=200))
+def test_parquet(content: bytes, place: Path) -> None:
+    path = place / "rows.parquet"
+    path.write_bytes(content)
+    _accept_or_refuse(lambda: _read_rows(path, iter_parquet), place)
+
+
+@pytest.fixture(scope="module")
+def weights(place: Path) -> bytes:
+    save_file({"a": torch.ones(3, 4), "b.weight": torch.zeros(5)}, place / "whole")
+    content = (place / "whole").read_bytes()
+    (place / "whole").unlink()
+    return content
+
+
+def _read_tensors(directory: Path) -> None:
+    tensors = HfTensors.open(directory)
+    for name in tensors.files:
+        tensors.read(name, tuple(slice(0, 1) for _ in tensors.shape(name)))
+
+
+@fuzzed
+@given(data=st.data())
+def test_safetensors(data: st.DataObject, weights: bytes, place: Path) -> None:
+    header = json_values.map(lambda v: json.dumps(v).encode()).map(
+        lambda h: len(h).to_bytes(8, "little") + h + b"0" * 64
+    )
+    (place / "model.safetensors").write_bytes(data.draw(damaged(weights) | header | st.binary(max_size=80)))
+    _accept_or_refuse(lambda: _read_tensors(place), place)
+
+
+@fuzzed
+@given(
+    content=st.binary(max_size=100) | st.fixed_dictionaries({"weight_map": json_values}).map(json.dumps).map(str.encode)
+)
+def test_weight_index(content: bytes, weights: bytes, place: Path) -> None:
+    (place / "model.safetensors").write_bytes(weights)
+    index = place / "model.safetensors.index.json"
+    index.write_bytes(content)
+    try:
+        _accept_or_refuse(lambda: _read_tensors(place), place)
+    finally:
+        index.unlink()
+
+
+@fuzzed
+@given(data=st.data())
+def test_config_json(data: st.DataObject, world: Path, place: Path) -> None:
+    whole = json.loads((world / "policy" / "config.json").read_text())
+    changed = st.builds(
+        lambda key, value: json.dumps({**whole, key: value}).encode(), st.sampled_from(sorted(whole)), json_values
+    )
+    (place / "config.json").write_bytes(data.draw(changed | damaged(json.dumps(whole).encode())))
+    _accept_or_refuse(lambda: LlamaSpec.read(place), place)
+
+
+@fuzzed
+@given(data=st.data())
+def test_sentencepiece(data: st.DataObject, world: Path, place: Path) -> None:
+    (place / "tokenizer.model").write_bytes(data.draw(damaged((world / "tokenizer.model").read_bytes())))
+    _accept_or_refuse(lambda: Tokenizer.read(place).encode("sun moon"), place)
+
+
+@fuzzed
+@given(
+    name=st.sampled_from(["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]), content=json_values
+)
+def test_tokenizer_files(name: str, content: Any, world: Path, place: Path) -> None:
+    (place / "tokenizer.model").write_bytes((world / "tokenizer.model").read_bytes())
+    (place / name).write_text(json.dumps(content))
+    try:
+        _accept_or_refuse(lambda: Tokenizer.read(place).encode("sun moon"), place)
+    finally:
+        (place / name).unlink()
+
+
+@fuzzed
+@given(content=st.binary(max_size=100) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_manifest(content: bytes, place: Path) -> None:
+    (place / "manifest.json").write_bytes(content)
+    _accept_or_refuse(lambda: read_manifest(place), place)
