@@ -28,7 +28,7 @@ CONFIGURED = (*TRAINING, "generate", "score")
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the run failed, 2 the user's config or data is wrong, 75 stopped after saving."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     stop = StopSignal() if arguments.command in CONFIGURED else None  # before anything slow
     from megatron_gil.config import ConfigError
 
@@ -38,6 +38,17 @@ def main(argv: list[str] | None = None) -> int:
         if _rank() == 0:
             print(f"megatron-gil {arguments.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand on both sides of an option, which argparse alone refuses."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") for text in rest) or (rest and arguments.command not in CONFIGURED):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
     from megatron_gil import config as c
+    from megatron_gil.config_files import load_config
 
     classes = {
         "sft": c.SftConfig,
@@ -114,7 +126,7 @@ def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
         "generate": c.GenerateConfig,
         "score": c.ScoreConfig,
     }
-    config = c.load_config(classes[arguments.command], arguments.config, arguments.overrides)
+    config = load_config(classes[arguments.command], arguments.config, arguments.overrides)
     if arguments.command in TRAINING and arguments.dry_run:
         from megatron_gil.training.dry_run import dry_run
 
@@ -126,7 +138,8 @@ def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
 def _rank() -> int:
     """This process's number among those of the run, before there is a layout."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(number) if number.isdecimal() else 0  # what is wrong with it, the layout says
 
 
 if __name__ == "__main__":

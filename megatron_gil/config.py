@@ -1,4 +1,4 @@
-"""Configuration: one frozen dataclass per section, one per command; YAML files and `section.key=value` overrides.
+"""Configuration: one frozen dataclass per section, one per command. config_files.py reads them.
 
 Every key is explained by the string under it. Sizes that follow from others (data-parallel size, microbatches per
 update, ...) are never keys: `BatchPlan` computes them.
@@ -6,14 +6,10 @@ update, ...) are never keys: `BatchPlan` computes them.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING
 
 
 class ConfigError(ValueError):
@@ -23,7 +19,8 @@ class ConfigError(ValueError):
         super().__init__(" ".join(message.splitlines()))  # it may quote what it refuses
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -36,9 +33,7 @@ class RunSection:
     """Save and exit 75 once the process has run this long; null never."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be above 0"
-        )
+        require(self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +82,8 @@ class ParallelSection:
 
     def __post_init__(self) -> None:
         for name in ("tensor_size", "pipeline_size"):
-            _require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
-        _require(
+            require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
+        require(
             not (self.sequence_parallel and self.tensor_size == 1),
             "parallel.sequence_parallel=true needs parallel.tensor_size above 1; set one of the two",
         )
@@ -112,7 +107,7 @@ class DataSection:
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "max_tokens"):
-            _require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +119,7 @@ class BatchSection:
 
     def __post_init__(self) -> None:
         for name in ("global_size", "micro_size"):
-            _require(getattr(self, name) >= 1, f"batch.{name}={getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, f"batch.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,8 +139,8 @@ class OptimizerSection:
     """Bound on the global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0, f"optimizer lr={self.lr} must not be negative")
-        _require(0 <= self.warmup_fraction <= 1, f"optimizer warmup_fraction={self.warmup_fraction} must lie in [0, 1]")
+        require(self.lr >= 0, f"optimizer lr={self.lr} must not be negative")
+        require(0 <= self.warmup_fraction <= 1, f"optimizer warmup_fraction={self.warmup_fraction} must lie in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,12 +162,12 @@ class SamplingSection:
     """Rows decoded together on one rank; bounds the key-value cache."""
 
     def __post_init__(self) -> None:
-        _require(self.micro_size >= 1, f"sampling.micro_size={self.micro_size} must be at least 1")
-        _require(self.temperature >= 0, f"sampling.temperature={self.temperature} must not be negative")
-        _require(self.top_k >= 0, f"sampling.top_k={self.top_k} must not be negative")
-        _require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]")
-        _require(self.repetition_penalty > 0, f"sampling.repetition_penalty={self.repetition_penalty} must be above 0")
-        _require(
+        require(self.micro_size >= 1, f"sampling.micro_size={self.micro_size} must be at least 1")
+        require(self.temperature >= 0, f"sampling.temperature={self.temperature} must not be negative")
+        require(self.top_k >= 0, f"sampling.top_k={self.top_k} must not be negative")
+        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]")
+        require(self.repetition_penalty > 0, f"sampling.repetition_penalty={self.repetition_penalty} must be above 0")
+        require(
             1 <= self.min_new_tokens <= self.max_new_tokens,
             f"sampling.min_new_tokens={self.min_new_tokens} must lie in [1, max_new_tokens={self.max_new_tokens}]",
         )
@@ -194,8 +189,8 @@ class CheckpointSection:
     the iteration after its files are complete. A stop waits for it."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"checkpoint.every={self.every} must be at least 1")
-        _require(
+        require(self.every >= 1, f"checkpoint.every={self.every} must be at least 1")
+        require(
             self.keep_last >= 1,
             f"checkpoint.keep_last={self.keep_last} must be at least 1: the last one is never deleted",
         )
@@ -229,7 +224,7 @@ class AlarmSection:
 
     def __post_init__(self) -> None:
         for name in ("max_kl", "score_deviations", "entropy_fraction", "length_factor", "duplicate_fraction"):
-            _require(getattr(self, name) >= 0, f"alarms.{name}={getattr(self, name)} must not be negative")
+            require(getattr(self, name) >= 0, f"alarms.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,8 +235,8 @@ class TrainSection:
     updates: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"train.epochs={self.epochs} must be at least 1")
-        _require(self.updates is None or self.updates >= 1, f"train.updates={self.updates} must be at least 1")
+        require(self.epochs >= 1, f"train.epochs={self.epochs} must be at least 1")
+        require(self.updates is None or self.updates >= 1, f"train.updates={self.updates} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +246,7 @@ class RewardSection:
     starts from the score head splits; 0 switches off."""
 
     def __post_init__(self) -> None:
-        _require(self.center_coef >= 0, f"reward.center_coef={self.center_coef} must not be negative")
+        require(self.center_coef >= 0, f"reward.center_coef={self.center_coef} must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,17 +287,17 @@ class PpoSection:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "prompts", "responses_per_prompt", "epochs"):
-            _require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1")
-        _require(
+            require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1")
+        require(
             self.advantages == "gae" or self.responses_per_prompt > 1,
             f"ppo.advantages={self.advantages} compares a prompt's responses; set ppo.responses_per_prompt above 1",
         )
         for name in ("gamma", "gae_lambda"):
-            _require(0 <= getattr(self, name) <= 1, f"ppo.{name}={getattr(self, name)} must lie in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, f"ppo.{name}={getattr(self, name)} must lie in [0, 1]")
         for name in ("kl_coef", "score_clip", "ptx_coef", "critic_warmup_updates"):
-            _require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)} must not be negative")
+            require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)} must not be negative")
         for name in ("clip_range", "value_clip_range"):
-            _require(getattr(self, name) > 0, f"ppo.{name}={getattr(self, name)} must be above 0")
+            require(getattr(self, name) > 0, f"ppo.{name}={getattr(self, name)} must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +314,8 @@ class GilSection:
     """beta_critic, weight of the classifier's term in the critic's objective."""
     adaptive_kl: bool = True
     """Multiply the KL penalty of a trajectory by its probability of being in the best group."""
+    kl_floor: float = 0.0
+    """Least factor on a trajectory's KL penalty: floor + (1 - floor) p(g_high). 0: the paper; 1: PPO's own penalty."""
     classifier: Literal["critic_head", "own_model"] = "critic_head"
     group_return: Literal["total", "score"] = "total"
     """R_i: the sum of the shaped token rewards, or the normalised score alone."""
@@ -340,20 +337,21 @@ class GilSection:
     """Of the group mean score that decides which group is high."""
 
     def __post_init__(self) -> None:
-        _require(self.num_groups >= 1, f"gil.num_groups={self.num_groups} must be at least 1")
-        _require(
+        require(self.num_groups >= 1, f"gil.num_groups={self.num_groups} must be at least 1")
+        require(
             self.init_scale != 0, "gil.init_scale=0 is a stationary point that the classifier never leaves; use 1.0"
         )
-        _require(
+        require(
             self.weight_floor is None or self.weight_floor <= 1,
             f"gil.weight_floor={self.weight_floor} must be at most 1, the mean of the weights",
         )
-        _require(0 <= self.ema_decay < 1, f"gil.ema_decay={self.ema_decay} must lie in [0, 1)")
-        _require(
+        require(0 <= self.kl_floor <= 1, f"gil.kl_floor={self.kl_floor} is a share of the penalty, from 0 to 1")
+        require(0 <= self.ema_decay < 1, f"gil.ema_decay={self.ema_decay} must lie in [0, 1)")
+        require(
             0 <= self.min_group_mass < 1, f"gil.min_group_mass={self.min_group_mass} is a share and must lie in [0, 1)"
         )
         for name in ("invariance_coef", "classifier_coef", "balance_coef", "warmup_updates", "ramp_updates"):
-            _require(getattr(self, name) >= 0, f"gil.{name}={getattr(self, name)} must not be negative")
+            require(getattr(self, name) >= 0, f"gil.{name}={getattr(self, name)} must not be negative")
 
 
 def _section(cls: type) -> Any:
@@ -423,79 +421,6 @@ class ScoreConfig(CommandConfig):
     """JSON Lines of {"prompt", "response", "score"}; must not exist yet."""
 
 
-Config = TypeVar("Config", bound=CommandConfig)
-
-
-def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str]) -> Config:
-    """The config of a command from a YAML file (which may name a `base:` file, relative to itself) and overrides.
-
-    Raises ConfigError, in one line, for a file that cannot be read, a wrong key (with the nearest right one), a wrong
-    type or value.
-    """
-    tree = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(tree, False)
-    layers = [*_read_with_bases(path, []), *(_read_override(text) for text in overrides)]
-    source = "command line"
-    try:
-        for source, layer in layers:
-            _check_keys(cls, layer, prefix="", source=source)
-            tree = OmegaConf.merge(tree, layer)
-        config: Any = OmegaConf.to_object(tree)
-    except MissingMandatoryValue as error:
-        raise ConfigError(
-            f"{path or 'command line'}: {error.full_key} is not set; give it in the file or as {error.full_key}=VALUE"
-        ) from None
-    except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
-        raise ConfigError(f"{source}: {error.full_key}: {reason}") from None
-    assert isinstance(config, cls)
-    return config
-
-
-def _read_override(text: str) -> tuple[str, Any]:
-    key, separator, _ = text.partition("=")
-    _require(bool(separator and key.strip()), f"{text!r} is not an override; write section.key=value")
-    try:
-        return f"override {text}", OmegaConf.from_dotlist([text])
-    except Exception as error:  # OmegaConf hands on whatever its YAML and grammar parsers raise
-        raise ConfigError(f"override {text}: {str(error).splitlines()[0]}") from None
-
-
-def _read_with_bases(path: Path | None, seen: list[Path]) -> list[tuple[str, Any]]:
-    if path is None:
-        return []
-    _require(path.resolve() not in seen, f"{path}: base files form a circle: {' -> '.join(map(str, [*seen, path]))}")
-    try:
-        layer: Any = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception as error:  # a YAML error's class depends on the parser
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    _require(OmegaConf.is_dict(layer), f"{path}: must hold `section:` keys, found {type(layer).__name__}")
-    base = layer.pop("base", None)
-    below = _read_with_bases(path.parent / str(base), [*seen, path.resolve()]) if base is not None else []
-    return [*below, (str(path), layer)]
-
-
-def _check_keys(cls: type, layer: Any, prefix: str, source: str) -> None:
-    known = {f.name: f for f in fields(cls)}
-    for key in layer:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; keys here: {', '.join(known)}"
-            raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
-        default = known[key].default_factory
-        if isinstance(default, type) and is_dataclass(default):
-            found = layer._get_node(key)
-            _require(OmegaConf.is_dict(found), f"{source}: {prefix}{key} is a section of keys, found {found}")
-            _check_keys(default, layer[key], f"{prefix}{key}.", source)
-
-
-def dump_config(config: CommandConfig) -> str:
-    """The resolved config as YAML, every key written out."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
     """Every size that follows from others."""
@@ -510,13 +435,13 @@ class BatchPlan:
     def of(cls, world_size: int, parallel: ParallelSection, batch: BatchSection) -> Self:
         """Raises ConfigError with both numbers where a division is not exact."""
         model_size = parallel.tensor_size * parallel.pipeline_size
-        _require(
+        require(
             world_size % model_size == 0,
             f"{world_size} processes cannot be divided by parallel.tensor_size={parallel.tensor_size} x "
             f"parallel.pipeline_size={parallel.pipeline_size} = {model_size}; start a multiple of {model_size}",
         )
         dp_size = world_size // model_size
-        _require(
+        require(
             batch.global_size % (dp_size * batch.micro_size) == 0,
             f"batch.global_size={batch.global_size} cannot be divided by {dp_size} data-parallel ranks x "
             f"batch.micro_size={batch.micro_size} = {dp_size * batch.micro_size}; change one of them",

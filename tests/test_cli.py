@@ -206,3 +206,15 @@ def test_help_answers_at_once(world: Path) -> None:
     heavy = "import sys, megatron_gil.cli; sys.exit(str({'torch', 'omegaconf', 'transformers'} & set(sys.modules)))"
     found: Any = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60)
     assert found.stderr.strip() == "set()"
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *others = _sft(_good(world, tmp_path))[1:]
+    code, said, printed = run_ranks(_call_all, 1, [["sft", first, "--dry-run", *others]], world)[0][0]
+    assert (code, said) == (0, "")
+    assert "global_size: 8" in printed
+    with pytest.raises(SystemExit, match="2"):
+        main(["sft", first, "--dryrun"])
+    assert "unrecognized arguments: --dryrun" in capsys.readouterr().err

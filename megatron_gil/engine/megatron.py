@@ -207,8 +207,8 @@ class TrainableModel(MegatronModel):
         count) and this rank's own sums per microbatch (last pipeline rank only).
         """
         self.ddp.zero_grad_buffer()
-        # FP32Optimizer leaves each .grad an alias of its main_grad: the next backward would add the two, twice the first
-        # microbatch.
+        # FP32Optimizer leaves each .grad an alias of its main_grad: the next backward would add the two, twice the
+        # first microbatch.
         self.module.zero_grad(set_to_none=True)
         losses: list[LossSum] = []
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from megatron_gil.config import ConfigError, PpoConfig, load_config
+from megatron_gil.config import ConfigError, PpoConfig
+from megatron_gil.config_files import load_config
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.planning.hardware import GPUS, Assumptions, Gpu
 from megatron_gil.planning.memory import GIB, MIB, OVERHEAD_BYTES, Cut, ModelUse, num_parameters

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gil import config as c
+from megatron_gil.config_files import load_config
 from megatron_gil.models.llama import LlamaSpec, read_config
 
 
@@ -81,7 +82,7 @@ PPO_SETTINGS = (
 
 
 def ppo_config(overrides: Sequence[str] = ()) -> c.PpoConfig:
-    return c.load_config(c.PpoConfig, None, [*PPO_SETTINGS, *overrides])
+    return load_config(c.PpoConfig, None, [*PPO_SETTINGS, *overrides])
 
 
 def recipe() -> dict[str, RecipeStage]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from megatron_gil import __version__
-from megatron_gil.config import ConfigError, TrainConfig, dump_config
+from megatron_gil.config import ConfigError, TrainConfig
+from megatron_gil.config_files import dump_config
 
 CONFIG_FILE = "config.yaml"
 

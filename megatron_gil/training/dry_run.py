@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_gil.config import BatchPlan, ConfigError, PpoConfig, TrainConfig, dump_config
+from megatron_gil.config import BatchPlan, ConfigError, PpoConfig, TrainConfig
+from megatron_gil.config_files import dump_config
 from megatron_gil.models.llama import LlamaSpec, check_layout
 from megatron_gil.planning.command import memory_table, wide_console
 from megatron_gil.planning.memory import GIB, Cut

@@ -49,7 +49,7 @@ class Grouping(Protocol):
         ...
 
     def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
-        """[B] factor on each trajectory's KL penalty: p(g_high) or 1."""
+        """[B] factor on each trajectory's KL penalty: floor + (1 - floor) p(g_high), or 1."""
         ...
 
     def settle(self, probs: Tensor, returns: Tensor, num_updates: int) -> Invariance:
@@ -121,7 +121,8 @@ class _InvariantGroups:
     def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
         if not self._section.adaptive_kl or self.warming_up(num_updates):
             return torch.ones_like(probs[:, 0])
-        return probs[:, self._high.index]
+        floor = self._section.kl_floor
+        return floor + (1 - floor) * probs[:, self._high.index]
 
     def settle(self, probs: Tensor, returns: Tensor, num_updates: int) -> Invariance:
         section = self._section

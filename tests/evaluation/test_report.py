@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunSection, dump_config
+from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunSection
+from megatron_gil.config_files import dump_config
 from megatron_gil.evaluation import figures
 from megatron_gil.evaluation.command import evaluate, report
 from megatron_gil.evaluation.page import Picture, Table

@@ -2,8 +2,8 @@
 
     python -m tests.faults.soak --kills 100 --seed 1
 
-Each time: kill -9 of rank 0, of rank 1, or of both at once, between the first and the fourth second after the start; the
-rank that is left must end by itself with exit code 1 and a line that names the dead one.
+Each time: kill -9 of rank 0, of rank 1, or of both at once, between the first and the fourth second after the start;
+the rank that is left must end by itself with exit code 1 and a line that names the dead one.
 """
 
 from __future__ import annotations

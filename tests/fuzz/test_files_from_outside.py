@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_gil.config import ConfigError, PpoConfig, load_config
+from megatron_gil.config import ConfigError, PpoConfig
+from megatron_gil.config_files import load_config
 from megatron_gil.data.fields import check_record
 from megatron_gil.data.records import iter_jsonl, iter_parquet
 from megatron_gil.data.tokenizer import Tokenizer

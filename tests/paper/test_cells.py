@@ -9,7 +9,8 @@ from cells import Cell, Place, commands, read_grid, take_world
 from rich.console import Console
 from run import Progress, choose, waves
 
-from megatron_gil.config import ConfigError, DpoConfig, PpoConfig, RewardConfig, SftConfig, load_config
+from megatron_gil.config import ConfigError, DpoConfig, PpoConfig, RewardConfig, SftConfig
+from megatron_gil.config_files import load_config
 from megatron_gil.demo.stages import Stage
 
 CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_gil import config as c
+from megatron_gil.config_files import load_config
 from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.presets import SPECS, recipe
 from megatron_gil.planning.rank import rank_memory
@@ -21,7 +22,7 @@ TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem not in (
 
 def load(path: Path) -> tuple[str, Any]:
     command = path.stem if path.stem in COMMANDS else "ppo"
-    return command, c.load_config(COMMANDS.get(command, c.PpoConfig), path, ["run.dir=unused"])
+    return command, load_config(COMMANDS.get(command, c.PpoConfig), path, ["run.dir=unused"])
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: str(path.relative_to(RECIPES)))
@@ -44,7 +45,7 @@ def test_a_recipe_resolves_and_fits_on_80_gb(path: Path, num_gpus: int) -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("generate.yaml")) + sorted(RECIPES.rglob("score.yaml")), ids=str)
 def test_the_recipes_of_answers_and_scores_resolve(path: Path) -> None:
     kind: Any = c.GenerateConfig if path.stem == "generate" else c.ScoreConfig
-    config = c.load_config(kind, path, ["output=unused"])
+    config = load_config(kind, path, ["output=unused"])
     assert config.models.dtype == "bfloat16"
 
 

@@ -5,6 +5,7 @@ The plain PPO here is a loop of its own that knows nothing of groups, over the s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,13 @@ def _high_or_not(root: Path) -> dict[str, dict[str, Tensor]]:
     with parallel(ONE) as layout:
         sums = all_sum(layout)
         gil = ppo_config().gil
-        high, low = _AllInOne(gil, 2, sums), _AllInOne(gil, 2, sums)
-        low.load_state({"ema": [None, 1e6], "index": 1})  # the empty group stays the high one
+        high, low, floored = (_AllInOne(section, 2, sums) for section in (gil, gil, replace(gil, kl_floor=1.0)))
+        for grouping in (low, floored):
+            grouping.load_state({"ema": [None, 1e6], "index": 1})  # the empty group stays the high one
         found = {
             "p 1": _two_iterations(root, layout, high, 0.5),
             "p 0": _two_iterations(root, layout, low, 0.5),
+            "p 0, floor 1": _two_iterations(root, layout, floored, 0.5),
             "with": _two_iterations(root, layout, SingleGroup(sums), 0.5),
             "without": _two_iterations(root, layout, SingleGroup(sums), 0.0),
         }
@@ -173,6 +176,6 @@ def _high_or_not(root: Path) -> dict[str, dict[str, Tensor]]:
 
 def test_the_high_group_pays_the_whole_penalty_and_the_others_none(world: Path) -> None:
     found = run_ranks(_high_or_not, 1, world)[0]
-    for ours, plain in (("p 1", "with"), ("p 0", "without")):
+    for ours, plain in (("p 1", "with"), ("p 0", "without"), ("p 0, floor 1", "with")):
         assert all(torch.equal(found[ours][name], found[plain][name]) for name in found[plain]), ours
     assert any(not torch.equal(found["with"][name], found["without"][name]) for name in found["with"])

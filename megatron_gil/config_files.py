@@ -1,0 +1,86 @@
+"""From YAML files and `section.key=value` overrides to a config, and back; every mistake is one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from megatron_gil.config import CommandConfig, ConfigError, require
+
+Config = TypeVar("Config", bound=CommandConfig)
+
+
+def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str]) -> Config:
+    """The config of a command from a YAML file (which may name a `base:` file, relative to itself) and overrides.
+
+    Raises ConfigError, in one line, for a file that cannot be read, a wrong key (with the nearest right one), a wrong
+    type or value.
+    """
+    tree = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(tree, False)
+    layers = [*_read_with_bases(path, []), *(_read_override(text) for text in overrides)]
+    source = "command line"
+    try:
+        for source, layer in layers:
+            _check_keys(cls, layer, prefix="", source=source)
+            tree = OmegaConf.merge(tree, layer)
+        config: Any = OmegaConf.to_object(tree)
+    except MissingMandatoryValue as error:
+        raise ConfigError(
+            f"{path or 'command line'}: {error.full_key} is not set; give it in the file or as {error.full_key}=VALUE"
+        ) from None
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise ConfigError(f"{source}: {error.full_key}: {reason}") from None
+    assert isinstance(config, cls)
+    return config
+
+
+def _read_override(text: str) -> tuple[str, Any]:
+    key, separator, _ = text.partition("=")
+    require(bool(separator and key.strip()), f"{text!r} is not an override; write section.key=value")
+    try:
+        return f"override {text}", OmegaConf.from_dotlist([text])
+    except Exception as error:  # OmegaConf hands on whatever its YAML and grammar parsers raise
+        raise ConfigError(f"override {text}: {str(error).splitlines()[0]}") from None
+
+
+def _read_with_bases(path: Path | None, seen: list[Path]) -> list[tuple[str, Any]]:
+    if path is None:
+        return []
+    require(path.resolve() not in seen, f"{path}: base files form a circle: {' -> '.join(map(str, [*seen, path]))}")
+    try:
+        layer: Any = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # a YAML error's class depends on the parser
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    require(OmegaConf.is_dict(layer), f"{path}: must hold `section:` keys, found {type(layer).__name__}")
+    base = layer.pop("base", None)
+    below = _read_with_bases(path.parent / str(base), [*seen, path.resolve()]) if base is not None else []
+    return [*below, (str(path), layer)]
+
+
+def _check_keys(cls: type, layer: Any, prefix: str, source: str) -> None:
+    known = {f.name: f for f in fields(cls)}
+    for key in layer:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; keys here: {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
+        default = known[key].default_factory
+        if isinstance(default, type) and is_dataclass(default):
+            found = layer._get_node(key)
+            require(OmegaConf.is_dict(found), f"{source}: {prefix}{key} is a section of keys, found {found}")
+            _check_keys(default, layer[key], f"{prefix}{key}.", source)
+
+
+def dump_config(config: CommandConfig) -> str:
+    """The resolved config as YAML, every key written out."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
