@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from audit import audit_table, stability_table
-from cells import Place, read_grid
-from measure import gap, gold_curve, measure
+from cells import GRID, Place, read_grid
+from measure import gap_of_scores, gold_curve, measure
 from pictures import write_pictures
 from tables import Numbers, markdown, tables, win_rows, win_table
 
-from megatron_gil.demo.domains import TRAINING_DOMAINS
 from megatron_gil.evaluation.runs import Json, Run, read_run
 
 Curves = dict[str, dict[str, dict[int, list[float]]]]
@@ -26,9 +25,9 @@ Curves = dict[str, dict[str, dict[int, list[float]]]]
 CURVES = ("policy/kl_sequence", "reward/score_mean", "group/return_variance", "policy/kl_weight", "group/mass_0")
 
 
-def analyse(output: Path, results: Path) -> None:
+def analyse(output: Path, results: Path, grid: Path = GRID) -> None:
     """Write everything that can be said of the cells that have finished."""
-    cells = read_grid()
+    cells = read_grid(grid)
     seeds = sorted(int(path.name.removeprefix("seed_")) for path in output.glob("seed_*"))
     places = [Place(output=output, seed=seed, cell=cell) for cell in cells.values() for seed in seeds]
     finished = [place for place in places if place.rows.exists()]
@@ -74,9 +73,9 @@ def collect_curves(runs: Mapping[tuple[str, int], Run]) -> Curves:
             for iteration, value in zip(*run.series(metric), strict=True):
                 of_method[metric][iteration].append(value)
         for row in run.metrics:
-            scores = {domain: row.get(f"reward/score_mean_known_{domain}") for domain in TRAINING_DOMAINS}
-            if None not in scores.values():  # a rollout of few prompts may lack a domain
-                of_method["score gap"][row["iteration"]].append(gap(scores))
+            score_gap = gap_of_scores(row)
+            if score_gap is not None:
+                of_method["score gap"][row["iteration"]].append(score_gap)
             if "group/mass_1" in row:
                 of_method["return gap"][row["iteration"]].append(_return_gap(row))
         iterations = sorted({row["iteration"] for row in run.samples})
@@ -114,5 +113,5 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Json]) -> None:
 
 
 if __name__ == "__main__":
-    grid = Path(sys.argv[1])
-    analyse(grid, Path(sys.argv[2]) if len(sys.argv) > 2 else grid / "results")
+    output = Path(sys.argv[1])
+    analyse(output, Path(sys.argv[2]) if len(sys.argv) > 2 else output / "results")

@@ -6,9 +6,10 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from cells import Place, commands, read_grid
+from cells import Cell, Place, commands, read_grid
 from measure import measure
 
 from megatron_gil import cli
@@ -16,20 +17,21 @@ from megatron_gil import cli
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--cell", required=True)
     arguments = parser.parse_args()
-    cells = read_grid()
-    return run_cell(Place(output=arguments.output, seed=arguments.seed, cell=cells[arguments.cell]))
+    cells = read_grid(arguments.grid)
+    return run_cell(Place(output=arguments.output, seed=arguments.seed, cell=cells[arguments.cell]), cells)
 
 
-def run_cell(place: Place) -> int:
+def run_cell(place: Place, cells: Mapping[str, Cell]) -> int:
     """Exit code of the first command that fails, or 0 once the cell's rows are written."""
     started = time.monotonic()
     for unfinished in ("replies.jsonl", place.replies.name):
         (place.cell_dir / unfinished).unlink(missing_ok=True)
-    for command in commands(place, read_grid()):
+    for command in commands(place, cells):
         code = cli.main(command)
         if code:
             return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from megatron_gil.demo.pipeline import HELD_OUT_PROMPTS, RECIPES
 from megatron_gil.demo.world import World, world_at, write_world
 
 GRID = Path(__file__).with_name("grid.yaml")
+EASY = ("greet", "refuse")
+"""Domains in which a canned sentence nearly does; the others need what the prompt says."""
+EASY_HARD_PROMPTS = "prompts_easy_hard.jsonl"
+"""The world's prompts, labelled easy or hard in the place of their domains."""
 NEEDED = ("sft_model", "reward")
 """Cells that others start from."""
 ROLES = {"sft": "policy", "reward": "reward_model", "dpo": "policy", "ppo": "policy"}
@@ -31,11 +35,16 @@ class Cell:
     iterations: int
     settings: Sequence[str]
     """All overrides of the command's recipe, those of the cell it is like included."""
+    groups: str = "domains"
+    """Labels that come with the prompts: domains, or easy_hard."""
 
 
 def read_grid(path: Path = GRID) -> dict[str, Cell]:
-    """The cells in the order in which they run."""
-    tree: Any = OmegaConf.to_container(OmegaConf.load(path))
+    """The cells in the order in which they run, those of the file's `base` first."""
+    loaded = OmegaConf.load(path)
+    if "base" in loaded:
+        loaded = OmegaConf.merge(OmegaConf.load(path.parent / loaded.base), loaded)
+    tree: Any = OmegaConf.to_container(loaded)
     cells: dict[str, Cell] = {}
     for name, entry in tree["cells"].items():
         like = entry.get("like")
@@ -47,8 +56,9 @@ def read_grid(path: Path = GRID) -> dict[str, Cell]:
             name=name,
             label=entry["label"],
             command=entry["command"],
-            iterations=tree["iterations"][entry["command"]],
+            iterations=entry.get("iterations", tree["iterations"][entry["command"]]),
             settings=[*inherited, *entry.get("set", [])],
+            groups=entry.get("groups", "domains"),
         )
     return cells
 
@@ -108,6 +118,10 @@ def take_world(seed_dir: Path, seed: int) -> None:
         return
     shutil.rmtree(seed_dir / "world", ignore_errors=True)
     world = write_world(seed_dir / "world", seed=seed)
+    with (seed_dir / EASY_HARD_PROMPTS).open("w", encoding="utf-8") as file:
+        for line in world.prompts.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            file.write(json.dumps({**row, "group": "easy" if row["group"] in EASY else "hard"}) + "\n")
     done.write_bytes(world.prompts_eval.read_bytes() + world.prompts_heldout.read_bytes())
 
 
@@ -117,6 +131,8 @@ def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
     sft, reward = (_at(place, cells[name]).model for name in NEEDED)
     key = "ppo.iterations" if cell.command == "ppo" else "train.updates"
     fixed = [f"run.dir={place.run_dir}", f"run.seed={place.seed}", f"{key}={cell.iterations}"]
+    if cell.groups == "easy_hard":
+        world = replace(world, prompts=place.seed_dir / EASY_HARD_PROMPTS)
     files = _training_files(cell.command, world, sft, reward)
     train = [cell.command, "--config", str(RECIPES / f"{cell.command}.yaml"), *fixed, *files, *cell.settings]
     if cell.command in ("sft", "reward"):  # the reward model, which scores replies, is not there yet

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import correlation, fmean
 
+from cells import EASY
+
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, read_task
 from megatron_gil.demo.gold import count_flattery, gold_score
 from megatron_gil.evaluation.agreement import adjusted_mutual_information, roc_auc
 from megatron_gil.evaluation.runs import Json, Run, read_run
 from megatron_gil.evaluation.statistics import skewness, tail_mass
 
-EASY, HARD = ("greet", "refuse"), ("fact", "both")
+HARD = tuple(domain for domain in TRAINING_DOMAINS if domain not in EASY)
 LAST = 10
 """Iterations (or events of samples: half as many) that "at the end" speaks of."""
 
@@ -165,8 +167,17 @@ def _of_training(run: Run) -> dict[str, float]:
 
 def _score_gap(run: Run, where: slice) -> float:
     """Mean score of the easy domains less that of the hard ones, over some iterations of training."""
-    by_domain = {d: fmean(run.series(f"reward/score_mean_known_{d}")[1][where]) for d in TRAINING_DOMAINS}
-    return gap(by_domain)
+    found = [gap_of_scores(row) for row in run.metrics[where]]
+    return fmean(value for value in found if value is not None)
+
+
+def gap_of_scores(row: Mapping[str, float]) -> float | None:
+    """Mean score of the easy domains less that of the hard ones in an iteration; None where it lacks one of them."""
+    scores = {name: row.get(f"reward/score_mean_known_{name}") for name in (*TRAINING_DOMAINS, "easy", "hard")}
+    if scores["easy"] is not None and scores["hard"] is not None:
+        return scores["easy"] - scores["hard"]
+    by_domain = {name: score for name, score in scores.items() if score is not None}
+    return gap(by_domain) if set(by_domain) == set(TRAINING_DOMAINS) else None
 
 
 def gap(by_domain: Mapping[str, float]) -> float:

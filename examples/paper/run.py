@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from cells import NEEDED, Cell, Place, read_grid, take_world
+from cells import GRID, NEEDED, Cell, Place, read_grid, take_world
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 all finished, 1 a cell failed, 2 wrong arguments, 75 stopped."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/paper"), metavar="DIR")
+    parser.add_argument("--grid", type=Path, default=GRID, metavar="FILE.yaml", help="the cells (default: grid.yaml)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--only", nargs="+", metavar="CELL", help="cells of grid.yaml (those they need are added)")
     parser.add_argument("--workers", type=int, choices=range(1, MAX_WORKERS + 1), default=MAX_WORKERS)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=True, highlight=False)
     try:
-        failures = run_grid(arguments.output.absolute(), arguments.seeds, arguments.only, arguments.workers, console)
+        failures = run_grid(arguments, console)
     except (ConfigError, StageFailed) as error:
         print(f"examples/paper: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -51,26 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"examples/paper: {failure}", file=sys.stderr)
     from analyse import analyse
 
-    analyse(arguments.output, arguments.results or arguments.output / "results")
+    analyse(arguments.output, arguments.results or arguments.output / "results", arguments.grid)
     return 1 if failures else 0
 
 
-def run_grid(
-    output: Path, seeds: Sequence[int], only: Sequence[str] | None, workers: int, console: Console
-) -> list[Exception]:
+def run_grid(arguments: argparse.Namespace, console: Console) -> list[Exception]:
     """Run what is not finished; the failures."""
-    cells = choose(read_grid(), only)
+    output, seeds = arguments.output.absolute(), arguments.seeds
+    cells = choose(read_grid(arguments.grid), arguments.only)
     places = [Place(output=output, seed=seed, cell=cell) for cell in cells.values() for seed in seeds]
     for place in places:
         place.take()
     for seed in seeds:
         take_world(output / f"seed_{seed}", seed)
     with Progress(list(cells.values()), seeds, console) as progress:
-        runner = Runner(output / "logs", workers=workers, show=progress.show)
+        runner = Runner(output / "logs", workers=arguments.workers, show=progress.show)
         *needed, last = waves(places)
         for wave in needed:
-            runner.run_all([_stage(place) for place in wave])
-        return list(runner.run_all([_stage(place) for place in last], keep_going=True))
+            runner.run_all([_stage(place, arguments.grid) for place in wave])
+        return list(runner.run_all([_stage(place, arguments.grid) for place in last], keep_going=True))
 
 
 def choose(cells: dict[str, Cell], only: Sequence[str] | None) -> dict[str, Cell]:
@@ -88,9 +88,9 @@ def waves(places: Sequence[Place]) -> list[list[Place]]:
     return [*found, [p for p in places if p.cell.name not in early]]
 
 
-def _stage(place: Place) -> Stage:
+def _stage(place: Place, grid: Path) -> Stage:
     script = Path(__file__).with_name("cell.py")
-    where = ["--output", str(place.output), "--seed", str(place.seed), "--cell", place.cell.name]
+    where = ["--grid", str(grid), "--output", str(place.output), "--seed", str(place.seed), "--cell", place.cell.name]
     return Stage(
         name=f"{place.cell.name} seed {place.seed}",
         command=[str(script), *where],

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cells import Cell, Place, commands, read_grid, take_world
+from cells import GRID, Cell, Place, commands, read_grid, take_world
 from rich.console import Console
 from run import Progress, choose, waves
 
@@ -40,9 +40,16 @@ def test_cells_inherit_the_settings_of_the_cell_they_are_like(tmp_path: Path) ->
     assert replace(gil.gil, adaptive_kl=False) == plain.gil
 
 
-def test_no_two_cells_are_the_same() -> None:
-    cells = read_grid().values()
-    assert len({(cell.command, tuple(cell.settings)) for cell in cells}) == len(cells)
+@pytest.mark.parametrize("grid", ["grid.yaml", "tuning.yaml"])
+def test_no_two_cells_are_the_same(grid: str) -> None:
+    cells = read_grid(GRID.with_name(grid)).values()
+    assert len({(c.command, tuple(c.settings), c.iterations, c.groups) for c in cells}) == len(cells)
+
+
+def test_a_grid_has_the_cells_of_its_base() -> None:
+    base, tuning = read_grid(), read_grid(GRID.with_name("tuning.yaml"))
+    assert {name: tuning[name] for name in base} == base
+    assert len(tuning) > len(base)
 
 
 def test_methods_of_a_seed_share_the_data_and_the_models_they_start_from(tmp_path: Path) -> None:
