@@ -16,7 +16,8 @@ from megatron_gil.evaluation.agreement import adjusted_rand_index
 from megatron_gil.evaluation.page import Table
 from megatron_gil.evaluation.runs import Json, Run
 
-GROUPED = (OURS, "gil_plain_kl", "gil_own_model", "gil_score_groups", "beta_0", "beta_1", "gil_m3", "grpo_gil")
+GROUPED = (OURS, "gil_plain_kl", "gil_own_model", "gil_score_groups", "gil_floor", "beta_0", "beta_1")
+GROUPED += ("gil_m3", "grpo_gil")
 EVENTS = 5
 """The last iterations that kept samples."""
 

@@ -13,7 +13,7 @@ from megatron_gil.evaluation.figures import FrontierPoint, bars, curve_grid, fro
 from megatron_gil.evaluation.runs import Json
 
 Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
-SHOWN = ("ppo", "ppo_kl", "gil", "gil_plain_kl", "grpo", "grpo_gil", "sft", "dpo")
+SHOWN = ("ppo", "ppo_kl", "gil", "gil_floor", "gil_plain_kl", "grpo", "grpo_gil", "sft", "dpo")
 """Methods in the pictures; the tables hold all. Those without curves come last, so that a method keeps its colour."""
 PANELS = {
     "gold": "gold score of training samples",
@@ -25,7 +25,7 @@ GROUP_PANELS = {
     "group/mass_0": "mass of group 0",
     "policy/kl_weight": "mean weight of the KL penalty",
 }
-GROUPED = ("gil", "gil_plain_kl", "gil_own_model", "gil_score_groups", "beta_1", "grpo_gil")
+GROUPED = ("gil", "gil_floor", "gil_plain_kl", "gil_own_model", "gil_score_groups", "beta_1", "grpo_gil")
 
 
 def write_pictures(

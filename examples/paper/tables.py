@@ -17,7 +17,20 @@ from megatron_gil.evaluation.winrate import verdicts
 Numbers = Mapping[str, Mapping[str, Mapping[int, float]]]
 """method -> metric -> seed -> value."""
 OURS = "gil"
-PAIRS = [("grpo_gil", "grpo"), ("gil_plain_kl", "ppo_kl"), ("beta_0", "ppo_kl"), ("beta_1", "beta_0")]
+PAIRS = [
+    ("grpo_gil", "grpo"),
+    ("gil_plain_kl", "ppo_kl"),
+    ("beta_0", "ppo_kl"),
+    ("beta_1", "beta_0"),
+    ("ppo_kl_0.15", "ppo_kl"),
+    ("gil_floor", "ppo_kl"),
+    ("gil_floor", "ppo_kl_0.15"),
+    ("gil_floor_beta_0", "ppo_kl_0.15"),
+    ("gil_known", "ppo_kl"),
+    ("gil_easy_hard", "ppo_kl"),
+    ("gil_long", "ppo_kl_long"),
+    ("gil_floor_long", "ppo_kl_long"),
+]
 """Compared besides PPO-GIL with everything."""
 
 COLUMNS: Mapping[str, Mapping[str, str]] = {
