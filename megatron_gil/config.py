@@ -6,7 +6,7 @@ update, ...) are never keys: `BatchPlan` computes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 from omegaconf import MISSING
@@ -213,8 +213,12 @@ class AlarmSection:
 
     max_kl: float = 50.0
     """Nats a reply, of the batch or of one group."""
-    score_deviations: float = 4.0
-    """Mean score away from the first iteration's, in that iteration's standard deviations."""
+    kl_spike: float = 2.0
+    """The same against its own mean over the last ten iterations or so, or against 3 nats if that is more."""
+    group_information: float = 0.02
+    """Share of log M that the classifier's probabilities tell of a row (mutual information)."""
+    out_of_range_fraction: float = 0.2
+    """Share of the replies scored outside the range that the reward model gave its training pairs."""
     entropy_fraction: float = 0.1
     """Entropy below this share of the first iteration's."""
     length_factor: float = 3.0
@@ -223,8 +227,8 @@ class AlarmSection:
     """Share of the replies that equal a reply to another prompt."""
 
     def __post_init__(self) -> None:
-        for name in ("max_kl", "score_deviations", "entropy_fraction", "length_factor", "duplicate_fraction"):
-            require(getattr(self, name) >= 0, f"alarms.{name}={getattr(self, name)} must not be negative")
+        for f in fields(self):
+            require(getattr(self, f.name) >= 0, f"alarms.{f.name}={getattr(self, f.name)} must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -181,6 +181,8 @@ class TrainableModel(MegatronModel):
         self._schedule_module = self.ddp
         self.optimizer = None if optimizer is None else ModelOptimizer(self.ddp, optimizer, dtype=self.dtype)
         self.num_steps = 0
+        self.extra_config: dict[str, Any] = {}
+        """Keys that its config.json has besides the model's sizes."""
         self._skipped: list[SkippedUpdate] = []
 
     def load(self, directory: Path) -> list[str]:

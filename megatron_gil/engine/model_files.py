@@ -31,7 +31,7 @@ def save_model(model: TrainableModel, directory: Path, tokenizer_dir: Path | Non
     """The model as a Hugging Face directory, which exists. Collective."""
     if model.layout.is_main:
         config = model.spec.hf_config(head=model.head, num_groups=model.num_groups, dtype=model.dtype)
-        files.text(directory / "config.json", json.dumps(config, indent=2))
+        files.text(directory / "config.json", json.dumps(config | model.extra_config, indent=2))
         for name in TOKENIZER_FILES:
             if tokenizer_dir is not None and (tokenizer_dir / name).exists():
                 files.copy(tokenizer_dir / name, directory / name)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from megatron_gil.config import AlarmSection
 from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.types import Metrics, Rollout
 
-BASELINE = ("reward/score_mean", "reward/score_std", "policy/entropy", "response/tokens")
+BASELINE = ("policy/entropy", "response/tokens")
 """Metrics whose values in the first iteration are what later ones are held against."""
+KL_DECAY, KL_FLOOR = 0.9, 3.0
+"""Of the running mean that a KL is held against, and the nats a reply that it counts for at least."""
+
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +32,30 @@ class Alarm:
 class Alarms:
     """Looks at the metrics of each iteration. An alarm is a metric alarm/NAME, and a line when it begins."""
 
-    def __init__(self, section: AlarmSection, *, min_group_mass: float) -> None:
-        self._section, self._min_group_mass = section, min_group_mass
-        self.baseline: dict[str, float] = {}
-        """What a checkpoint must hold: the metrics of BASELINE in the first iteration."""
+    def __init__(self, section: AlarmSection, *, min_group_mass: float, score_range: Range | None) -> None:
+        """score_range: what the reward model was trained on; None where that is not known."""
+        self._section, self._min_group_mass, self._score_range = section, min_group_mass, score_range
+        self._of_training = score_range is not None
+        self._baseline: dict[str, float] = {}  # the metrics of BASELINE in the first iteration
+        self._kl_means: dict[str, float] = {}  # of the batch and of each group
         self._raised: frozenset[str] = frozenset()
         self._lines: list[str] = []
 
-    def check(self, metrics: Metrics) -> dict[str, float]:
-        """alarm/NAME -> 0 or 1, for all that these metrics of an iteration tell."""
-        if not self.baseline:
-            self.baseline = {name: metrics[name] for name in BASELINE if name in metrics}
-        alarms = list(self._look(metrics))
+    def out_of_range_fraction(self, scores: Tensor, layout: ParallelLayout) -> float:
+        """Share of the global batch's scores outside the range of training, or where that is not known outside the
+        range of the first scores that come."""
+        found = [score for part in gather_objects(scores.tolist(), layout) for score in part]  # tp and pp ranks' too
+        finite = [score for score in found if math.isfinite(score)]
+        if self._score_range is None and finite:
+            self._score_range = min(finite), max(finite)
+        low, high = self._score_range or (math.nan, math.nan)
+        return sum(not low <= score <= high for score in found) / len(found)
+
+    def check(self, metrics: Metrics, *, warming_up: bool = False) -> dict[str, float]:
+        """alarm/NAME -> 0 or 1, for all that these metrics of an iteration tell. warming_up: of the classifier."""
+        if not self._baseline:
+            self._baseline = {name: metrics[name] for name in BASELINE}
+        alarms = [*self._of_kl(metrics), *self._of_groups(metrics, warming_up), *self._of_replies(metrics)]
         self._lines += [f"warning: {a.text}" for a in alarms if a.raised and a.name not in self._raised]
         self._raised = frozenset(a.name for a in alarms if a.raised)
         return {f"alarm/{a.name}": float(a.raised) for a in alarms}
@@ -45,44 +65,66 @@ class Alarms:
         lines, self._lines = self._lines, []
         return lines
 
-    def _look(self, metrics: Metrics) -> Iterator[Alarm]:
+    def state(self) -> dict[str, Any]:
+        return {"baseline": self._baseline, "kl_means": self._kl_means, "score_range": self._score_range}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._baseline, self._kl_means = state["baseline"], state["kl_means"]
+        self._score_range = state["score_range"] and tuple(state["score_range"])
+
+    def _of_kl(self, metrics: Metrics) -> Iterator[Alarm]:
         section = self._section
-        kls = _per_group(metrics, "policy/kl_")  # sequence, group_0, group_1, ...
-        kls.pop("weight", None)
+        masses = _per_group(metrics, "group/mass_")
+        by_group = _per_group(metrics, "policy/kl_group_")
+        counting = {f"group_{g}": kl for g, kl in by_group.items() if masses[g] >= self._min_group_mass}
+        kls = {"sequence": metrics["policy/kl_sequence"], **counting}
+        kls = {name: kl for name, kl in kls.items() if math.isfinite(kl)}  # what is not stops the update itself
         if section.max_kl and kls:
             worst = max(kls, key=lambda name: kls[name])
             text = f"KL {kls[worst]:.3g} nats a reply (policy/kl_{worst}) is above alarms.max_kl={section.max_kl:g}"
             yield Alarm("kl", kls[worst] > section.max_kl, text)
-        masses = _per_group(metrics, "group/mass_")
-        if masses:
-            least = min(masses, key=lambda group: masses[group])
-            text = f"group {least} has {masses[least]:.2%} of the batch, below gil.min_group_mass"
-            text += f"={self._min_group_mass:g}: it no longer counts"
-            yield Alarm("group_mass", masses[least] < self._min_group_mass, text)
-        duplicates = metrics.get("response/duplicate_fraction")
-        if section.duplicate_fraction and duplicates is not None:
-            text = f"{duplicates:.0%} of the replies are the same as a reply to another prompt"
-            yield Alarm("duplicates", duplicates > section.duplicate_fraction, text)
-        yield from self._drifts(metrics)
+        if section.kl_spike and kls:
+            rises = {name: kl / max(KL_FLOOR, self._kl_means.get(name, kl)) for name, kl in kls.items()}
+            worst = max(rises, key=lambda name: rises[name])
+            text = f"KL {kls[worst]:.3g} nats a reply (policy/kl_{worst}) is {rises[worst]:.2g} times its recent mean"
+            yield Alarm("kl_spike", rises[worst] > section.kl_spike, text)
+        for name, kl in kls.items():
+            self._kl_means[name] = KL_DECAY * self._kl_means.get(name, kl) + (1 - KL_DECAY) * kl
 
-    def _drifts(self, metrics: Metrics) -> Iterator[Alarm]:
-        section, baseline = self._section, self.baseline
-        if section.score_deviations:
-            first, spread, now = (
-                baseline["reward/score_mean"],
-                baseline["reward/score_std"],
-                metrics["reward/score_mean"],
-            )
-            text = f"score {now:.3g} is more than {section.score_deviations:g} standard deviations ({spread:.3g}) from "
-            text += f"the first iteration's {first:.3g}: the reward model may not know such replies"
-            yield Alarm("score", abs(now - first) > section.score_deviations * spread, text)
+    def _of_groups(self, metrics: Metrics, warming_up: bool) -> Iterator[Alarm]:
+        masses = _per_group(metrics, "group/mass_")
+        if not masses:
+            return
+        least = min(masses, key=lambda group: masses[group])
+        text = f"group {least} has {masses[least]:.2%} of the batch, below gil.min_group_mass"
+        text += f"={self._min_group_mass:g}: it no longer counts"
+        vanished = masses[least] < self._min_group_mass
+        yield Alarm("group_mass", vanished, text)
+        if self._section.group_information:
+            found = metrics["group/information"]
+            text = f"the classifier tells {found:.2%} of what it could: its groups are all alike"
+            alike = found < self._section.group_information and not vanished and not warming_up
+            yield Alarm("group_information", alike, text)
+
+    def _of_replies(self, metrics: Metrics) -> Iterator[Alarm]:
+        section, baseline = self._section, self._baseline
+        if section.duplicate_fraction:
+            found = metrics["response/duplicate_fraction"]
+            text = f"{found:.0%} of the replies are the same as a reply to another prompt"
+            yield Alarm("duplicates", found > section.duplicate_fraction, text)
+        if section.out_of_range_fraction:
+            found = metrics["reward/out_of_range_fraction"]
+            low, high = self._score_range or (math.nan, math.nan)
+            known = "what the reward model was trained on" if self._of_training else "those of the first iteration"
+            text = f"{found:.0%} of the scores lie outside [{low:.3g}, {high:.3g}], {known}"
+            yield Alarm("score", found > section.out_of_range_fraction, text)
         if section.entropy_fraction:
             first, now = baseline["policy/entropy"], metrics["policy/entropy"]
             text = f"entropy {now:.3g} nats a token, {first:.3g} at first: the policy collapses"
             yield Alarm("entropy", now < section.entropy_fraction * first, text)
         if section.length_factor:
             first, now = baseline["response/tokens"], metrics["response/tokens"]
-            text = f"replies have {now:.0f} tokens, {first:.0f} at first"
+            text = f"replies have {now:.3g} tokens, {first:.3g} at first"
             yield Alarm("length", not first / section.length_factor <= now <= first * section.length_factor, text)
 
 

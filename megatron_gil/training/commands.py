@@ -23,6 +23,7 @@ from megatron_gil.training.build import (
     build_frozen,
     build_trainable,
     check_model,
+    model_path,
     start_group_head,
     start_score_head,
 )
@@ -41,6 +42,7 @@ from megatron_gil.training.memory import explain_out_of_memory, is_out_of_memory
 from megatron_gil.training.ppo import PpoTrainer
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.respond import generate, score
+from megatron_gil.training.score_range import RewardTrainer, read_score_range
 from megatron_gil.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 from megatron_gil.training.sources import PromptSource, RowSource
 from megatron_gil.training.supervised import (
@@ -127,7 +129,9 @@ def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) ->
         start_score_head(model, config.run.seed)
     line = ("reward/loss", "reward/accuracy")
     loss = reward_loss_fn(config.reward)
-    trainer = _supervised("reward_model", model, loss, config, layout, train, held_out, line, progress=progress)
+    trainer = _supervised(
+        "reward_model", model, loss, config, layout, train, held_out, line, kind=RewardTrainer, progress=progress
+    )
     return _train(trainer, config, layout, progress, tokenizer_dir)
 
 
@@ -166,6 +170,7 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
             path = require(config.data.pretrain, "data.pretrain", "ppo.ptx_coef is above 0")
             pretrain = TextDataset(path, tokenizer, **limits(config))
         check_rollout(config, layout, train)
+        read_score_range(model_path(config, "reward_model"))
         return train, held_out, pretrain, tokenizer, where
 
     train, held_out, pretrain, tokenizer, tokenizer_dir = agree(layout, check)
@@ -214,6 +219,7 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         eval_prompts=None if held_out is None else PromptSource(held_out, None, layout, len(held_out)),
         progress=progress,
         all_sum=sums,
+        score_range=read_score_range(model_path(config, "reward_model")),
     )
     return _train(trainer, config, layout, progress, tokenizer_dir)
 
@@ -238,10 +244,12 @@ def _supervised(
     train: Any,
     held_out: Any,
     line: tuple[str, ...],
+    *,
+    kind: type[SupervisedTrainer] = SupervisedTrainer,
     **kwargs: Any,
 ) -> SupervisedTrainer:
     size = config.batch.global_size
-    return SupervisedTrainer(
+    return kind(
         role,
         model,
         loss_fn,

@@ -6,6 +6,8 @@ GAE (-> whitening). This order breaks the circle rewards -> returns -> groups ->
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,9 @@ def shape_experience(
     means = rollout_means(rollout, scores.scores, known_names)
     _add_means(means, rollout, scores, trajectory_returns, kl_weights, invariance)
     metrics = with_deviations(means.reduce(all_sum))
-    return experience, moments, metrics | _group_metrics(grouping, invariance, flipped)
+    if grouping.num_groups > 1:
+        metrics |= _group_metrics(grouping, invariance, flipped, metrics.pop("group/row_entropy"))
+    return experience, moments, metrics
 
 
 def _advantages(rewards: Tensor, values: Tensor, mask: Tensor, ppo: PpoSection) -> tuple[Tensor, Tensor]:
@@ -108,6 +112,7 @@ def _add_means(
     if scores.group_probs.shape[1] > 1:
         means.add("group/negative_weights", (invariance.weights < 0).double())
         means.add("group/weight_squared", invariance.weights.double().square())
+        means.add("group/row_entropy", torch.special.entr(scores.group_probs.double()).sum(1))
         for group, weight in enumerate(scores.group_probs.unbind(1)):
             means.add(f"reward/score_mean_group_{group}", scores.scores, weight)
             means.add(f"policy/kl_group_{group}", kl.sum(1), weight)
@@ -123,16 +128,17 @@ def with_deviations(metrics: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _group_metrics(grouping: Grouping, invariance: Invariance, flipped: bool) -> dict[str, float]:
-    if grouping.num_groups == 1:
-        return {}
+def _group_metrics(grouping: Grouping, invariance: Invariance, flipped: bool, row_entropy: float) -> dict[str, float]:
+    """row_entropy: mean over rows of the entropy of their probabilities."""
     stats = invariance.stats
+    mass = stats.mass / stats.num_rows
     metrics = {
         "group/return_variance": stats.variance,
         "group/high": float(grouping.high),
         "group/flipped": float(flipped),
+        "group/information": (float(torch.special.entr(mass).sum()) - row_entropy) / math.log(grouping.num_groups),
     }
     for group in range(grouping.num_groups):
-        metrics[f"group/mass_{group}"] = float(stats.mass[group]) / stats.num_rows
+        metrics[f"group/mass_{group}"] = float(mass[group])
         metrics[f"group/return_{group}"] = float(stats.group_return[group])
     return metrics

@@ -67,9 +67,11 @@ class PpoTrainer:
         tokenizer: Tokenizer,
         progress: Progress,
         all_sum: AllSum,
+        score_range: tuple[float, float] | None = None,
     ) -> None:
         """critic: None where advantages come from comparing a prompt's responses (rloo, grpo). classifier: the group
-        classifier's own model; None where it is a head of the critic, or there is none.
+        classifier's own model; None where it is a head of the critic, or there is none. score_range: of the reward
+        model's training; None where that is not known.
         """
         self.config, self.num_iterations = config, config.ppo.iterations
         self.policy, self.ref_policy, self.critic, self.reward_model = policy, ref_policy, critic, reward_model
@@ -77,7 +79,7 @@ class PpoTrainer:
         self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
         self.tokenizer, self.progress, self.all_sum = tokenizer, progress, all_sum
         self.moments = ScoreMoments()
-        self.alarms = Alarms(config.alarms, min_group_mass=config.gil.min_group_mass)
+        self.alarms = Alarms(config.alarms, min_group_mass=config.gil.min_group_mass, score_range=score_range)
         self.num_updates = 0
         minibatches = config.ppo.prompts * config.ppo.responses_per_prompt // config.batch.global_size
         self.num_planned_updates = config.ppo.iterations * config.ppo.epochs * minibatches
@@ -94,7 +96,7 @@ class PpoTrainer:
         metrics |= self.optimize(experience)
         clock.append(time.perf_counter())
         self.last_rollout, self.last_scores = rollout, scores
-        metrics |= self.alarms.check(metrics)
+        metrics |= self.alarms.check(metrics, warming_up=self.grouping.warming_up(self.num_updates))
         return metrics | _times(clock, metrics["response/tokens"] * self.prompts.num_rows)
 
     def sample(self, prompts: PromptBatch) -> Rollout:
@@ -138,6 +140,7 @@ class PpoTrainer:
             explained = explained_variance(scores.values, experience.returns, mask, all_sum=self.all_sum)
             metrics["critic/explained_variance"] = float(explained)
         metrics["response/duplicate_fraction"] = duplicate_fraction(rollout, self.policy.layout)
+        metrics["reward/out_of_range_fraction"] = self.alarms.out_of_range_fraction(scores.scores, self.policy.layout)
         return experience, metrics
 
     def optimize(self, experience: Experience) -> dict[str, float]:
@@ -257,13 +260,13 @@ class PpoTrainer:
             "num_updates": self.num_updates,
             "moments": moments,
             "grouping": self.grouping.state(),
-            "baseline": self.alarms.baseline,
+            "alarms": self.alarms.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.num_updates, self.moments = state["num_updates"], ScoreMoments(**state["moments"])
         self.grouping.load_state(state["grouping"])
-        self.alarms.baseline = state["baseline"]
+        self.alarms.load_state(state["alarms"])
 
     def take_warnings(self) -> list[str]:
         return self.alarms.take_lines()

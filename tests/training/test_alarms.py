@@ -1,7 +1,9 @@
-"""Alarms tell numbers, once per episode, against the first iteration."""
+"""Alarms tell numbers, once per episode: against the first iteration, the last ones, or the reward model's training."""
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +18,6 @@ from tests.ranks import run_ranks
 from tests.training.running import DP2, TP2, parallel
 
 FIRST = {
-    "reward/score_mean": 0.5,
-    "reward/score_std": 0.25,
     "policy/entropy": 2.0,
     "policy/kl_sequence": 0.0,
     "policy/kl_weight": 1.0,
@@ -25,51 +25,96 @@ FIRST = {
     "policy/kl_group_1": 0.0,
     "group/mass_0": 0.5,
     "group/mass_1": 0.5,
+    "group/information": 0.5,
     "response/tokens": 20.0,
     "response/duplicate_fraction": 0.0,
+    "reward/out_of_range_fraction": 0.0,
 }
+SECTION = AlarmSection(
+    max_kl=50,
+    kl_spike=2,
+    group_information=0.02,
+    out_of_range_fraction=0.2,
+    entropy_fraction=0.1,
+    length_factor=3,
+    duplicate_fraction=0.5,
+)
 BAD = [
-    ("kl", {"policy/kl_group_1": 51.0}, "KL 51 nats a reply (policy/kl_group_1) is above alarms.max_kl=50"),
-    ("kl", {"policy/kl_sequence": 80.0}, "KL 80 nats a reply (policy/kl_sequence)"),
     ("group_mass", {"group/mass_1": 0.01}, "group 1 has 1.00% of the batch, below gil.min_group_mass=0.02"),
+    ("group_information", {"group/information": 0.001}, "the classifier tells 0.10% of what it could"),
     ("duplicates", {"response/duplicate_fraction": 0.6}, "60% of the replies"),
-    ("score", {"reward/score_mean": 1.6}, "score 1.6 is more than 4 standard deviations (0.25)"),
-    ("score", {"reward/score_mean": -0.6}, "score -0.6"),
+    ("score", {"reward/out_of_range_fraction": 0.25}, "25% of the scores lie outside [-1, 2], what the reward model"),
     ("entropy", {"policy/entropy": 0.19}, "entropy 0.19 nats a token, 2 at first"),
     ("length", {"response/tokens": 61.0}, "replies have 61 tokens, 20 at first"),
     ("length", {"response/tokens": 6.0}, "replies have 6 tokens"),
+    ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a reply (policy/kl_group_1) is 2.2 times its recent mean"),
 ]
-NAMES = {"kl", "group_mass", "duplicates", "score", "entropy", "length"}
+NAMES = {"kl", "kl_spike", "group_mass", "group_information", "duplicates", "score", "entropy", "length"}
+QUIET = {f"alarm/{name}": 0.0 for name in NAMES}
+
+
+def _alarms(section: AlarmSection = SECTION, score_range: tuple[float, float] | None = (-1.0, 2.0)) -> Alarms:
+    return Alarms(section, min_group_mass=0.02, score_range=score_range)
 
 
 @pytest.mark.parametrize(("name", "changes", "text"), BAD)
 def test_an_alarm_is_raised_alone_and_said_once(name: str, changes: dict[str, float], text: str) -> None:
-    alarms = Alarms(AlarmSection(), min_group_mass=0.02)
-    quiet = {f"alarm/{n}": 0.0 for n in NAMES}
-    assert alarms.check(FIRST) == quiet
+    alarms = _alarms()
+    assert alarms.check(FIRST) == QUIET
     for episode in range(2):
-        assert alarms.check(FIRST | changes) == quiet | {f"alarm/{name}": 1.0}
-        assert alarms.check(FIRST | changes) == quiet | {f"alarm/{name}": 1.0}
+        assert alarms.check(FIRST | changes) == QUIET | {f"alarm/{name}": 1.0}
+        assert alarms.check(FIRST | changes) == QUIET | {f"alarm/{name}": 1.0}
         lines = alarms.take_lines()
         assert len(lines) == 1, episode
         assert text in lines[0]
-        assert alarms.check(FIRST) == quiet
+        assert alarms.check(FIRST) == QUIET
     assert alarms.take_lines() == []
 
 
-def test_the_baseline_is_the_first_iteration_and_is_restored() -> None:
-    alarms, resumed = (Alarms(AlarmSection(), min_group_mass=0.02) for _ in range(2))
+def _slow(kl: float) -> dict[str, float]:
+    return FIRST | {"policy/kl_sequence": kl / 2, "policy/kl_group_0": 1.0, "policy/kl_group_1": kl}
+
+
+def test_a_kl_that_grows_slowly_is_no_spike_but_may_be_too_large() -> None:
+    alarms = _alarms()
+    for step in range(90):
+        found = alarms.check(_slow(1.05**step))
+        assert found == QUIET | {"alarm/kl": float(1.05**step > 50)}, step
+    (line,) = alarms.take_lines()
+    assert "(policy/kl_group_1) is above alarms.max_kl=50" in line
+
+
+def test_a_leap_of_one_group_is_a_spike_until_its_mean_has_followed() -> None:
+    """The oracle: mean <- 0.9 mean + 0.1 KL; a spike is above 2 max(mean, 3)."""
+    alarms, mean = _alarms(), 5.0
+    for _ in range(40):
+        assert alarms.check(_slow(5.0)) == QUIET
+    raised: list[bool] = []
+    for _ in range(20):
+        found = alarms.check(_slow(20.0))
+        assert found == QUIET | {"alarm/kl_spike": float(2 * mean < 20.0)}
+        raised.append(bool(found["alarm/kl_spike"]))
+        mean = 0.9 * mean + 2.0
+    assert (raised[0], raised[-1], sum(raised)) == (True, False, 4)
+
+
+def test_a_group_of_no_mass_has_no_kl_and_one_that_warms_up_may_know_nothing() -> None:
+    alarms = _alarms()
     alarms.check(FIRST)
-    resumed.baseline = dict(alarms.baseline)
-    later = FIRST | {"policy/entropy": 0.1}
-    assert resumed.check(later) == alarms.check(later)
-    assert resumed.check(later)["alarm/entropy"] == 1.0
+    empty = FIRST | {"group/mass_1": 0.001, "policy/kl_group_1": 70.0, "group/information": 0.0}
+    assert alarms.check(empty) == QUIET | {"alarm/group_mass": 1.0}
+    del empty["policy/kl_group_1"]  # no mass at all
+    assert alarms.check(empty) == QUIET | {"alarm/group_mass": 1.0}
+    alike = FIRST | {"group/information": 0.0}
+    assert alarms.check(alike, warming_up=True) == QUIET
+    assert alarms.check(alike) == QUIET | {"alarm/group_information": 1.0}
 
 
 def test_zero_switches_off_and_one_group_has_no_mass() -> None:
-    section = AlarmSection(max_kl=0, score_deviations=0, entropy_fraction=0, length_factor=0, duplicate_fraction=0)
-    one_group = {name: value for name, value in FIRST.items() if not name.startswith("group/")}
-    assert Alarms(section, min_group_mass=0.02).check(one_group) == {}
+    section = AlarmSection(**dict.fromkeys(AlarmSection.__slots__, 0))
+    one_group = {name: value for name, value in FIRST.items() if "group" not in name}
+    assert _alarms(section).check(one_group) == {}
+    assert _alarms().check(one_group).keys() == {f"alarm/{n}" for n in NAMES if not n.startswith("group_")}
     with pytest.raises(ConfigError, match=r"alarms\.max_kl=-1"):
         replace(section, max_kl=-1)
 
@@ -94,14 +139,40 @@ ROW_IDS = [7, 8, 9, 4, 4, 7]
 """[1, 2, 3] answers prompts 7 (twice) and 8; [1, 2] answers prompt 4 twice, which is no duplicate."""
 
 
-def _share(layout: dict[str, Any]) -> float:
+ALONE: Any = SimpleNamespace(world_size=1, tp_rank=0)
+SCORES = [0.0, -1.0, 2.0, 2.1, -7.0, math.nan]
+
+
+def _share(layout: dict[str, Any]) -> tuple[float, ...]:
     with parallel(layout) as started:
         mine = slice(started.dp_rank, None, started.dp_size)
-        return duplicate_fraction(_rollout(REPLIES[mine], ROW_IDS[mine]), started)
+        scores = torch.tensor(SCORES, dtype=torch.float64)[mine]
+        first = _alarms(score_range=None)
+        return (
+            duplicate_fraction(_rollout(REPLIES[mine], ROW_IDS[mine]), started),
+            _alarms().out_of_range_fraction(scores, started),
+            first.out_of_range_fraction(scores[: 6 // started.dp_size - 1], started),  # NaN is left out, or 2.1 too
+            first.out_of_range_fraction(scores, started),
+        )
 
 
-def test_duplicates_are_counted_over_all_ranks() -> None:
-    alone: Any = SimpleNamespace(world_size=1)
-    assert duplicate_fraction(_rollout(REPLIES, ROW_IDS), alone) == 3 / 6
-    for layout in (DP2, TP2):
-        assert run_ranks(_share, 2, layout) == [3 / 6] * 2
+@pytest.mark.parametrize("layout", [DP2, TP2])
+def test_replies_are_counted_over_all_ranks(layout: dict[str, Any]) -> None:
+    """Range [-1, 2]: 2.1, -7 and NaN lie outside. Of the first scores, [-7, 2.1] or, over two ranks, [-7, 2]."""
+    assert duplicate_fraction(_rollout(REPLIES, ROW_IDS), ALONE) == 3 / 6
+    assert _alarms().out_of_range_fraction(torch.tensor(SCORES), ALONE) == 3 / 6
+    found = run_ranks(_share, 2, layout)
+    assert found[0] == found[1]
+    assert found[0][:2] == (3 / 6, 3 / 6)
+
+
+def test_what_a_checkpoint_holds_is_enough() -> None:
+    alarms, resumed = _alarms(score_range=None), _alarms(score_range=None)
+    alarms.out_of_range_fraction(torch.tensor([-1.0, 2.0]), ALONE)
+    for kl in (0.0, 9.0, 4.0):
+        alarms.check(FIRST | {"policy/kl_group_0": kl})
+    resumed.load_state(json.loads(json.dumps(alarms.state())))
+    later = FIRST | {"policy/entropy": 0.1, "policy/kl_group_0": 6.1, "policy/kl_sequence": math.nan}
+    assert resumed.check(later) == alarms.check(later) == QUIET | {"alarm/entropy": 1.0, "alarm/kl_spike": 1.0}
+    assert resumed.state() == alarms.state()
+    assert resumed.out_of_range_fraction(torch.tensor([3.0, 0.0]), ALONE) == 0.5
