@@ -74,7 +74,8 @@ class FrontierPoint:
     """Mean over replies of log pi(reply) - log pi_ref(reply), nats."""
     proxy: float
     """Mean score of the reward model."""
-    gold: float
+    gold: float | None = None
+    """Where there is a judge that training did not see."""
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:
@@ -129,18 +130,23 @@ def score_distributions(scores: Mapping[str, Sequence[float]], *, label: str = "
 
 @_styled
 def frontier(methods: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
-    """Proxy and gold score against sqrt(KL), the axis on which Gao et al. (arXiv 2210.10760) fit both. A method's
-    points are joined in the order given, the last one is filled."""
+    """Proxy score, and gold where all points have one, against sqrt(KL), the axis on which Gao et al. (arXiv 2210.10760)
+    fit both. A method's points are joined in the order given, the last one is filled."""
     from matplotlib import pyplot
 
     color = colors(list(methods))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.65, 3.3), sharex=True, layout="constrained")
-    for name, points in methods.items():
-        x = [max(point.kl, 0.0) ** 0.5 for point in points]
-        for ax, y in ((left, [p.proxy for p in points]), (right, [p.gold for p in points])):
+    shown = {"proxy": "proxy: the reward model's score", "gold": "gold score"}
+    if any(point.gold is None for points in methods.values() for point in points):
+        del shown["gold"]
+    width = 10.65 if len(shown) == 2 else 7.0
+    figure, axes = pyplot.subplots(
+        1, len(shown), squeeze=False, figsize=(width, 3.3), sharex=True, layout="constrained"
+    )
+    for ax, (kind, title) in zip(axes[0], shown.items(), strict=True):
+        for name, points in methods.items():
+            x, y = [max(point.kl, 0.0) ** 0.5 for point in points], [getattr(point, kind) for point in points]
             ax.plot(x, y, "-o", color=color[name], markersize=4, markerfacecolor="white", linewidth=1.3)
             ax.plot(x[-1], y[-1], "o", color=color[name], markersize=7)
-    for ax, title in ((left, "proxy: the reward model's score"), (right, "gold score")):
         ax.set_title(title)
         ax.set_xlabel("sqrt(KL from the reference), nats$^{1/2}$")
     _legend(figure, color)

@@ -35,7 +35,7 @@ figure { margin: 10px 0 18px; } figure img { display: block; max-width: 100%; he
 figcaption { color: var(--soft); font-size: 13px; max-width: 90ch; margin-top: 4px; }
 code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
-  figure, tr { break-inside: avoid; } h2 { break-after: avoid; } .scroll { overflow: visible; }
+  figure, tr, table:not(.samples) { break-inside: avoid; } h2 { break-after: avoid; } .scroll { overflow: visible; }
   table { font-size: 8.5pt; } th, td { padding: 3px 6px; } @page { margin: 14mm; size: A4 landscape; } }
 """
 

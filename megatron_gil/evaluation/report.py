@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import TypeVar
 
 from megatron_gil.config import ConfigError
-from megatron_gil.evaluation.figures import Series, curve_grid, to_svg
+from megatron_gil.evaluation.figures import FrontierPoint, Series, curve_grid, frontier, score_distributions, to_svg
+from megatron_gil.evaluation.judge import ScoreJudge, recorded_scores
 from megatron_gil.evaluation.page import Picture, Section, Table, page, paragraph, picture, samples_table, table
 from megatron_gil.evaluation.runs import Json, Run, config_differences, read_runs
+from megatron_gil.evaluation.winrate import HEADER, table_rows, verdicts, win_rate
+
+T = TypeVar("T")
 
 CURVES: Mapping[str, str] = {
     "reward/score_mean": "reward-model score",
@@ -59,6 +65,11 @@ GROUP_CURVES: Mapping[str, str] = {
 KNOWN_CURVES = r"reward/score_mean_known_(.+)"
 
 SAMPLE_ROWS = 8
+PANELS_OF_A_PICTURE = 6
+"""What a printed page holds."""
+LAST_EVENTS = 5
+"""Of the iterations that kept samples, those that tell how a run ended."""
+FRONTIER_POINTS = 12
 
 
 def write_report(
@@ -77,6 +88,7 @@ def write_report(
         Section(title="Runs", body=[table(_overview(runs))]),
         Section(title="Training curves", body=_curves(runs)),
         Section(title="Groups", body=_group_curves(runs)),
+        Section(title="Scores", body=[*_distributions(runs), *_frontier(runs), *_wins(runs)]),
         Section(title="Replies side by side", body=_samples(runs)),
         Section(title="Config differences", body=_differences(runs)),
     ]
@@ -112,10 +124,14 @@ def _curves(runs: Sequence[Run]) -> list[str]:
         lines = {run.name: run.series(metric) for run in runs}
         if any(y for _, y in lines.values()):
             panels[label] = {name: line for name, line in lines.items() if line[1]}
-    if not panels:
-        return []
-    caption = "Faint: each iteration. Full: mean of the last twentieth of the run's length."
-    return [picture(Picture(svg=to_svg(curve_grid(panels)), caption=caption))]
+    pages = [dict(part) for part in _parts(list(panels.items()), PANELS_OF_A_PICTURE)]
+    captions = [""] * (len(pages) - 1) + [
+        "Faint: each iteration. Full: mean of the last twentieth of the run's length."
+    ]
+    return [
+        picture(Picture(svg=to_svg(curve_grid(part)), caption=caption))
+        for part, caption in zip(pages, captions, strict=False)
+    ]
 
 
 def _group_curves(runs: Sequence[Run]) -> list[str]:
@@ -135,6 +151,59 @@ def _group_curves(runs: Sequence[Run]) -> list[str]:
 def _matching(run: Run, pattern: str) -> dict[str, Series]:
     found = ((re.fullmatch(pattern, name), name) for name in run.names())
     return {(f"group {m[1]}" if m[1].isdigit() else m[1]): run.series(name) for m, name in found if m}
+
+
+def _distributions(runs: Sequence[Run]) -> list[str]:
+    scores = {run.name: [s["score"] for s in _last_samples(run) if s.get("score") is not None] for run in runs}
+    scores = {name: found for name, found in scores.items() if found}
+    if not scores:
+        return []
+    caption = f"Reward-model scores of the samples of the last {LAST_EVENTS} iterations that kept some; dashed: the "
+    caption += "normal distribution of the same mean and spread."
+    return [picture(Picture(svg=to_svg(score_distributions(scores)), caption=caption))]
+
+
+def _frontier(runs: Sequence[Run]) -> list[str]:
+    """Score against KL over training, each point the mean of an equal part of the run."""
+    points = {run.name: found for run in runs if (found := _points(run))}
+    if not points:
+        return []
+    caption = "Reward-model score against the distance from the reference model; the filled point is the end."
+    return [picture(Picture(svg=to_svg(frontier(points)), caption=caption))]
+
+
+def _points(run: Run) -> list[FrontierPoint]:
+    found = ((row.get("policy/kl_sequence"), row.get("reward/score_mean")) for row in run.metrics)
+    rows = [(kl, score) for kl, score in found if kl is not None and score is not None]
+    parts = _parts(rows, max(1, len(rows) // FRONTIER_POINTS))
+    return [FrontierPoint(kl=fmean(kl for kl, _ in part), proxy=fmean(score for _, score in part)) for part in parts]
+
+
+def _parts(rows: list[T], size: int) -> list[list[T]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _wins(runs: Sequence[Run]) -> list[str]:
+    """The first run against each other on prompts that both answered in the same iteration."""
+    ours, rates = {(s["iteration"], s["prompt"]): s for s in _last_samples(runs[0])}, {}
+    for run in runs[1:]:
+        theirs = {(s["iteration"], s["prompt"]): s for s in _last_samples(run)}
+        rows = [(ours[key], theirs[key]) for key in ours if key in theirs]
+        rows = [(a, b) for a, b in rows if a.get("score") is not None and b.get("score") is not None]
+        if rows:
+            judge = ScoreJudge("score", recorded_scores((row for pair in rows for row in pair), "samples.jsonl"))
+            rates[run.name] = win_rate(verdicts(judge, [a for a, _ in rows], [b for _, b in rows]))
+    if not rates:
+        return []
+    note = "By the score in samples.jsonl, of each run's own reward model, which training drives up: compare with a "
+    note += "judge that did not take part (megatron-gil evaluate)."
+    caption = f"{runs[0].name} against the others on the same training prompts: win / tie / lose"
+    return [table(Table(caption=caption, header=HEADER, rows=table_rows(rates), note=note))]
+
+
+def _last_samples(run: Run) -> list[Json]:
+    last = sorted({sample["iteration"] for sample in run.samples})[-LAST_EVENTS:]
+    return [sample for sample in run.samples if sample["iteration"] in last]
 
 
 def _samples(runs: Sequence[Run]) -> list[str]:

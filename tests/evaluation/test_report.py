@@ -58,9 +58,27 @@ def test_report_is_one_file_with_everything_in_it(runs: list[Path], tmp_path: Pa
     assert "group 1: 0.80" in text
     assert "gil.num_groups" in text
     assert "abc123" in text
-    assert text.count("<img ") == 4  # the given picture, all curves, known labels, inferred groups of gil
+    assert text.count("<img ") == 5  # the given picture, all curves, known labels, inferred groups of gil, scores
+    assert "ppo against the others" in text
+    assert "<td>gil</td><td>2</td><td>0.0</td><td>100.0</td>" in text  # both scored 1.25 on both of their prompts
     assert not re.search(r"(src|href)=(?!\"data:|\"#)", text), "something would be fetched"
     assert "<script" not in text
+
+
+def test_runs_are_compared_on_the_prompts_they_share_and_drawn_against_kl(runs: list[Path], tmp_path: Path) -> None:
+    for run, scores in zip(runs, ((1.0, 2.0, 3.0), (1.0, 1.5, 4.0)), strict=True):
+        prompts = ("shared", "also shared", f"of {run.name} alone")
+        samples = [
+            {"iteration": 5, "prompt": prompt, "response": f"{run.name} {score}", "score": score}
+            for prompt, score in zip(prompts, scores, strict=True)
+        ]
+        (run / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+        rows = [{"iteration": i, "reward/score_mean": i / 10, "policy/kl_sequence": i / 5} for i in range(30)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(runs, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<td>gil</td><td>2</td><td>50.0</td><td>50.0</td><td>0.0</td>" in text
+    assert text.count("<img ") == 3  # curves, scores, score against KL
 
 
 def test_report_shows_the_mean_of_the_last_tenth(runs: list[Path], tmp_path: Path) -> None:
