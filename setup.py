@@ -31,6 +31,7 @@ setup(
     extras_require={
         "judge": ["openai"],
         "gpu": ["transformer-engine[pytorch]"],  # Apex comes from NVIDIA's source: `apex` on PyPI is another project
+        "peer": ["trl==1.12.0"],  # tests/peer compares with its private functions too: no other version will do
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"],
     },
     entry_points={"console_scripts": ["megatron-gil = megatron_gil.cli:main"]},

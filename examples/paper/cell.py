@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cells import Cell, Place, commands, read_grid
+from cells import LONGER_CHOSEN, Cell, Place, commands, read_grid, write_longer_chosen
 from measure import measure
 
 from megatron_gil import cli
@@ -31,6 +31,8 @@ def run_cell(place: Place, cells: Mapping[str, Cell]) -> int:
     started = time.monotonic()
     for unfinished in ("replies.jsonl", place.replies.name):
         (place.cell_dir / unfinished).unlink(missing_ok=True)
+    if any(LONGER_CHOSEN in setting for setting in place.cell.settings):
+        write_longer_chosen(place.seed_dir)
     for command in commands(place, cells):
         code = cli.main(command)
         if code:

@@ -20,6 +20,10 @@ EASY = ("greet", "refuse")
 """Domains in which a canned sentence nearly does; the others need what the prompt says."""
 EASY_HARD_PROMPTS = "prompts_easy_hard.jsonl"
 """The world's prompts, labelled easy or hard in the place of their domains."""
+LONGER_CHOSEN = "preferences_longer.jsonl"
+"""The world's preferences with the longer reply always the chosen one: a fault to inject."""
+LONGER_CHOSEN = "preferences_longer.jsonl"
+"""The world's preferences as annotators would have them who look at length alone; only for cells that name it."""
 NEEDED = ("sft_model", "reward")
 """Cells that others start from."""
 ROLES = {"sft": "policy", "reward": "reward_model", "dpo": "policy", "ppo": "policy"}
@@ -34,7 +38,8 @@ class Cell:
     command: str
     iterations: int
     settings: Sequence[str]
-    """All overrides of the command's recipe, those of the cell it is like included."""
+    """All overrides of the command's recipe, those of the cell it is like included; {seed_dir} in them is where the
+    seed's files are."""
     groups: str = "domains"
     """Labels that come with the prompts: domains, or easy_hard."""
 
@@ -125,6 +130,14 @@ def take_world(seed_dir: Path, seed: int) -> None:
     done.write_bytes(world.prompts_eval.read_bytes() + world.prompts_heldout.read_bytes())
 
 
+def write_longer_chosen(seed_dir: Path) -> None:
+    with (seed_dir / LONGER_CHOSEN).open("w", encoding="utf-8") as file:
+        for line in world_at(seed_dir / "world").preferences.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            shorter, longer = sorted((row["chosen"], row["rejected"]), key=len)
+            file.write(json.dumps({**row, "chosen": longer, "rejected": shorter}) + "\n")
+
+
 def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
     """Arguments of `megatron-gil`, in order: train, and for a policy answer the held-out prompts and score that."""
     world, cell = world_at(place.seed_dir / "world"), place.cell
@@ -134,7 +147,8 @@ def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
     if cell.groups == "easy_hard":
         world = replace(world, prompts=place.seed_dir / EASY_HARD_PROMPTS)
     files = _training_files(cell.command, world, sft, reward)
-    train = [cell.command, "--config", str(RECIPES / f"{cell.command}.yaml"), *fixed, *files, *cell.settings]
+    settings = [setting.replace("{seed_dir}", str(place.seed_dir)) for setting in cell.settings]
+    train = [cell.command, "--config", str(RECIPES / f"{cell.command}.yaml"), *fixed, *files, *settings]
     if cell.command in ("sft", "reward"):  # the reward model, which scores replies, is not there yet
         return [train]
     policy, replies = sft if cell.command == "none" else place.model, place.cell_dir / "replies.jsonl"

@@ -24,7 +24,7 @@ from megatron_gil.demo.stages import Runner, Stage, StageFailed
 
 MAX_WORKERS = 2
 STOPPED = 75
-WAVES = (("sft_model",), ("reward", "dpo"))
+WAVES = (("sft_model",), ("reward", "reward_longer", "dpo"))
 """What later cells need; all others follow in one wave."""
 
 

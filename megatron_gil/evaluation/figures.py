@@ -130,8 +130,8 @@ def score_distributions(scores: Mapping[str, Sequence[float]], *, label: str = "
 
 @_styled
 def frontier(methods: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
-    """Proxy score, and gold where all points have one, against sqrt(KL), the axis on which Gao et al. (arXiv 2210.10760)
-    fit both. A method's points are joined in the order given, the last one is filled."""
+    """Proxy score, and gold where all points have one, against sqrt(KL), the axis on which Gao et al. (arXiv
+    2210.10760) fit both. A method's points are joined in the order given, the last one is filled."""
     from matplotlib import pyplot
 
     color = colors(list(methods))
