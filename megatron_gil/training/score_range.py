@@ -70,14 +70,15 @@ def quantile_range(scores: list[float]) -> tuple[float, float]:
 
 def read_score_range(directory: Path) -> tuple[float, float] | None:
     """What training wrote beside the sizes; None for a model that has no such key."""
-    found = read_config(directory).get(KEY)
+    config = read_config(directory)
+    found = config.get(KEY) if isinstance(config, dict) else None
     if found is None:
         return None
     try:
         low, high = (float(bound) for bound in found)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low, high = math.nan, math.nan
-    if not -math.inf < low <= high < math.inf:
+    if not isinstance(found, list) or not -math.inf < low <= high < math.inf:
         raise ConfigError(
             f"{Path(directory) / 'config.json'}: {KEY} is {found!r}, expected [low, high]; correct it or take it out"
         )

@@ -5,13 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cells import GRID, Cell, Place, commands, read_grid, take_world
+from alarms import FAULTS, HEALTHY, drop_iteration, of_run
+from cells import GRID, Cell, Place, commands, read_grid, take_world, write_longer_chosen
 from rich.console import Console
 from run import Progress, choose, waves
 
 from megatron_gil.config import ConfigError, DpoConfig, PpoConfig, RewardConfig, SftConfig
 from megatron_gil.config_files import load_config
 from megatron_gil.demo.stages import Stage
+from megatron_gil.evaluation.runs import read_run
 
 CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
 
@@ -40,7 +42,7 @@ def test_cells_inherit_the_settings_of_the_cell_they_are_like(tmp_path: Path) ->
     assert replace(gil.gil, adaptive_kl=False) == plain.gil
 
 
-@pytest.mark.parametrize("grid", ["grid.yaml", "tuning.yaml"])
+@pytest.mark.parametrize("grid", ["grid.yaml", "tuning.yaml", "faults.yaml"])
 def test_no_two_cells_are_the_same(grid: str) -> None:
     cells = read_grid(GRID.with_name(grid)).values()
     assert len({(c.command, tuple(c.settings), c.iterations, c.groups) for c in cells}) == len(cells)
@@ -50,6 +52,25 @@ def test_a_grid_has_the_cells_of_its_base() -> None:
     base, tuning = read_grid(), read_grid(GRID.with_name("tuning.yaml"))
     assert {name: tuning[name] for name in base} == base
     assert len(tuning) > len(base)
+
+
+def test_faults_are_valid_commands_on_the_seeds_own_files(tmp_path: Path) -> None:
+    cells = read_grid(GRID.with_name("faults.yaml"))
+    places = {name: Place(output=tmp_path, seed=3, cell=cells[name]) for name in (*FAULTS.values(), *HEALTHY)}
+    for place in places.values():
+        train = commands(place, cells)[0]
+        config = load_config(PpoConfig, Path(train[2]), train[3:])
+        assert config.log.samples_every == 5
+        reward = "reward_longer" if place.cell.name == "longer" else "reward"
+        trained = Place(output=tmp_path, seed=3, cell=cells[reward])
+        assert config.models.reward_model == str(trained.model)
+    train = commands(replace(places["longer"], cell=cells["reward_longer"]), cells)[0]
+    config = load_config(RewardConfig, Path(train[2]), train[3:])
+    take_world(tmp_path / "seed_3", 3)
+    write_longer_chosen(tmp_path / "seed_3")
+    rows = [json.loads(line) for line in Path(config.data.train).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 12000
+    assert all(len(row["chosen"]) >= len(row["rejected"]) for row in rows)
 
 
 def test_methods_of_a_seed_share_the_data_and_the_models_they_start_from(tmp_path: Path) -> None:
@@ -95,6 +116,31 @@ def test_a_world_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == whole
     rows = whole["held_out_prompts.jsonl"].decode().splitlines()
     assert {json.loads(row)["group"] for row in rows} == {"greet", "refuse", "fact", "both", "mixed"}
+
+
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ([0.5] * 8, None),
+        ([0.5, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3, 0.3], 19),  # mean of 0.5, 0.5, 0.3, 0.3, 0.3 at the fourth
+        ([0.5, 0.5, 0.3, 0.3, 0.3, 0.3, 0.5, 0.5, 0.5], None),  # not for good
+        ([0.3, 0.4, 0.5, 0.6, 0.7], None),
+    ],
+)
+def test_gold_drops_when_it_falls_for_good(
+    curve: list[float], expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alarms.gold_curve", lambda samples: [row["gold"] for row in samples])
+    run_dir = tmp_path / "seed_3" / "ppo" / "run"
+    run_dir.mkdir(parents=True)
+    samples = [{"iteration": 5 * i + 4, "gold": gold} for i, gold in enumerate(curve)]
+    (run_dir / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
+    raised = [{"iteration": i, "alarm/kl": float(i in (7, 9))} for i in range(40)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raised), encoding="utf-8")
+    assert drop_iteration(read_run(run_dir)) == expected
+    (row,) = of_run("ppo", run_dir)
+    counted = {"iterations": 40, "raised": 2, "first": 7, "gold_drop": expected}
+    assert row == {"cell": "ppo", "seed": 3, "alarm": "kl", **counted}
 
 
 def test_progress_shows_a_cell_as_done_only_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

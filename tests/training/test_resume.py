@@ -153,6 +153,8 @@ def test_the_state_is_not_trivial(runs: tuple[Path, dict[str, Any]]) -> None:
     assert state["num_updates"] == 2 * NUM_ITERATIONS
     assert state["moments"]["count"] == 16 * NUM_ITERATIONS
     assert None not in state["grouping"]["ema"]
+    assert state["alarms"]["kl_means"].keys() == {"sequence", "group_0", "group_1"}
+    assert len(state["alarms"]["score_range"]) == 2  # of the first rollout: the reward model was trained elsewhere
 
 
 def test_differences_of_the_config_are_listed(runs: tuple[Path, dict[str, Any]]) -> None:

@@ -22,7 +22,9 @@ def test_the_range_leaves_out_one_in_a_hundred_at_each_end() -> None:
     assert quantile_range([2.0, 1.0]) == (1.0, 2.0)
 
 
-@pytest.mark.parametrize("found", [[2.0, 1.0], [1.0], "wide", [None, 2], [0.0, float("inf")], 3])
+@pytest.mark.parametrize(
+    "found", [[2.0, 1.0], [1.0], "12", [None, 2], [0.0, float("inf")], 3, {"1": 2, "3": 4}, [1, 10**400]]
+)
 def test_a_wrong_range_is_refused_in_one_line(tmp_path: Path, found: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"score_range": found}))
     with pytest.raises(ConfigError, match=r"config\.json: score_range is .*, expected \[low, high\]"):
