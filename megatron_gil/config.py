@@ -219,11 +219,11 @@ class AlarmSection:
     """Share of log M that the classifier's probabilities tell of a row (mutual information)."""
     out_of_range_fraction: float = 0.2
     """Share of the replies scored outside the range that the reward model gave its training pairs."""
-    entropy_fraction: float = 0.1
+    entropy_fraction: float = 0.5
     """Entropy below this share of the first iteration's."""
-    length_factor: float = 3.0
+    length_factor: float = 1.75
     """Replies this many times longer or shorter than in the first iteration."""
-    duplicate_fraction: float = 0.5
+    duplicate_fraction: float = 0.4
     """Share of the replies that equal a reply to another prompt."""
 
     def __post_init__(self) -> None:
