@@ -425,6 +425,17 @@ class ScoreConfig(CommandConfig):
     """JSON Lines of {"prompt", "response", "score"}; must not exist yet."""
 
 
+def data_parallel_size(world_size: int, parallel: ParallelSection) -> int:
+    """Raises ConfigError with both numbers where the model's ranks do not divide the processes."""
+    model_size = parallel.tensor_size * parallel.pipeline_size
+    require(
+        world_size % model_size == 0,
+        f"{world_size} processes cannot be divided by parallel.tensor_size={parallel.tensor_size} x "
+        f"parallel.pipeline_size={parallel.pipeline_size} = {model_size}; start a multiple of {model_size}",
+    )
+    return world_size // model_size
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
     """Every size that follows from others."""
@@ -438,13 +449,7 @@ class BatchPlan:
     @classmethod
     def of(cls, world_size: int, parallel: ParallelSection, batch: BatchSection) -> Self:
         """Raises ConfigError with both numbers where a division is not exact."""
-        model_size = parallel.tensor_size * parallel.pipeline_size
-        require(
-            world_size % model_size == 0,
-            f"{world_size} processes cannot be divided by parallel.tensor_size={parallel.tensor_size} x "
-            f"parallel.pipeline_size={parallel.pipeline_size} = {model_size}; start a multiple of {model_size}",
-        )
-        dp_size = world_size // model_size
+        dp_size = data_parallel_size(world_size, parallel)
         require(
             batch.global_size % (dp_size * batch.micro_size) == 0,
             f"batch.global_size={batch.global_size} cannot be divided by {dp_size} data-parallel ranks x "

@@ -155,7 +155,7 @@ def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
     answer = ["generate", f"models.policy={policy}", f"data.train={place.seed_dir / HELD_OUT_PROMPTS}"]
     answer += ["data.max_prompt_tokens=40", "sampling.max_new_tokens=24", f"run.seed={place.seed}", f"output={replies}"]
     score = ["score", f"models.reward_model={reward}", f"data.train={replies}", f"output={place.replies}"]
-    score += ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.global_size=64", "batch.micro_size=64"]
+    score += ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.micro_size=64"]
     return [answer, score] if cell.command == "none" else [train, answer, score]
 
 

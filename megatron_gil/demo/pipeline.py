@@ -125,7 +125,7 @@ def _answer(output: Path, name: str, policy: Path, seed: int) -> Stage:
 
 def _score(output: Path, name: str, reward_model: Path) -> Stage:
     responses, product = output / "responses" / f"{name}.jsonl", output / "scores" / f"{name}.jsonl"
-    settings = ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.global_size=64", "batch.micro_size=64"]
+    settings = ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.micro_size=64"]
     files = [f"models.reward_model={reward_model}", f"data.train={responses}"]
     command = [*CLI, "score", *files, *settings, f"output={product}"]
     return Stage(name=f"scores of {name}", command=command, product=product)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_gil.config import BatchPlan, CommandConfig, ConfigError, PpoConfig, TrainConfig
+from megatron_gil.config import CommandConfig, ConfigError, PpoConfig, TrainConfig, data_parallel_size
 from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ def read_train_and_eval(config: CommandConfig, kind: Callable[..., T], *args: An
     if not config.data.eval:
         return train, None
     held_out = kind(config.data.eval, *args, **kwargs)
-    dp_size = BatchPlan.of(read_world_size(), config.parallel, config.batch).dp_size
+    dp_size = data_parallel_size(read_world_size(), config.parallel)
     if len(held_out) < dp_size:
         raise ConfigError(
             f"data.eval={config.data.eval}: {len(held_out)} rows are too few for {dp_size} data-parallel ranks; add "

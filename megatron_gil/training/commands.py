@@ -7,7 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_gil.config import BatchPlan, ConfigError, DpoConfig, PpoConfig, RewardConfig, SftConfig, TrainConfig
+from megatron_gil.config import (
+    BatchPlan,
+    ConfigError,
+    DpoConfig,
+    PpoConfig,
+    RewardConfig,
+    SftConfig,
+    TrainConfig,
+    data_parallel_size,
+)
 from megatron_gil.data.demonstrations import DemonstrationDataset, TextDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.sampler import Sampler
@@ -57,7 +66,11 @@ from megatron_gil.training.supervised import (
 def run_command(name: str, config: Any, stop: StopSignal) -> int:
     """Run a configured command on this rank; the exit code."""
     stop.limit(config.run.max_minutes)
-    BatchPlan.of(read_world_size(), config.parallel, config.batch)  # before any process group is formed
+    world_size = read_world_size()  # looked at before any process group is formed
+    if isinstance(config, TrainConfig):
+        BatchPlan.of(world_size, config.parallel, config.batch)
+    else:
+        data_parallel_size(world_size, config.parallel)  # answers and scores come in batches of any size
     progress = Progress(stop)
     try:
         with Watchdog(lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog:

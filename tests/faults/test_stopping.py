@@ -84,7 +84,7 @@ def test_the_time_budget_stops_as_a_signal_does(world: Path, tmp_path: Path) -> 
 
 def test_generate_and_score_leave_no_part_of_their_output(world: Path, tmp_path: Path) -> None:
     responses, scores = tmp_path / "responses.jsonl", tmp_path / "scores.jsonl"
-    sizes = ["batch.micro_size=2", "batch.global_size=4"]
+    sizes = ["batch.micro_size=2", "batch.global_size=5"]  # which no ranks divide, and which does not matter
     generate = ["generate", f"models.policy={world / 'policy'}", f"data.train={world / 'prompts.jsonl'}", *sizes]
     generate += ["sampling.max_new_tokens=4", "sampling.micro_size=5", f"output={responses}"]
     score = ["score", f"models.reward_model={world / 'reward_model'}", f"data.train={responses}", *sizes]
