@@ -62,9 +62,10 @@ def audit_table(runs: Mapping[tuple[str, int], Run]) -> Table:
         for group in range(len(rows[0]["group_probs"])):
             part = [row for row in rows if row["group_probs"].index(max(row["group_probs"])) == group]
             if part:
-                cells.append((str(seed), str(group), *_audit(part, rows)))
-    header = ("seed", "group", "replies", "score", "gold", "words", "phrases", "domains", "typical words")
-    note = "Typical: the words whose share of the group's words exceeds their share of all words the most."
+                cells.append((str(seed), str(group), *_audit(part, rows), "; ".join(_surest(part, group))))
+    header = ("seed", "group", "replies", "score", "gold", "words", "phrases", "domains", "typical words", "prompts")
+    note = "Typical: the words whose share of the group's words exceeds their share of all words the most. Prompts: two of "
+    note += "those that the classifier is surest of."
     return Table(caption="Group audit of PPO-GIL", header=header, rows=cells, note=note)
 
 
@@ -79,6 +80,16 @@ def _audit(part: Sequence[Json], rows: Sequence[Json]) -> tuple[str, ...]:
         ", ".join(f"{d} {100 * domains[d] / len(part):.0f} %" for d in TRAINING_DOMAINS),
         ", ".join(_typical(part, rows)),
     )
+
+
+def _surest(part: Sequence[Json], group: int, count: int = 2) -> list[str]:
+    prompts = dict.fromkeys(row["prompt"] for row in sorted(part, key=lambda row: -row["group_probs"][group]))
+    return [_question(prompt) for prompt in list(prompts)[:count]]
+
+
+def _question(prompt: str) -> str:
+    """What the human said, on one line."""
+    return " ".join(prompt.partition("Human:")[2].partition("Assistant:")[0].split()) or " ".join(prompt.split())
 
 
 def _typical(part: Sequence[Json], rows: Sequence[Json], count: int = 5) -> list[str]:
