@@ -1,7 +1,7 @@
 """What the alarms caught: python examples/paper/alarms.py runs/faults [RESULTS], after run.py --grid faults.yaml.
 
-Writes alarms.csv (one row per run and alarm) and alarms.md: recall on injected faults, false alarms on healthy runs, and
-how many iterations before the gold score drops each alarm fires.
+Writes alarms.csv (one row per run and alarm) and alarms.md: recall on injected faults, false alarms on healthy runs,
+and how many iterations before the gold score drops each alarm fires.
 """
 
 from __future__ import annotations
@@ -26,94 +26,80 @@ FAULTS = {
     "kl_spike": "kl_spike",
     "group_mass": "one_group",
     "group_information": "alike",
-    "kl": "canned",
+    "kl": "kl_spike",
     "entropy": "canned",
 }
-"""Alarm -> the cell whose fault it is for. The last two have no fault of their own."""
+"""Alarm -> the cell whose fault it is for. The last two share one with another."""
 HEALTHY = ("ppo_kl", "gil", "gil_floor")
-HACKED = "ppo"
-DROP, SMOOTHED = 0.05, 5
-"""How far gold falls below its best so far, in means over so many events of samples around each."""
+DROP, SMOOTHED, HELD = 0.05, 5, 3
+"""How far gold falls below its best so far, in means over so many events of samples around each; for how many."""
 
 
 def main() -> None:
     output = Path(sys.argv[1])
     results = Path(sys.argv[2]) if len(sys.argv) > 2 else output / "results"
-    cells = read_grid(GRID.with_name("faults.yaml"))
-    labels = {name: cell.label for name, cell in cells.items()}
+    labels = {name: cell.label for name, cell in read_grid(GRID.with_name("faults.yaml")).items()}
     wanted = [*dict.fromkeys(FAULTS.values()), *HEALTHY]
-    rows = [row for name in wanted for path in _finished(output, name) for row in of_run(name, path)]
+    finished = [(name, path) for name in wanted for path in sorted(output.glob(f"seed_*/{name}/rows.jsonl"))]
+    rows = [row for name, path in finished for row in of_run(name, path.parent / "run")]
     results.mkdir(parents=True, exist_ok=True)
     with (results / "alarms.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    shown = [_of_faults(rows, labels), _of_hacking(rows, labels), _of_gold(rows, labels)]
+    shown = [_of_faults(rows, labels), _of_all(rows, labels), _of_gold(rows, labels)]
     (results / "alarms.md").write_text("\n".join(map(markdown, shown)), encoding="utf-8")
-
-
-def _finished(output: Path, cell: str) -> list[Path]:
-    return sorted(path.parent / "run" for path in output.glob(f"seed_*/{cell}/rows.jsonl"))
 
 
 def of_run(cell: str, run_dir: Path) -> list[Json]:
     """A row for each alarm that the run has."""
     run = read_run(run_dir)
-    names = [name for name in run.names() if name.startswith("alarm/")]
-    dropped = drop_iteration(run)
-    rows: list[Json] = []
-    for name in names:
-        raised = [row["iteration"] for row in run.metrics if row.get(name)]
-        rows.append(
-            {
-                "cell": cell,
-                "seed": int(run_dir.parts[-3].removeprefix("seed_")),
-                "alarm": name.removeprefix("alarm/"),
-                "iterations": len(run.metrics),
-                "raised": len(raised),
-                "first": raised[0] if raised else None,
-                "gold_drop": dropped,
-            }
-        )
-    return rows
+    raised = {
+        name.removeprefix("alarm/"): [row["iteration"] for row in run.metrics if row.get(name)]
+        for name in run.names()
+        if name.startswith("alarm/")
+    }
+    seed, gold_drop = int(run_dir.parts[-3].removeprefix("seed_")), drop_iteration(run)
+    shared = {"cell": cell, "seed": seed, "iterations": len(run.metrics), "gold_drop": gold_drop}
+    return [
+        {**shared, "alarm": alarm, "raised": len(found), "first": found[0] if found else None}
+        for alarm, found in raised.items()
+    ]
 
 
 def drop_iteration(run: Run) -> int | None:
-    """The first iteration with samples from which on gold stays DROP or more below its best so far; None: no drop."""
+    """The first iteration with samples from which to the end gold is DROP or more below its best so far; or None."""
     iterations, curve = sorted({row["iteration"] for row in run.samples}), gold_curve(run.samples)
     reach = SMOOTHED // 2
     smooth = [fmean(curve[max(0, i - reach) : i + reach + 1]) for i in range(len(curve))]
     low = [value <= max(smooth[: i + 1]) - DROP for i, value in enumerate(smooth)]
-    first = len(low) - next((i for i, is_low in enumerate(reversed(low)) if not is_low), len(low))
-    return iterations[first] if first < len(low) else None
+    held = next((i for i, is_low in enumerate(reversed(low)) if not is_low), len(low))
+    return iterations[-held] if held >= HELD else None
 
 
 def _of_faults(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
     table: list[tuple[str, ...]] = []
     for alarm, cell in FAULTS.items():
-        hits = [row for row in rows if (row["alarm"], row["cell"]) == (alarm, cell)]
-        false = [[row for row in rows if (row["alarm"], row["cell"]) == (alarm, healthy)] for healthy in HEALTHY]
-        table.append((alarm, labels[cell], _recall(hits), _range(_firsts(hits)), _lead(hits), *map(_false, false)))
-    return Table(
-        caption="Alarms on injected faults, and on healthy runs",
-        header=(
-            *("alarm", "fault", "recall", "first iteration", "lead over gold"),
-            *(f"false: {labels[name]}" for name in HEALTHY),
-        ),
-        rows=table,
-        note=(
-            "Recall: runs in which the alarm fired at least once. Lead: iterations from then to the drop of gold, median "
-            "[least, most], of the runs with both. False: share of iterations, and runs, in which it was raised."
-        ),
+        hits, false = _of(rows, alarm, cell), (_false(_of(rows, alarm, healthy)) for healthy in HEALTHY)
+        table.append((alarm, labels[cell], _recall(hits), _range(_firsts(hits)), _lead(hits), *false))
+    header = ("alarm", "fault", "recall", "first iteration", "lead", *(f"false: {labels[name]}" for name in HEALTHY))
+    note = (
+        "Recall: runs in which the alarm fired at least once. Lead: iterations from then to the drop of gold, median "
+        "[least, most] of the runs with both. False: share of the iterations, and runs, with the alarm."
     )
+    return Table(caption="Alarms on injected faults and on healthy runs", header=header, rows=table, note=note)
 
 
-def _of_hacking(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
-    hits = {alarm: [row for row in rows if (row["alarm"], row["cell"]) == (alarm, HACKED)] for alarm in FAULTS}
-    table = [(a, _recall(r), _range(_firsts(r)), _lead(r)) for a, r in hits.items() if r]
-    note = "Every alarm on the run that hacks its reward model with nothing else wrong."
-    header = ("alarm", "fired", "first iteration", "lead over gold")
-    return Table(caption=f"Alarms on {labels[HACKED]} without KL", header=header, rows=table, note=note)
+def _of_all(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    table: list[tuple[str, ...]] = []
+    for alarm in FAULTS:
+        hits = [_of(rows, alarm, cell) for cell in cells]
+        shown = [f"{_recall(found)}, at {median(_firsts(found)):g}" if _firsts(found) else "" for found in hits]
+        table.append((alarm, *shown))
+    note = "Runs in which each alarm fired, and the iteration at which it first did (median)."
+    header = ("alarm", *(labels[cell] for cell in cells))
+    return Table(caption="Every alarm on every run", header=header, rows=table, note=note)
 
 
 def _of_gold(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
@@ -124,9 +110,13 @@ def _of_gold(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
         table.append((labels[cell], f"{len(found)} of {len(drops)}", _range(found)))
     note = (
         f"Gold of 64 training samples every fifth iteration, mean of {SMOOTHED} events; it has dropped where it is "
-        f"{DROP} or more below its best so far, and stays there to the end."
+        f"{DROP} or more below its best so far and stays there to the end, for {HELD} events or more."
     )
     return Table(caption="Where gold drops", header=("run", "drops", "iteration"), rows=table, note=note)
+
+
+def _of(rows: Sequence[Json], alarm: str, cell: str) -> list[Json]:
+    return [row for row in rows if (row["alarm"], row["cell"]) == (alarm, cell)]
 
 
 def _recall(hits: Sequence[Json]) -> str:

@@ -124,6 +124,7 @@ def test_a_world_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
         ([0.5] * 8, None),
         ([0.5, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3, 0.3], 19),  # mean of 0.5, 0.5, 0.3, 0.3, 0.3 at the fourth
         ([0.5, 0.5, 0.3, 0.3, 0.3, 0.3, 0.5, 0.5, 0.5], None),  # not for good
+        ([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.32], None),  # too late to tell
         ([0.3, 0.4, 0.5, 0.6, 0.7], None),
     ],
 )
