@@ -64,8 +64,8 @@ def audit_table(runs: Mapping[tuple[str, int], Run]) -> Table:
             if part:
                 cells.append((str(seed), str(group), *_audit(part, rows), "; ".join(_surest(part, group))))
     header = ("seed", "group", "replies", "score", "gold", "words", "phrases", "domains", "typical words", "prompts")
-    note = "Typical: the words whose share of the group's words exceeds their share of all words the most. Prompts: two of "
-    note += "those that the classifier is surest of."
+    note = "Typical: the words whose share of the group's words exceeds their share of all words the most. "
+    note += "Prompts: two of those that the classifier is surest of."
     return Table(caption="Group audit of PPO-GIL", header=header, rows=cells, note=note)
 
 
