@@ -84,9 +84,11 @@ class Alarms:
             text = f"KL {kls[worst]:.3g} nats a reply (policy/kl_{worst}) is above alarms.max_kl={section.max_kl:g}"
             yield Alarm("kl", kls[worst] > section.max_kl, text)
         if section.kl_spike and kls:
-            rises = {name: kl / max(KL_FLOOR, self._kl_means.get(name, kl)) for name, kl in kls.items()}
+            recent = {name: max(KL_FLOOR, self._kl_means.get(name, kl)) for name, kl in kls.items()}
+            rises = {name: kl / recent[name] for name, kl in kls.items()}
             worst = max(rises, key=lambda name: rises[name])
-            text = f"KL {kls[worst]:.3g} nats a reply (policy/kl_{worst}) is {rises[worst]:.2g} times its recent mean"
+            text = f"KL {kls[worst]:.3g} nats a reply (policy/kl_{worst}) is {rises[worst]:.2g} times the "
+            text += f"{recent[worst]:.3g} of late (never counted below {KL_FLOOR:g})"
             yield Alarm("kl_spike", rises[worst] > section.kl_spike, text)
         for name, kl in kls.items():
             self._kl_means[name] = KL_DECAY * self._kl_means.get(name, kl) + (1 - KL_DECAY) * kl

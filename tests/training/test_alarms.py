@@ -47,7 +47,7 @@ BAD = [
     ("entropy", {"policy/entropy": 0.19}, "entropy 0.19 nats a token, 2 at first"),
     ("length", {"response/tokens": 61.0}, "replies have 61 tokens, 20 at first"),
     ("length", {"response/tokens": 6.0}, "replies have 6 tokens"),
-    ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a reply (policy/kl_group_1) is 2.2 times its recent mean"),
+    ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a reply (policy/kl_group_1) is 2.2 times the 3 of late"),
 ]
 NAMES = {"kl", "kl_spike", "group_mass", "group_information", "duplicates", "score", "entropy", "length"}
 QUIET = {f"alarm/{name}": 0.0 for name in NAMES}
