@@ -30,6 +30,9 @@ PAIRS = [
     ("gil_easy_hard", "ppo_kl"),
     ("gil_long", "ppo_kl_long"),
     ("gil_floor_long", "ppo_kl_long"),
+    ("gil_floor_long", "ppo_kl_0.15_long"),
+    ("gil_floor_long", "floor_beta_0_long"),
+    ("floor_beta_0_long", "ppo_kl_0.15_long"),
 ]
 """Compared besides PPO-GIL with everything."""
 
