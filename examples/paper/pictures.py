@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from tables import Numbers
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 from megatron_gil.evaluation.figures import FrontierPoint, bars, curve_grid, frontier, score_distributions, to_svg
 from megatron_gil.evaluation.runs import Json
+from megatron_gil.evaluation.statistics import bootstrap
 
 Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
-SHOWN = ("ppo", "ppo_kl", "gil", "gil_floor", "gil_plain_kl", "grpo", "grpo_gil", "sft", "dpo")
+SHOWN = ("ppo", "ppo_kl", "gil", "gil_floor", "grpo", "grpo_gil", "sft", "dpo")
 """Methods in the pictures; the tables hold all. Those without curves come last, so that a method keeps its colour."""
 PANELS = {
     "gold": "gold score of training samples",
@@ -35,17 +37,18 @@ def write_pictures(
     curves: Curves,
     labels: Mapping[str, str],
 ) -> None:
-    """gold.svg, scores.svg, frontier.svg, training.svg, groups.svg; all are means over the seeds there are."""
+    """gold.svg, scores.svg, frontier.svg, training.svg, groups.svg: means over the seeds there are, in gold.svg with
+    their 95 % bootstrap intervals, in the curves with the range over seeds."""
     methods = [m for m in SHOWN if "gold" in numbers.get(m, {})]
     domains = (*TRAINING_DOMAINS, HELDOUT_DOMAIN)
     gold = {labels[m]: {d: fmean(numbers[m][f"gold_{d}"].values()) for d in domains} for m in methods}
     scores = {labels[m]: _scores(replies, m) for m in methods}
     drawn = {
-        "gold": bars(gold, label="gold score"),
+        "gold": bars(gold, label="gold score", intervals=_intervals(numbers, methods, labels)),
         "scores": score_distributions(scores),
         "frontier": frontier({labels[m]: _frontier(curves[m]) for m in methods if m in curves}),
-        "training": curve_grid(_panels(curves, PANELS, methods, labels)),
-        "groups": curve_grid(_panels(curves, GROUP_PANELS, GROUPED, labels)),
+        "training": curve_grid(**_panels(curves, PANELS, methods, labels)),
+        "groups": curve_grid(**_panels(curves, GROUP_PANELS, GROUPED, labels)),
     }
     for name, figure in drawn.items():
         (directory / f"{name}.svg").write_text(to_svg(figure), encoding="utf-8")
@@ -66,14 +69,28 @@ def _frontier(of_method: Mapping[str, Mapping[int, Sequence[float]]]) -> list[Fr
     ]
 
 
+def _intervals(
+    numbers: Numbers, methods: Sequence[str], labels: Mapping[str, str]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    found = {
+        labels[m]: {d: bootstrap(list(numbers[m][f"gold_{d}"].values())) for d in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)}
+        for m in methods
+    }
+    return {name: {d: (e.low, e.high) for d, e in by_domain.items()} for name, by_domain in found.items()}
+
+
 def _panels(
     curves: Curves, panels: Mapping[str, str], methods: Sequence[str], labels: Mapping[str, str]
-) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    return {
-        title: {
-            labels[m]: ([float(i) for i in curves[m][metric]], [fmean(v) for v in curves[m][metric].values()])
-            for m in methods
-            if metric in curves.get(m, {})
-        }
-        for metric, title in panels.items()
-    }
+) -> dict[str, Any]:
+    """What curve_grid draws: means over seeds, and around them the range."""
+    lines: dict[str, dict[str, Any]] = {title: {} for title in panels.values()}
+    bands: dict[str, dict[str, Any]] = {title: {} for title in panels.values()}
+    for metric, title in panels.items():
+        for method in methods:
+            by_iteration = curves.get(method, {}).get(metric)
+            if by_iteration:
+                iterations = sorted(by_iteration)  # a seed may lack one that the next has
+                values = [by_iteration[i] for i in iterations]
+                lines[title][labels[method]] = ([float(i) for i in iterations], [fmean(v) for v in values])
+                bands[title][labels[method]] = ([min(v) for v in values], [max(v) for v in values])
+    return {"panels": lines, "bands": bands}

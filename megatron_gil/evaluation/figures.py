@@ -85,11 +85,17 @@ def colors(names: Sequence[str]) -> dict[str, str]:
 
 @_styled
 def curve_grid(
-    panels: Mapping[str, Mapping[str, Series]], *, columns: int = 3, smooth: int = 0, share_y: bool = False
+    panels: Mapping[str, Mapping[str, Series]],
+    *,
+    columns: int = 3,
+    smooth: int = 0,
+    share_y: bool = False,
+    bands: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] | None = None,
 ) -> Figure:
     """A panel per metric, in it a line per run (or group) over iterations.
 
     smooth: width in iterations of a running mean drawn over the faint raw curve; 0 takes a twentieth of its length.
+    bands: (low, high) around a line, by panel and name, smoothed as the line is; it takes the raw curve's place.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     color = colors(names)
@@ -97,7 +103,8 @@ def curve_grid(
     for ax, (title, lines) in zip(axes, panels.items(), strict=False):
         ax.set_title(title)
         for name, (x, y) in lines.items():
-            _curve(ax, x, y, color[name], smooth)
+            band = (bands or {}).get(title, {}).get(name)
+            _curve(ax, x, y, color[name], smooth, band)
     for ax in axes[-columns:]:
         ax.set_xlabel("iteration")
     if len(names) > 1:
@@ -154,8 +161,13 @@ def frontier(methods: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
 
 
 @_styled
-def bars(values: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
-    """Groups of bars: {method: {category: value}}, categories on the x axis."""
+def bars(
+    values: Mapping[str, Mapping[str, float]],
+    *,
+    label: str,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+) -> Figure:
+    """Groups of bars: {method: {category: value}}, categories on the x axis; intervals: (low, high) of each bar."""
     from matplotlib import pyplot
 
     categories = list(dict.fromkeys(c for parts in values.values() for c in parts))
@@ -163,7 +175,11 @@ def bars(values: Mapping[str, Mapping[str, float]], *, label: str) -> Figure:
     figure, ax = pyplot.subplots(figsize=(10.65, 2.9), layout="constrained")
     for i, (name, parts) in enumerate(values.items()):
         x = np.arange(len(categories)) + (i - (len(values) - 1) / 2) * width
-        ax.bar(x, [parts.get(c, float("nan")) for c in categories], width * 0.92, color=color[name])
+        heights = [parts.get(c, float("nan")) for c in categories]
+        ax.bar(x, heights, width * 0.92, color=color[name])
+        if intervals is not None:
+            low, high = zip(*(intervals[name].get(c, (float("nan"),) * 2) for c in categories), strict=True)
+            ax.vlines(x, low, high, color="#3c4148", linewidth=0.9)
     ax.set_xticks(range(len(categories)), categories)
     ax.set_ylabel(label)
     ax.grid(False, axis="x")
@@ -209,9 +225,19 @@ def _grid(count: int, columns: int, share_y: bool) -> tuple[Figure, list[Axes]]:
     return figure, flat[:count]
 
 
-def _curve(ax: Axes, x: Sequence[float], y: Sequence[float], color: str, smooth: int) -> None:
+def _curve(
+    ax: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    color: str,
+    smooth: int,
+    band: tuple[Sequence[float], Sequence[float]] | None,
+) -> None:
     width = smooth or max(1, len(y) // 20)
-    if width > 1:
+    if band is not None:
+        low, high = (running_mean(edge, width) for edge in band)
+        ax.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
+    elif width > 1:
         ax.plot(x, y, color=color, linewidth=0.7, alpha=0.25)
     ax.plot(x, running_mean(y, width), color=color, linewidth=1.6, marker="o" if len(y) == 1 else "")
 
