@@ -57,6 +57,7 @@ class Generator:
         """
         size = self.micro_size
         chunks = [take_rows(prompts, slice(i, i + size)) for i in range(0, len(prompts.tokens), size)]
+        self._model.module.eval()
         with _without_sequence_parallel(self._model.module):
             rollouts = []
             for chunk in chunks:
@@ -117,7 +118,6 @@ class Generator:
         """
         model, layout = self._model, self._model.layout
         num_rows, count = tokens.shape
-        model.module.eval()
         model.module.set_input_tensor(
             receive_from_previous_pp_stage((count, num_rows, model.spec.hidden_size), model.dtype, layout)  # type: ignore[arg-type]  None on the first stage
         )
