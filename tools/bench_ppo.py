@@ -51,6 +51,7 @@ class Step:
     """One iteration: its wall-clock seconds, whole and by part; parts that a side does not tell of are absent."""
 
     seconds: float
+    cpu_seconds: float  # of all threads of the process
     parts: dict[str, float]  # rollout, score, update
     response_tokens: float  # mean of the batch
     num_threads: int
@@ -60,14 +61,25 @@ class Turns:
     """A side's end of the agreement: `wait` reports the step since the last call and returns when it is its turn."""
 
     def __init__(self, pipe: Any, num_threads: int) -> None:
-        self._pipe, self._start = pipe, time.perf_counter()
+        self._pipe, self._start = pipe, _clocks()
         torch.set_num_threads(num_threads)
 
     def wait(self, parts: dict[str, float], response_tokens: float) -> None:
-        seconds, num_threads = time.perf_counter() - self._start, torch.get_num_threads()
-        self._pipe.send(Step(seconds=seconds, parts=parts, response_tokens=response_tokens, num_threads=num_threads))
+        seconds, cpu_seconds = (now - start for now, start in zip(_clocks(), self._start, strict=True))
+        step = Step(
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            parts=parts,
+            response_tokens=response_tokens,
+            num_threads=torch.get_num_threads(),
+        )
+        self._pipe.send(step)
         self._pipe.recv()
-        self._start = time.perf_counter()
+        self._start = _clocks()
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 Work = Callable[[Turns, Path, Sizes, int], None]
@@ -183,11 +195,16 @@ class Side:
     def seconds(self) -> list[float]:
         return [step.seconds for step in self.steps]
 
+    @property
+    def cpu_seconds(self) -> list[float]:
+        return [step.cpu_seconds for step in self.steps]
+
 
 def bench_ppo(*, rounds: int, num_threads: int = 2, sizes: Sizes | None = None) -> str:
     """The table."""
     sizes = sizes or Sizes()
     os.environ |= {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin would measure whatever else runs on the machine
     sides = [Side("TRL 1.12.0", run_trl), Side("PPO", run_plain), Side("PPO-GIL", run_gil)]
     with tempfile.TemporaryDirectory(prefix="bench-ppo-") as place:
         write_inputs(Path(place), sizes)
@@ -239,16 +256,28 @@ def format_table(sides: Sequence[Side], sizes: Sizes, num_threads: int) -> str:
         f"Llama of {sizes.num_layers} layers, hidden {sizes.hidden_size}, MLP {3 * sizes.hidden_size}, 4 heads, 2 "
         f"key-value heads, vocabulary {sizes.vocab_size}, float32; {sizes.num_rows} prompts of "
         f"{sizes.prompt_tokens} tokens + {sizes.response_tokens} new ones, one update; {len(trl.steps)} interleaved "
-        f"rounds after {WARM_UP} of warm-up, median (min to max); {num_threads} threads each, {os.cpu_count()} CPUs.",
+        f"rounds after {WARM_UP} of warm-up, median (min to max); threads of each: {num_threads}, CPUs: "
+        f"{os.cpu_count()}.",
         "",
-        "| | seconds a step | times TRL's, of the same round | rollout | scoring, shaping | updates |",
-        "|---|---|---|---|---|---|",
+        "| | seconds a step | times TRL's, of the same round | seconds on a CPU | times TRL's, likewise | rollout | "
+        "scoring, shaping | updates |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for side in sides:
-        ratios = [mine / theirs for mine, theirs in zip(side.seconds, trl.seconds, strict=True)]
-        parts = [_part(side, part) for part in ("rollout", "score", "update")]
-        lines.append(f"| {side.name} | {_spread(side.seconds)} | {_spread(ratios)} | {' | '.join(parts)} |")
+        columns = [
+            side.name,
+            _spread(side.seconds),
+            _spread(_ratios(side.seconds, trl.seconds)),
+            _spread(side.cpu_seconds),
+            _spread(_ratios(side.cpu_seconds, trl.cpu_seconds)),
+            *(_part(side, part) for part in ("rollout", "score", "update")),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def _ratios(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(mine, theirs, strict=True)]
 
 
 def _part(side: Side, part: str) -> str:
