@@ -98,7 +98,7 @@ def test_any_bytes_are_rows_or_one_complaint(tmp_path_factory: pytest.TempPathFa
         ("rows.jsonl", b"\n\n", "no rows"),
         ("rows.txt", b"{}", "must end in .jsonl"),
         ("rows.jsonl.gz", b'{"prompt": "a"}', "cannot be read: Not a gzipped file"),
-        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12], "cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "cannot be read"),
         ("rows.parquet", b"PAR1", "cannot be read as Parquet"),
         ("directory/readme.md", b"", "holds no file that ends in"),
     ],

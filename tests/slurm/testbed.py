@@ -73,7 +73,7 @@ class SlurmTestbed:
             found.setdefault(array_job, set()).add(state)
         return found
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 180.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, (
@@ -81,7 +81,7 @@ class SlurmTestbed:
             )
             time.sleep(0.1)
 
-    def wait_for_end(self, job: str, timeout_s: float = 90.0) -> str:
+    def wait_for_end(self, job: str, timeout_s: float = 180.0) -> str:
         """The state in which a job ended."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
         self.wait(lambda: self.state(job) in ends, f"the end of job {job}", timeout_s)
