@@ -32,7 +32,8 @@ paper: setup
 	$(BIN)/python examples/paper/run.py --output runs/paper
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not long"
+	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --ignore tests/slurm
+	$(BIN)/python -m pytest -m "not gpu and not long" tests/slurm
 
 faults: setup
 	$(BIN)/python -m pytest -m "not gpu" tests/faults
