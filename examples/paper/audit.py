@@ -26,7 +26,7 @@ def stability_table(runs: Mapping[tuple[str, int], Run], labels: Mapping[str, st
     """Per method: agreement of two seeds' classifiers about the prompts that both happened to sample at the end."""
     cells: list[tuple[str, ...]] = []
     for method in GROUPED:
-        by_seed = [groups_of_prompts(_last(run)) for (name, _), run in runs.items() if name == method]
+        by_seed = [groups_of_prompts(run.last_samples(EVENTS)) for (name, _), run in runs.items() if name == method]
         found = [(index, count) for a, b in combinations(by_seed, 2) for index, count in [agreement(a, b)] if count > 1]
         if found:
             indices = [index for index, _ in found]
@@ -58,7 +58,7 @@ def audit_table(runs: Mapping[tuple[str, int], Run]) -> Table:
     for (method, seed), run in runs.items():
         if method != OURS:
             continue
-        rows = _last(run)
+        rows = run.last_samples(EVENTS)
         for group in range(len(rows[0]["group_probs"])):
             part = [row for row in rows if row["group_probs"].index(max(row["group_probs"])) == group]
             if part:
@@ -100,8 +100,3 @@ def _typical(part: Sequence[Json], rows: Sequence[Json], count: int = 5) -> list
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+", text.lower())
-
-
-def _last(run: Run) -> list[Json]:
-    last = sorted({row["iteration"] for row in run.samples})[-EVENTS:]
-    return [row for row in run.samples if row["iteration"] in last]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from omegaconf import OmegaConf
 from megatron_gil.config import ConfigError
 from megatron_gil.demo.pipeline import HELD_OUT_PROMPTS, RECIPES
 from megatron_gil.demo.world import World, world_at, write_world
+from megatron_gil.evaluation.runs import Json
 
 GRID = Path(__file__).with_name("grid.yaml")
 EASY = ("greet", "refuse")
 """Domains in which a canned sentence nearly does; the others need what the prompt says."""
 EASY_HARD_PROMPTS = "prompts_easy_hard.jsonl"
 """The world's prompts, labelled easy or hard in the place of their domains."""
-LONGER_CHOSEN = "preferences_longer.jsonl"
-"""The world's preferences with the longer reply always the chosen one: a fault to inject."""
 LONGER_CHOSEN = "preferences_longer.jsonl"
 """The world's preferences as annotators would have them who look at length alone; only for cells that name it."""
 NEEDED = ("sft_model", "reward")
@@ -40,8 +39,6 @@ class Cell:
     settings: Sequence[str]
     """All overrides of the command's recipe, those of the cell it is like included; {seed_dir} in them is where the
     seed's files are."""
-    groups: str = "domains"
-    """Labels that come with the prompts: domains, or easy_hard."""
 
 
 def read_grid(path: Path = GRID) -> dict[str, Cell]:
@@ -63,7 +60,6 @@ def read_grid(path: Path = GRID) -> dict[str, Cell]:
             command=entry["command"],
             iterations=entry.get("iterations", tree["iterations"][entry["command"]]),
             settings=[*inherited, *entry.get("set", [])],
-            groups=entry.get("groups", "domains"),
         )
     return cells
 
@@ -123,19 +119,26 @@ def take_world(seed_dir: Path, seed: int) -> None:
         return
     shutil.rmtree(seed_dir / "world", ignore_errors=True)
     world = write_world(seed_dir / "world", seed=seed)
-    with (seed_dir / EASY_HARD_PROMPTS).open("w", encoding="utf-8") as file:
-        for line in world.prompts.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            file.write(json.dumps({**row, "group": "easy" if row["group"] in EASY else "hard"}) + "\n")
+    _rewrite_rows(
+        world.prompts,
+        seed_dir / EASY_HARD_PROMPTS,
+        lambda row: {**row, "group": "easy" if row["group"] in EASY else "hard"},
+    )
     done.write_bytes(world.prompts_eval.read_bytes() + world.prompts_heldout.read_bytes())
 
 
 def write_longer_chosen(seed_dir: Path) -> None:
-    with (seed_dir / LONGER_CHOSEN).open("w", encoding="utf-8") as file:
-        for line in world_at(seed_dir / "world").preferences.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            shorter, longer = sorted((row["chosen"], row["rejected"]), key=len)
-            file.write(json.dumps({**row, "chosen": longer, "rejected": shorter}) + "\n")
+    def choose(row: Json) -> Json:
+        shorter, longer = sorted((row["chosen"], row["rejected"]), key=len)
+        return {**row, "chosen": longer, "rejected": shorter}
+
+    _rewrite_rows(world_at(seed_dir / "world").preferences, seed_dir / LONGER_CHOSEN, choose)
+
+
+def _rewrite_rows(source: Path, target: Path, change: Callable[[Json], Json]) -> None:
+    with target.open("w", encoding="utf-8") as file:
+        for line in source.read_text(encoding="utf-8").splitlines():
+            file.write(json.dumps(change(json.loads(line))) + "\n")
 
 
 def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
@@ -144,8 +147,6 @@ def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
     sft, reward = (_at(place, cells[name]).model for name in NEEDED)
     key = "ppo.iterations" if cell.command == "ppo" else "train.updates"
     fixed = [f"run.dir={place.run_dir}", f"run.seed={place.seed}", f"{key}={cell.iterations}"]
-    if cell.groups == "easy_hard":
-        world = replace(world, prompts=place.seed_dir / EASY_HARD_PROMPTS)
     files = _training_files(cell.command, world, sft, reward)
     settings = [setting.replace("{seed_dir}", str(place.seed_dir)) for setting in cell.settings]
     train = [cell.command, "--config", str(RECIPES / f"{cell.command}.yaml"), *fixed, *files, *settings]

@@ -154,7 +154,9 @@ def _matching(run: Run, pattern: str) -> dict[str, Series]:
 
 
 def _distributions(runs: Sequence[Run]) -> list[str]:
-    scores = {run.name: [s["score"] for s in _last_samples(run) if s.get("score") is not None] for run in runs}
+    scores = {
+        run.name: [s["score"] for s in run.last_samples(LAST_EVENTS) if s.get("score") is not None] for run in runs
+    }
     scores = {name: found for name, found in scores.items() if found}
     if not scores:
         return []
@@ -185,9 +187,9 @@ def _parts(rows: list[T], size: int) -> list[list[T]]:
 
 def _wins(runs: Sequence[Run]) -> list[str]:
     """The first run against each other on prompts that both answered in the same iteration."""
-    ours, rates = {(s["iteration"], s["prompt"]): s for s in _last_samples(runs[0])}, {}
+    ours, rates = {(s["iteration"], s["prompt"]): s for s in runs[0].last_samples(LAST_EVENTS)}, {}
     for run in runs[1:]:
-        theirs = {(s["iteration"], s["prompt"]): s for s in _last_samples(run)}
+        theirs = {(s["iteration"], s["prompt"]): s for s in run.last_samples(LAST_EVENTS)}
         rows = [(ours[key], theirs[key]) for key in ours if key in theirs]
         rows = [(a, b) for a, b in rows if a.get("score") is not None and b.get("score") is not None]
         if rows:
@@ -199,11 +201,6 @@ def _wins(runs: Sequence[Run]) -> list[str]:
     note += "judge that did not take part (megatron-gil evaluate)."
     caption = f"{runs[0].name} against the others on the same training prompts: win / tie / lose"
     return [table(Table(caption=caption, header=HEADER, rows=table_rows(rates), note=note))]
-
-
-def _last_samples(run: Run) -> list[Json]:
-    last = sorted({sample["iteration"] for sample in run.samples})[-LAST_EVENTS:]
-    return [sample for sample in run.samples if sample["iteration"] in last]
 
 
 def _samples(runs: Sequence[Run]) -> list[str]:

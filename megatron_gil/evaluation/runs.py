@@ -33,6 +33,11 @@ class Run:
         points = [(row["iteration"], row[metric]) for row in self.metrics if row.get(metric) is not None]
         return [x for x, _ in points], [y for _, y in points]
 
+    def last_samples(self, events: int) -> list[Json]:
+        """Samples of the last iterations that kept some."""
+        last = sorted({sample["iteration"] for sample in self.samples})[-events:]
+        return [sample for sample in self.samples if sample["iteration"] in last]
+
     def names(self) -> list[str]:
         """Metrics that have at least one value, in the order they first appear."""
         return list(dict.fromkeys(name for row in self.metrics for name, value in row.items() if value is not None))

@@ -28,6 +28,7 @@ from megatron_gil.engine.protocol import LossFn
 from megatron_gil.parallel.collectives import agree, all_sum, barrier
 from megatron_gil.parallel.layout import ParallelLayout, StartError, read_world_size, start_parallel, stop_parallel
 from megatron_gil.parallel.watchdog import Watchdog
+from megatron_gil.training.alarms import Range
 from megatron_gil.training.build import (
     build_frozen,
     build_trainable,
@@ -171,7 +172,7 @@ def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
 
 
 def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
-    def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, Tokenizer, Path]:
+    def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, Tokenizer, Path, Range | None]:
         for role in ("policy", "ref_policy", "reward_model", "critic"):
             check_model(config, role, scored=role == "reward_model")
         tokenizer, where = read_tokenizer(config, "policy")
@@ -183,10 +184,9 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
             path = require(config.data.pretrain, "data.pretrain", "ppo.ptx_coef is above 0")
             pretrain = TextDataset(path, tokenizer, **limits(config))
         check_rollout(config, layout, train)
-        read_score_range(model_path(config, "reward_model"))
-        return train, held_out, pretrain, tokenizer, where
+        return train, held_out, pretrain, tokenizer, where, read_score_range(model_path(config, "reward_model"))
 
-    train, held_out, pretrain, tokenizer, tokenizer_dir = agree(layout, check)
+    train, held_out, pretrain, tokenizer, tokenizer_dir, score_range = agree(layout, check)
     take_run_directory(config, layout)
     gil, sums = config.gil, all_sum(layout)
     grouping: Grouping = SingleGroup(sums)
@@ -232,7 +232,7 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         eval_prompts=None if held_out is None else PromptSource(held_out, None, layout, len(held_out)),
         progress=progress,
         all_sum=sums,
-        score_range=read_score_range(model_path(config, "reward_model")),
+        score_range=score_range,
     )
     return _train(trainer, config, layout, progress, tokenizer_dir)
 
