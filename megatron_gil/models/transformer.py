@@ -57,6 +57,7 @@ def build_model(
     if head != "lm" and layout.is_last_pp_stage:
         groups = num_groups if head == "critic" else 0
         model.output_layer = ScalarHead(spec.hidden_size, groups, dtype, layout)
+    model.to(layout.device)  # megatron's layers lie there already; whatever a module makes by itself does not
     _mark_sharded_parameters(WeightMap(spec, model, layout))
     return model
 
