@@ -29,6 +29,9 @@ def require(condition: bool, message: str) -> None:
 class RunSection:
     seed: int = 1
     """Seeds sampling, data order and new heads. Dropout is not used."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same bits each time, so that a resumed run repeats one that was not stopped
+    bit for bit. Costs speed, above all in attention's backward pass. A CPU run is deterministic without it."""
     max_minutes: float | None = None
     """Save and exit 75 once the process has run this long; null never."""
 
@@ -63,6 +66,9 @@ class ModelsSection:
     """Weights and activations; bfloat16 keeps float32 master weights in the optimizer."""
     layer: Literal["auto", "local", "transformer_engine"] = "auto"
     """Transformer layer: auto takes Transformer Engine where it imports and the device is a GPU."""
+    fusions: Literal["auto", "off"] = "auto"
+    """On a GPU, auto takes megatron-core's fused kernels, each where its library imports: rotary embedding (Transformer
+    Engine), SwiGLU (Triton), gradient accumulation (Apex). The first lines of a run say which."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass."""
 
@@ -145,11 +151,11 @@ class OptimizerSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSection:
-    """Anything but temperature 1 and the rest off makes the sampled distribution differ from the one PPO's
-    log-probs speak of; policy/sampling_mismatch logs by how much."""
+    """PPO's log-probs are those of the temperature sampled at. top_k, top_p, repetition_penalty and min_new_tokens are
+    not in them: policy/sampling_mismatch logs how far the sampled distribution is from the one they speak of."""
 
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, with the log-probs of temperature 1."""
     top_k: int = 0
     """0 switches off."""
     top_p: float = 1.0
@@ -160,6 +166,12 @@ class SamplingSection:
     """No end-of-sequence token before this many."""
     micro_size: int = 64
     """Rows decoded together on one rank; bounds the key-value cache."""
+
+    def truncations(self) -> list[str]:
+        """What keeps the sampler from drawing from the whole softmax, as section.key=value."""
+        off = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 1}
+        found = {key: getattr(self, key) for key in off}
+        return [f"sampling.{key}={value:g}" for key, value in found.items() if value != off[key]]
 
     def __post_init__(self) -> None:
         require(self.micro_size >= 1, f"sampling.micro_size={self.micro_size} must be at least 1")
@@ -223,6 +235,8 @@ class AlarmSection:
     """Entropy below this share of the first iteration's."""
     length_factor: float = 1.75
     """Replies this many times longer or shorter than in the first iteration."""
+    sampling_mismatch: float = 0.1
+    """Nats a token between the log-probs that the sampler drew by and those that PPO uses (top_p and the like)."""
     duplicate_fraction: float = 0.4
     """Share of the replies that equal a reply to another prompt."""
 

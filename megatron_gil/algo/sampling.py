@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+_ONE = 2.0**53
+
 
 def penalize_repetition(
     logits: Float[Tensor, "batch vocab"],
@@ -31,9 +33,9 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], p: float) -> Float[Tensor, 
     if p >= 1.0:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probs = ordered.softmax(-1)
-    mass_before = probs.cumsum(-1) - probs
-    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, mass_before >= p)
+    weights = _whole_weights(ordered.double().softmax(-1))
+    mass_before = weights.cumsum(-1) - weights
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, mass_before >= p * _ONE)
     return logits.masked_fill(drop, float("-inf"))
 
 
@@ -54,8 +56,13 @@ def choose_tokens(
         return logits.argmax(-1), torch.zeros_like(uniforms)
     kept = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
     probs = kept.double().softmax(-1)
-    cumulative = probs.cumsum(-1)
-    whole = cumulative[:, -1:]
-    below = torch.nextafter(whole, torch.zeros_like(whole))  # never past the last token that has mass
-    tokens = torch.searchsorted(cumulative, torch.minimum(uniforms.double()[:, None] * whole, below), right=True)[:, 0]
+    cumulative = _whole_weights(probs).cumsum(-1)
+    below = (uniforms.double()[:, None] * cumulative[:, -1:]).long()  # less than the whole: uniforms are below 1
+    tokens = torch.searchsorted(cumulative, below, right=True)[:, 0]
     return tokens, probs.gather(1, tokens[:, None])[:, 0].log().to(uniforms.dtype)
+
+
+def _whole_weights(probs: Float[Tensor, "batch vocab"]) -> Int[Tensor, "batch vocab"]:
+    """Probabilities (float64) in units of 2^-53, cut to whole numbers. Their sums are exact in any order; sums of
+    floats along a row may differ on a GPU between runs."""
+    return (probs * _ONE).long()

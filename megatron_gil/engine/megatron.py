@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_gil.config import ModelsSection, OptimizerSection
 from megatron_gil.engine.optimizer import ModelOptimizer
-from megatron_gil.engine.protocol import LossFn
+from megatron_gil.engine.protocol import Part
 from megatron_gil.engine.readout import read_output
 from megatron_gil.models.hf import load_weights
 from megatron_gil.models.llama import Head, LlamaSpec
@@ -30,6 +30,7 @@ from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.parallel.pipeline import share_object_from_last_pp_stage
 from megatron_gil.types import LossSum, Metrics, Readout, take_rows
 
+CUDA_LENGTH_MULTIPLE = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,8 +75,7 @@ class MegatronModel:
             head=head,
             num_groups=self.num_groups,
             dtype=self.dtype,
-            layer=models.layer,
-            recompute=models.recompute,
+            models=models,
         )
         self.module.requires_grad_(False)
         self._schedule_module: torch.nn.Module = self.module
@@ -85,24 +85,33 @@ class MegatronModel:
         return load_weights(self.module, self.spec, directory, self.layout)
 
     @torch.no_grad()
-    def evaluate(self, batch: Any, *, entropy: bool = False) -> Readout:
+    def evaluate(self, batch: Any, *, entropy: bool = False, temperature: float = 1.0) -> Readout:
         """What the model says of this rank's rows; on every tensor- and pipeline-parallel rank. No gradient.
 
-        entropy: read the next-token entropy too (lm head).
+        entropy: read the next-token entropy too (lm head). temperature: of log-probs and entropy.
         """
         num_rows = len(batch.tokens)
         missing = -num_rows % self.micro_size
-        fill = torch.cat([torch.arange(num_rows), torch.zeros(missing, dtype=torch.long)])
-        microbatches = self._cut(take_rows(batch, fill.to(batch.tokens.device)) if missing else batch)
+        fill = torch.arange(num_rows + missing, device=batch.tokens.device)
+        microbatches = self._cut(take_rows(batch, fill.where(fill < num_rows, 0)) if missing else batch)
 
         def read(output: Tensor, microbatch: Any) -> Readout:
-            return read_output(
-                output, microbatch, head=self.head, vocab_size=self.spec.vocab_size, layout=self.layout, entropy=entropy
-            )
+            return self._read(output, microbatch, entropy=entropy, temperature=temperature)
 
         readouts = self._run([(m, read) for m in microbatches], forward_only=True)
         whole = concat_readouts(readouts) if readouts else Readout()
         return self._share(whole, batch, entropy)
+
+    def _read(self, output: Tensor, microbatch: Any, *, entropy: bool, temperature: float) -> Readout:
+        return read_output(
+            output,
+            microbatch,
+            head=self.head,
+            vocab_size=self.spec.vocab_size,
+            layout=self.layout,
+            entropy=entropy,
+            temperature=temperature,
+        )
 
     def _cut(self, batch: Any) -> list[Any]:
         num_rows = len(batch.tokens)
@@ -112,7 +121,7 @@ class MegatronModel:
 
     def _run(self, work: list[tuple[Any, Callable[[Tensor, Any], Any]]], *, forward_only: bool) -> list[Any]:
         """Microbatches through megatron-core's schedule; what the reader returned for each, on the last pp_stage."""
-        multiple = self.layout.tp_size if self.layout.sequence_parallel else 1
+        multiple = self._length_multiple()
 
         def forward_step(iterator: Iterator[Any], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             microbatch, reader = next(iterator)
@@ -133,6 +142,11 @@ class MegatronModel:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+    def _length_multiple(self) -> int:
+        """What padded lengths are rounded up to: kernels prefer round lengths, and few different ones."""
+        cut = self.layout.tp_size if self.layout.sequence_parallel else 1
+        return math.lcm(cut, CUDA_LENGTH_MULTIPLE) if self.layout.device.type == "cuda" else cut
 
     def _share(self, readout: Readout, batch: Any, entropy: bool) -> Readout:
         """The last pipeline rank's readout, without the rows that filled the last microbatch, on every rank."""
@@ -202,11 +216,11 @@ class TrainableModel(MegatronModel):
         skipped, self._skipped = self._skipped, []
         return skipped
 
-    def accumulate(self, *parts: tuple[Any, LossFn]) -> tuple[Metrics, list[LossSum]]:
+    def accumulate(self, *parts: Part) -> tuple[Metrics, list[LossSum]]:
         """Sum the gradient of every part into the gradient buffers and divide it once by the global count.
 
-        Each part is a batch of this rank's rows with its loss. Returns the metrics (sums over all ranks divided by the
-        count) and this rank's own sums per microbatch (last pipeline rank only).
+        Returns the metrics (sums over all ranks divided by the count) and this rank's own sums per microbatch (last
+        pipeline rank only).
         """
         self.ddp.zero_grad_buffer()
         # FP32Optimizer leaves each .grad an alias of its main_grad: the next backward would add the two, twice the
@@ -214,26 +228,19 @@ class TrainableModel(MegatronModel):
         self.module.zero_grad(set_to_none=True)
         losses: list[LossSum] = []
 
-        def reader(loss_fn: LossFn) -> Callable[[Tensor, Any], Any]:
+        def reader(part: Part) -> Callable[[Tensor, Any], Any]:
             def read(output: Tensor, microbatch: Any) -> Any:
-                readout = read_output(
-                    output,
-                    microbatch,
-                    head=self.head,
-                    vocab_size=self.spec.vocab_size,
-                    layout=self.layout,
-                    entropy=False,
-                )
-                loss = loss_fn(readout, microbatch)
+                readout = self._read(output, microbatch, entropy=False, temperature=part.temperature)
+                loss = part.loss_fn(readout, microbatch)
                 losses.append(loss)
                 return loss.total, loss.count.to(torch.int), {}
 
             return read
 
-        self._run([(m, reader(loss_fn)) for batch, loss_fn in parts for m in self._cut(batch)], forward_only=False)
+        self._run([(m, reader(part)) for part in parts for m in self._cut(part.batch)], forward_only=False)
         return self._reduce(losses), losses
 
-    def update(self, *parts: tuple[Any, LossFn], lr: float) -> Metrics:
+    def update(self, *parts: Part, lr: float) -> Metrics:
         """One optimizer step at rate `lr` on sum(total) / sum(count) over all ranks, microbatches and parts.
 
         Metrics hold `gradient_norm` before clipping and `skipped` (1 where a NaN or Inf stopped the step on all ranks).
@@ -251,8 +258,8 @@ class TrainableModel(MegatronModel):
         names = share_object_from_last_pp_stage(names, self.layout)
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.layout.device)
         for loss in losses:
-            terms = [loss.metrics.get(name, 0.0) for name in names] + [loss.count]
-            sums += torch.tensor([float(term) for term in terms], dtype=torch.float64, device=self.layout.device)
+            terms = [loss.metrics.get(name) for name in names] + [loss.count]
+            sums += torch.stack([sums.new_zeros(()) if term is None else term.double() for term in terms])
         sums = share_from_last_pp_stage(
             all_sum(self.layout)(sums) if self.layout.is_last_pp_stage else None,
             tuple(sums.shape),
@@ -262,9 +269,9 @@ class TrainableModel(MegatronModel):
         values = sums.tolist()
         return {name: value / max(values[-1], 1.0) for name, value in zip(names, values[:-1], strict=True)}
 
-    def _explain(self, norm: float, parts: tuple[tuple[Any, LossFn], ...], losses: list[LossSum]) -> SkippedUpdate:
+    def _explain(self, norm: float, parts: tuple[Part, ...], losses: list[LossSum]) -> SkippedUpdate:
         """The most telling rank's account: one that saw a loss that is not finite, else one that saw a gradient."""
-        rows = [microbatch.row_ids.tolist() for batch, _ in parts for microbatch in self._cut(batch)]
+        rows = [microbatch.row_ids.tolist() for part in parts for microbatch in self._cut(part.batch)]
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(float(loss.total))]
         names = [n for n, p in self.module.named_parameters() if not torch.isfinite(p.main_grad).all()]  # type: ignore[attr-defined]
         mine = SkippedUpdate(

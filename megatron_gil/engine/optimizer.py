@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -67,11 +68,30 @@ class ModelOptimizer:
             use_distributed_optimizer=self._distributed,
         )
         self._optimizer: Any = get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)  # ChainedOptimizer
+        self._device = next(ddp.parameters()).device
+        if self._device.type == "cuda":
+            self._fuse()
+
+    def _fuse(self) -> None:
+        """torch's AdamW as one kernel, with its count of steps on the GPU. Other libraries' Adam is fused already."""
+        for part in self._optimizer.chained_optimizers:
+            if isinstance(part.optimizer, torch.optim.AdamW):
+                for group in part.optimizer.param_groups:
+                    group["fused"] = True
+
+    @property
+    def kind(self) -> str:
+        """Which Adam it is, for the first lines of a run."""
+        inner = next((p.optimizer for p in self._optimizer.chained_optimizers if p.optimizer is not None), None)
+        name = "no parameters" if inner is None else f"{type(inner).__module__.split('.')[0]} {type(inner).__name__}"
+        fused = inner is not None and _is_torch(inner) and any(group["fused"] for group in inner.param_groups)
+        sharded = ", sharded over data-parallel ranks" if self._distributed else ""
+        return f"{name}{', fused' if fused else ''}{sharded}"
 
     def step(self, lr: float) -> tuple[bool, float]:
         """(took the step, global gradient norm before clipping); with a norm that is not finite no rank steps."""
         self._optimizer.prepare_grads()
-        norm = float(self._optimizer.get_grad_norm())
+        norm = self._gradient_norm()
         if not math.isfinite(norm):
             return False, norm
         for part in self._optimizer.chained_optimizers:
@@ -83,6 +103,15 @@ class ModelOptimizer:
                 group["weight_decay"] = self._section.weight_decay * group["wd_mult"]
         self._optimizer.step_with_ready_grads()
         return True, norm
+
+    def _gradient_norm(self) -> float:
+        """Over all parameters and model-parallel ranks, read by the host once: megatron-core's own, where neither Apex
+        nor Transformer Engine is installed, reads one number for every parameter."""
+        grads = [g for part in self._optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=self._device)
+        squared = norm.float().square()
+        dist.all_reduce(squared, group=self._optimizer.get_grad_stats_parallel_group())
+        return squared.item() ** 0.5
 
     def fragments(self) -> Iterator[Fragment]:
         """One per parameter of this rank, in the model's order; the state is created where there is none yet."""
@@ -121,10 +150,8 @@ class ModelOptimizer:
             for param in group["params"]:
                 state = part.optimizer.state[param]
                 if not state:
-                    if isinstance(part.optimizer, torch.optim.Optimizer) and type(part.optimizer).__module__.startswith(
-                        "torch."
-                    ):
-                        state["step"] = torch.tensor(0.0)
+                    if _is_torch(part.optimizer):
+                        state["step"] = torch.zeros((), device=param.device if group["fused"] else None)
                     state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
                     state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
 
@@ -144,3 +171,7 @@ class ModelOptimizer:
     def reload_master_weights(self) -> None:
         """Copy the model's weights into the master weights; after weights were loaded without optimizer state."""
         self._optimizer.reload_model_params()
+
+
+def _is_torch(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith("torch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_gil.types import LossSum, Metrics, Readout
@@ -11,13 +12,23 @@ LossFn = Callable[[Readout, Any], LossSum]
 """(readout of a microbatch, the microbatch) -> sums over it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of this rank, and their share of an update."""
+
+    batch: Any
+    loss_fn: LossFn
+    temperature: float = 1.0
+    """Of the log-probs that the loss reads."""
+
+
 class FrozenEngine(Protocol):
-    def evaluate(self, batch: Any) -> Readout:
+    def evaluate(self, batch: Any, *, entropy: bool = False, temperature: float = 1.0) -> Readout:
         """What the model says of this rank's rows (types with `tokens` and `lengths`); no gradient."""
         ...
 
 
 class Engine(FrozenEngine, Protocol):
-    def update(self, batch: Any, loss_fn: LossFn) -> Metrics:
-        """One optimizer step on sum(total) / sum(count) over all ranks; the same for any cut of the batch."""
+    def update(self, *parts: Part, lr: float) -> Metrics:
+        """One optimizer step on sum(total) / sum(count) over all ranks and parts; the same for any cut of a batch."""
         ...

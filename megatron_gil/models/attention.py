@@ -13,6 +13,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megatron_gil.models.kernels import expands_kv_heads
+
 
 class PromptContext(StaticInferenceContext):
     """The key-value cache for prompts of different lengths, padded on the right to P, that are continued in step.
@@ -97,6 +99,9 @@ class FusedAttention(torch.nn.Module):
         if visible is None and 1 < num_queries < num_keys:
             visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             visible = visible.tril(num_keys - num_queries)
+        num_groups = query.shape[2] // key.shape[2]
+        if key.device.type == "cuda" and expands_kv_heads(key.dtype, query.shape[2], key.shape[2]):
+            key, value = (x.repeat_interleave(num_groups, dim=2) for x in (key, value))
         output = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

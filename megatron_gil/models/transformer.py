@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,10 +14,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_gil.config import ConfigError
+from megatron_gil.config import ModelsSection
 from megatron_gil.models.attention import CachedSelfAttention, FusedAttention
 from megatron_gil.models.heads import ScalarHead
 from megatron_gil.models.hf import WeightMap
+from megatron_gil.models.kernels import Kernels
 from megatron_gil.models.llama import Head, LlamaSpec, check_layout
 from megatron_gil.models.norm import RMSNorm
 from megatron_gil.models.rope import rope_frequencies
@@ -32,20 +32,22 @@ def build_model(
     head: Head,
     num_groups: int = 0,
     dtype: torch.dtype,
-    layer: str = "auto",
-    recompute: str = "none",
+    models: ModelsSection | None = None,
 ) -> GPTModel:
     """This pipeline stage of the model, its weights not yet set (`load_weights` sets them).
 
     On the last stage model(tokens [B, T], position_ids [B, T], None) is the logits [B, T, V / tp] of this rank's
     part of the padded vocabulary (lm), the score [B, T, 1] (score), or value and group logits [B, T, 1 + M] (critic);
-    on the others the hidden states [T, B, H] for the next.
+    on the others the hidden states [T, B, H] for the next. `models` says which kernels and what is recomputed; its
+    dtype is not read.
     """
+    models = models or ModelsSection()
     check_layout(spec, layout.tp_size, layout.pp_size, layout.sequence_parallel)
-    config = _transformer_config(spec, layout, dtype, recompute)
+    kernels = Kernels.choose(models, layout.device)
+    config = _transformer_config(spec, layout, dtype, models.recompute, kernels)
     model: Any = GPTModel(
         config,
-        _layer_specs(layer, layout, len(spec.layers_of(layout.pp_rank, layout.pp_size))),
+        _layer_specs(kernels, len(spec.layers_of(layout.pp_rank, layout.pp_size))),
         vocab_size=spec.padded_vocab_size(layout.tp_size),
         max_sequence_length=spec.max_positions,
         pre_process=layout.is_first_pp_stage,
@@ -71,7 +73,7 @@ def _mark_sharded_parameters(weights: WeightMap) -> None:
 
 
 def _transformer_config(
-    spec: LlamaSpec, layout: ParallelLayout, dtype: torch.dtype, recompute: str
+    spec: LlamaSpec, layout: ParallelLayout, dtype: torch.dtype, recompute: str, kernels: Kernels
 ) -> TransformerConfig:
     """One per model: the config carries the hooks of the schedule and the optimizer."""
     return TransformerConfig(
@@ -100,13 +102,12 @@ def _transformer_config(
         cuda_graph_scope=[],  # the default warns that it is deprecated
         calculate_per_token_loss=True,  # losses are sums, divided once by the global count
         perform_initialization=False,  # weights are loaded
-        deterministic_mode=layout.device.type == "cuda",  # on the CPU the default kernels already are
-        # The fused versions need Apex, Transformer Engine or torch.compile.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        deterministic_mode=layout.deterministic,  # the embedding's gradient; parallel/device.py does the rest
+        gradient_accumulation_fusion=kernels.gradient_accumulation_fusion,
+        bias_activation_fusion=kernels.swiglu_fusion,
+        apply_rope_fusion=kernels.rope_fusion,
+        masked_softmax_fusion=False,  # of an attention that is not ours
+        bias_dropout_fusion=False,  # there is neither
         **_recompute_options(recompute),
         **_pipeline_options(spec, layout.pp_size),
     )
@@ -128,19 +129,14 @@ def _recompute_options(recompute: str) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def _layer_specs(layer: str, layout: ParallelLayout, num_layers: int) -> Any:
-    has_engine = importlib.util.find_spec("transformer_engine") is not None
-    if layer == "transformer_engine" and not (has_engine and layout.device.type == "cuda"):
-        raise ConfigError(
-            "models.layer=transformer_engine needs a GPU and the transformer-engine package; install it or use auto"
-        )
+def _layer_specs(kernels: Kernels, num_layers: int) -> Any:
     spec: Any
-    if layer == "local" or not (has_engine and layout.device.type == "cuda"):
+    if kernels.transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec()  # its norms are part of the linear layers after them
+    else:
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-    else:
-        spec = get_gpt_layer_with_transformer_engine_spec()  # its norms are part of the linear layers after them
     attention = spec.submodules.self_attention
     attention.module = CachedSelfAttention
     attention.submodules.core_attention = FusedAttention

@@ -89,7 +89,7 @@ def broadcast_object(obj: Any, layout: ParallelLayout) -> Any:
     """Rank 0's object, on every rank (by pickle)."""
     box = [obj]
     if layout.world_size > 1:
-        dist.broadcast_object_list(box, src=0, device=layout.device)
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -120,7 +120,7 @@ def barrier(layout: ParallelLayout) -> None:
 
 
 def _reduce_int(value: int, op: Any, layout: ParallelLayout, group: dist.ProcessGroup) -> int:
-    box = torch.tensor(value, dtype=torch.int64, device=layout.device)
+    box = torch.tensor(value, dtype=torch.int64)  # through gloo: a GPU would first have to finish what it works on
     dist.all_reduce(box, op=op, group=group)
     return int(box.item())
 

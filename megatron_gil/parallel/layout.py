@@ -17,6 +17,10 @@ from megatron.core import tensor_parallel
 
 from megatron_gil.config import ConfigError, ParallelSection
 from megatron_gil.parallel.cpu import install_cpu_shim
+from megatron_gil.parallel.device import check_own_gpu, prepare_device
+
+NCCL_MARGIN_S = 120.0
+"""How much longer than parallel.timeout_s NCCL waits for a collective."""
 
 
 class StartError(RuntimeError):
@@ -38,6 +42,7 @@ class ParallelLayout:
     dp_size: int
     sequence_parallel: bool
     device: torch.device
+    deterministic: bool
     seed: int
     tp_pg: dist.ProcessGroup
     pp_pg: dist.ProcessGroup
@@ -79,11 +84,16 @@ Joined = Callable[[int, int, dist.Store], None]
 
 
 def start_parallel(
-    parallel: ParallelSection, *, seed: int, joined: Joined = lambda rank, world_size, store: None
+    parallel: ParallelSection,
+    *,
+    seed: int,
+    deterministic: bool = False,
+    joined: Joined = lambda rank, world_size, store: None,
 ) -> ParallelLayout:
     """Join the other processes and form megatron's groups; `seed` also seeds megatron's RNG streams.
 
-    joined: called as soon as there is a store, with this rank, the number of ranks and the store.
+    deterministic: kernels that give the same bits each time, on CUDA; the CPU's already do. joined: called as soon as
+    there is a store, with this rank, the number of ranks and the store.
     """
     model_size = parallel.tensor_size * parallel.pipeline_size
     place = _read_place(os.environ)
@@ -92,28 +102,30 @@ def start_parallel(
             f"{place.world_size} processes cannot be divided by parallel.tensor_size={parallel.tensor_size} x "
             f"parallel.pipeline_size={parallel.pipeline_size} = {model_size}; start a multiple of {model_size}"
         )
-    # megatron's layers ask for it, in a warning at each first call: kernels then start in the order of the program.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    device = prepare_device(place.local_rank, deterministic=deterministic)
     install_cpu_shim()
-    device = _pick_device(place.local_rank)
     store = _meet(place, parallel.timeout_s, joined)
+    check_own_gpu(device, store, place.rank, place.world_size)
+    # NCCL ends a process whose collective runs out of time, without an exception. The watchdog must be first, to say
+    # which rank was late; gloo raises, which the watchdog waits for.
+    timeout_s = parallel.timeout_s + (0.0 if device.type == "cpu" else NCCL_MARGIN_S)
     dist.init_process_group(
         # Logs and checkpoints also exchange CPU tensors, which nccl does not carry.
         backend="gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
         store=dist.PrefixStore("default_pg", store),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=parallel.timeout_s),
+        timeout=timedelta(seconds=timeout_s),
         device_id=None if device.type == "cpu" else device,
     )
     mpu.initialize_model_parallel(
         parallel.tensor_size,
         parallel.pipeline_size,
-        distributed_timeout_minutes=parallel.timeout_s / 60,  # type: ignore[arg-type]  only made a timedelta
+        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  only made a timedelta
         create_gloo_process_groups=False,  # for megatron's own checkpoints of the distributed optimizer
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return _read_layout(place, store, parallel.sequence_parallel, device, seed)
+    return _read_layout(place, store, parallel.sequence_parallel, device, deterministic, seed)
 
 
 def stop_parallel() -> None:
@@ -159,7 +171,12 @@ def _meet(place: _Place, timeout_s: float, joined: Joined) -> dist.Store:
 
 
 def _read_layout(
-    place: _Place, store: dist.Store, sequence_parallel: bool, device: torch.device, seed: int
+    place: _Place,
+    store: dist.Store,
+    sequence_parallel: bool,
+    device: torch.device,
+    deterministic: bool,
+    seed: int,
 ) -> ParallelLayout:
     return ParallelLayout(
         rank=place.rank,
@@ -173,6 +190,7 @@ def _read_layout(
         dp_size=mpu.get_data_parallel_world_size(),
         sequence_parallel=sequence_parallel,
         device=device,
+        deterministic=deterministic,
         seed=seed,
         tp_pg=_group(mpu.get_tensor_model_parallel_group()),
         pp_pg=_group(mpu.get_pipeline_model_parallel_group()),
@@ -186,15 +204,6 @@ def _read_layout(
 def _group(found: object) -> dist.ProcessGroup:
     assert isinstance(found, dist.ProcessGroup), found
     return found
-
-
-def _pick_device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # srun --gpus-per-task shows each process one GPU, torchrun shows each all of them.
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def _read_place(env: Mapping[str, str]) -> _Place:

@@ -29,5 +29,5 @@ def share_object_from_last_pp_stage(obj: Any, layout: ParallelLayout) -> Any:
     if layout.pp_size == 1:
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, group=layout.pp_pg, group_src=layout.pp_size - 1, device=layout.device)
+    dist.broadcast_object_list(box, group=layout.pp_pg, group_src=layout.pp_size - 1)
     return box[0]

@@ -17,24 +17,30 @@ from torch import Tensor
 _CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32 at a time
 
 
-def vocab_parallel_log_probs(logits: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int) -> Tensor:
-    """log softmax(logits)[target]: logits [..., V / tp], targets [...] int64 -> [...] float32 (float64 for float64).
+def vocab_parallel_log_probs(
+    logits: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int, temperature: float = 1.0
+) -> Tensor:
+    """log softmax(logits / temperature)[target]: logits [..., V / tp], targets [...] int64 -> [...].
 
-    The same on every rank. Contiguous logits are not copied: hand over all positions and drop the last column after.
+    float32, or float64 for float64; the same on every rank. Contiguous logits are not copied: hand over all
+    positions and drop the last column after.
     """
-    return _LogProbs.apply(logits, targets, tp_pg, vocab_size)  # type: ignore[return-value]
+    return _LogProbs.apply(logits, targets, tp_pg, vocab_size, temperature)  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def vocab_parallel_entropy(logits: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int) -> Tensor:
-    """-sum_v p_v log p_v in nats: logits [..., V / tp] -> [...] float32 (float64 for float64); no gradient."""
+def vocab_parallel_entropy(
+    logits: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int, temperature: float = 1.0
+) -> Tensor:
+    """-sum_v p_v log p_v in nats, p = softmax(logits / temperature): logits [..., V / tp] -> [...], float32, or float64
+    for float64; no gradient."""
     rows = logits.reshape(-1, logits.shape[-1])
     num_real = _num_real_columns(rows, tp_pg, vocab_size)
     peak = _local_peak(rows, num_real)
     _all_reduce(peak, dist.ReduceOp.MAX, tp_pg)
     sums = torch.empty(2, len(rows), dtype=peak.dtype, device=rows.device)  # of exp(x - peak) and of exp(x - peak) x
     for chunk in _chunks(rows):
-        shifted = _widen(rows[chunk, :num_real]) - peak[chunk, None]
+        shifted = _shift(rows[chunk, :num_real], peak[chunk, None], temperature)
         weights = shifted.exp()
         sums[0, chunk] = weights.sum(-1)
         sums[1, chunk] = weights.mul_(shifted).sum(-1)
@@ -44,35 +50,38 @@ def vocab_parallel_entropy(logits: Tensor, tp_pg: dist.ProcessGroup, *, vocab_si
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, vocab_size: int) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, vocab_size: int, temperature: float
+    ) -> Tensor:
         rows, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
         num_real = _num_real_columns(rows, tp_pg, vocab_size)
         peak = _local_peak(rows, num_real)
         _all_reduce(peak, dist.ReduceOp.MAX, tp_pg)
         columns, is_here = _local_columns(flat_targets, rows, tp_pg)
-        target_logits = _widen(rows.gather(1, columns[:, None]).squeeze(1))
+        target_logits = _shift(rows.gather(1, columns[:, None]).squeeze(1), peak, temperature)
         # Summed over ranks: exp(x - peak), and the target's logit, which one rank holds.
-        sums = torch.stack([torch.zeros_like(peak), torch.where(is_here, target_logits - peak, 0)])
+        sums = torch.stack([torch.zeros_like(peak), torch.where(is_here, target_logits, 0)])
         for chunk in _chunks(rows):
-            sums[0, chunk] = (_widen(rows[chunk, :num_real]) - peak[chunk, None]).exp_().sum(-1)
+            sums[0, chunk] = _shift(rows[chunk, :num_real], peak[chunk, None], temperature).exp_().sum(-1)
         _all_reduce(sums, dist.ReduceOp.SUM, tp_pg)
         ctx.save_for_backward(rows, columns, is_here, peak, sums[0])
-        ctx.num_real, ctx.shape = num_real, logits.shape
+        ctx.num_real, ctx.shape, ctx.temperature = num_real, logits.shape, temperature
         return (sums[1] - sums[0].log()).view(targets.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """(1[v = target] - softmax_v) * grad, from the saved logits, their peak and sum; no communication."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """(1[v = target] - softmax_v) * grad / temperature, from the saved logits, their peak and sum, without
+        communication."""
         rows, columns, is_here, peak, exp_sum = ctx.saved_tensors
-        grad = grads[0].reshape(-1)
+        grad = grads[0].reshape(-1) / ctx.temperature
         grad_rows = torch.zeros_like(rows) if ctx.num_real < rows.shape[1] else torch.empty_like(rows)
         for chunk in _chunks(rows):
-            part = (_widen(rows[chunk, : ctx.num_real]) - peak[chunk, None]).exp_()
+            part = _shift(rows[chunk, : ctx.num_real], peak[chunk, None], ctx.temperature).exp_()
             part.mul_(-(grad[chunk] / exp_sum[chunk])[:, None])
             at_target = torch.where(is_here[chunk], grad[chunk], 0)
             part.scatter_add_(1, columns[chunk, None], at_target[:, None])
             grad_rows[chunk, : ctx.num_real] = part  # rounded once, here
-        return grad_rows.view(ctx.shape), None, None, None
+        return grad_rows.view(ctx.shape), None, None, None, None
 
 
 def _num_real_columns(rows: Tensor, tp_pg: dist.ProcessGroup, vocab_size: int) -> int:
@@ -91,6 +100,12 @@ def _local_columns(targets: Tensor, rows: Tensor, tp_pg: dist.ProcessGroup) -> t
 
 def _local_peak(rows: Tensor, num_real: int) -> Tensor:
     return _widen(rows[:, :num_real].amax(-1))
+
+
+def _shift(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
+    """(logits - peak) / temperature, in this order: a quotient of large numbers would lose digits to the difference."""
+    shifted = _widen(logits) - peak
+    return shifted if temperature == 1.0 else shifted.div_(temperature)
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Each rank writes signs of life into the process group's store, from a thread. Rank 0 reads all of them and writes a
 verdict; the others read the verdict, and rank 0's signs in case it is the one. A rank that was killed is found within
 HURRIED_S once a collective breaks, one that is stopped within SILENCE_S, both at most a share of parallel.timeout_s.
+Under NCCL, whose time-outs end the process without an exception, rank 0 judges first, by the phases that ranks are in.
 """
 
 from __future__ import annotations
@@ -62,11 +63,16 @@ class Heard:
 class Watchdog:
     """Used as a context around all that a rank does with the others, from its `join`. Alone it does nothing."""
 
+    collectives_raise = True
+    """Whether a collective that runs out of time raises an exception, as gloo's do. NCCL's end the process: then
+    rank 0 judges before that, by the signs of life alone."""
+
     def __init__(self, where: Callable[[], Whereabouts], *, timeout_s: float) -> None:
         """where: this rank's whereabouts, asked from a thread."""
         self._where, self._rank, self._world_size = where, 0, 1
         self._interval = min(INTERVAL_S, timeout_s / 40)
         self._hurried, self._silence = min(HURRIED_S, timeout_s / 8), min(SILENCE_S, timeout_s / 2)
+        self._timeout = timeout_s
         self._state: State = "running"
         self._detail, self._beat = "", 0
         self._heard: dict[int, Heard] = {}
@@ -155,7 +161,10 @@ class Watchdog:
     def _judge(self, heard: dict[int, Heard]) -> str:
         broken = self._state == "broken" or any(h.sign.state == "broken" for h in heard.values())
         lost = find_lost(heard, time.monotonic(), broken=broken, hurried_s=self._hurried, silence_s=self._silence)
-        return lost or (find_late(heard, time.monotonic(), hurried_s=self._hurried) if self._rank == 0 else "")
+        if lost or self._rank != 0:
+            return lost
+        late = find_late(heard, time.monotonic(), hurried_s=self._hurried)
+        return late or ("" if self.collectives_raise else find_behind(heard, timeout_s=self._timeout))
 
     def _lose_store(self) -> None:
         """The store is kept by rank 0, or by torchrun on its machine: it is gone when they are."""
@@ -208,6 +217,25 @@ def find_late(heard: dict[int, Heard], now: float, *, hurried_s: float) -> str:
     if sign.state == "broken":
         return f"rank {late} lost its connection in {sign.phase}: {sign.detail}"
     return f"rank {late} did not come to a collective: it has been in {sign.phase} for {sign.seconds:.0f} s"
+
+
+def find_behind(heard: dict[int, Heard], *, timeout_s: float) -> str:
+    """Of ranks that all live, the one that others have waited for longer than the time-out, as far as phases tell.
+
+    Ranks enter the same phases in the same order. One that is in an earlier phase than another is late once both have
+    been where they are for the time-out. Ranks that hang in one phase cannot be told apart from ranks that work.
+    """
+    signs = {rank: h.sign for rank, h in heard.items() if h.sign.state == "running"}
+    if not signs:
+        return ""
+    late, ahead = (choose(signs, key=lambda rank: signs[rank].number) for choose in (min, max))
+    waited = min(signs[late].seconds, signs[ahead].seconds)
+    if signs[late].number == signs[ahead].number or waited <= timeout_s:
+        return ""
+    return (
+        f"rank {late} keeps the others waiting: it has been in {signs[late].phase} for {signs[late].seconds:.0f} s, "
+        f"rank {ahead} waits in {signs[ahead].phase} for {signs[ahead].seconds:.0f} s, longer than parallel.timeout_s"
+    )
 
 
 def is_broken_collective(error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,17 @@ class Alarm:
 class Alarms:
     """Looks at the metrics of each iteration. An alarm is a metric alarm/NAME, and a line when it begins."""
 
-    def __init__(self, section: AlarmSection, *, min_group_mass: float, score_range: Range | None) -> None:
-        """score_range: what the reward model was trained on; None where that is not known."""
+    def __init__(
+        self,
+        section: AlarmSection,
+        *,
+        min_group_mass: float,
+        score_range: Range | None,
+        truncations: Sequence[str] = (),
+    ) -> None:
+        """score_range: what the reward model was trained on; None where that is not known. truncations: settings that
+        keep the sampler from drawing from the whole softmax."""
+        self._truncations = truncations
         self._section, self._min_group_mass, self._score_range = section, min_group_mass, score_range
         self._of_training = score_range is not None
         self._baseline: dict[str, float] = {}  # the metrics of BASELINE in the first iteration
@@ -110,6 +119,11 @@ class Alarms:
 
     def _of_replies(self, metrics: Metrics) -> Iterator[Alarm]:
         section, baseline = self._section, self._baseline
+        if section.sampling_mismatch and self._truncations:
+            found = metrics["policy/sampling_mismatch"]
+            text = f"the sampler is {found:.2g} nats a token away from the log-probs that PPO uses: "
+            text += f"{', '.join(self._truncations)}"
+            yield Alarm("sampling_mismatch", found > section.sampling_mismatch, text)
         if section.duplicate_fraction:
             found = metrics["response/duplicate_fraction"]
             text = f"{found:.0%} of the replies are the same as a reply to another prompt"

@@ -75,7 +75,10 @@ def run_command(name: str, config: Any, stop: StopSignal) -> int:
     progress = Progress(stop)
     try:
         with Watchdog(lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog:
-            layout = start_parallel(config.parallel, seed=config.run.seed, joined=watchdog.join)
+            layout = start_parallel(
+                config.parallel, seed=config.run.seed, deterministic=config.run.deterministic, joined=watchdog.join
+            )
+            watchdog.collectives_raise = layout.device.type == "cpu"
             progress.attend(layout)
             code, text = _run_guarded(name, config, layout, progress, watchdog)
     except StartError as error:

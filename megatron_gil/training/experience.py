@@ -51,7 +51,8 @@ def shape_experience(
     trajectory_returns = normalized if gil.group_return == "score" else rewards.sum(1)
     ordering = trajectory_returns
     if gil.group_value == "weighted_log_prob":  # the printed formula; wrong sign, see algo/groups.py
-        ordering = (scores.log_probs * mask * rewards.flip(1).cumsum(1).flip(1)).sum(1)
+        rewards_to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=1.0, gae_lambda=1.0)
+        ordering = (scores.log_probs * mask * rewards_to_go).sum(1)
     invariance = grouping.settle(scores.group_probs, ordering, num_updates)
 
     advantages, returns = _advantages(rewards, scores.values, mask, ppo)

@@ -8,10 +8,17 @@ import torch
 
 from megatron_gil.training.progress import Progress
 
+_SIGNS = (
+    "DefaultCPUAllocator",  # torch's, on the CPU
+    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS finds no room for its workspace
+    "CUDA error: out of memory",  # of what does not pass through torch's allocator
+    "CUDA out of memory",
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the GPU, of torch's CPU allocator (which raises a plain RuntimeError), or of Python."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Of the GPU, of Python, or of what raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def explain_out_of_memory(error: BaseException, progress: Progress, config: Any) -> str:

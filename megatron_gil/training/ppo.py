@@ -18,6 +18,7 @@ from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
+from megatron_gil.engine.protocol import Part
 from megatron_gil.training.alarms import Alarms, duplicate_fraction
 from megatron_gil.training.experience import rollout_means, shape_experience, with_deviations
 from megatron_gil.training.grouping import Grouping
@@ -79,8 +80,15 @@ class PpoTrainer:
         self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
         self.tokenizer, self.progress, self.all_sum = tokenizer, progress, all_sum
         self.moments = ScoreMoments()
-        self.alarms = Alarms(config.alarms, min_group_mass=config.gil.min_group_mass, score_range=score_range)
+        self.alarms = Alarms(
+            config.alarms,
+            min_group_mass=config.gil.min_group_mass,
+            score_range=score_range,
+            truncations=config.sampling.truncations(),
+        )
         self.num_updates = 0
+        # Greedy sampling has no log-probs of its own: those of temperature 1 stand in for them.
+        self.temperature = config.sampling.temperature or 1.0
         minibatches = config.ppo.prompts * config.ppo.responses_per_prompt // config.batch.global_size
         self.num_planned_updates = config.ppo.iterations * config.ppo.epochs * minibatches
 
@@ -106,17 +114,17 @@ class PpoTrainer:
     def score(self, rollout: Rollout) -> Scores:
         """What every model says of the rollout, before any update."""
 
-        def read(role: str, model: MegatronModel, **kwargs: bool) -> Readout:
+        def read(role: str, model: MegatronModel, **kwargs: Any) -> Readout:
             self.progress.safe_point(f"scoring by {role}", rollout)
             return model.evaluate(rollout, **kwargs)
 
-        policy = read("policy", self.policy, entropy=True)
+        policy = read("policy", self.policy, entropy=True, temperature=self.temperature)
         critic = read("critic", self.critic) if self.critic else Readout(values=torch.zeros_like(policy.log_probs))
         groups = read("classifier", self.classifier) if self.classifier else critic
         return Scores(
             log_probs=policy.log_probs,
             entropy=policy.entropy,
-            ref_log_probs=read("ref_policy", self.ref_policy).log_probs,
+            ref_log_probs=read("ref_policy", self.ref_policy, temperature=self.temperature).log_probs,
             values=critic.values,
             group_probs=self.grouping.probs(rollout, groups),
             scores=read("reward_model", self.reward_model).scores,
@@ -192,10 +200,10 @@ class PpoTrainer:
         step: dict[str, float] = {}
         if self.critic:
             self.progress.enter("critic warm-up" if self._policy_waits() else "critic update", minibatch)
-            step |= _named("critic", self.critic.update((minibatch, critic_loss), lr=lr))
+            step |= _named("critic", self.critic.update(Part(minibatch, critic_loss), lr=lr))
         if self.classifier:
             self.progress.enter("classifier update", minibatch)
-            step |= _named("classifier", self.classifier.update((minibatch, classifier_loss), lr=lr))
+            step |= _named("classifier", self.classifier.update(Part(minibatch, classifier_loss), lr=lr))
         return step
 
     def _update_policy(self, minibatch: Experience) -> dict[str, float]:
@@ -208,13 +216,13 @@ class PpoTrainer:
                 readout.log_probs, rows.log_probs, weighted, rows.response_mask, clip_range=ppo.clip_range
             )
 
-        parts: list[Any] = [(minibatch, invariant_policy_loss)]
+        parts = [Part(minibatch, invariant_policy_loss, self.temperature)]
         if self.pretrain:
             parts.append(self._pretraining_part(minibatch))
         self.progress.enter("policy update", minibatch)
         return _named("policy", self.policy.update(*parts, lr=lr))
 
-    def _pretraining_part(self, minibatch: Experience) -> tuple[TokenBatch, Any]:
+    def _pretraining_part(self, minibatch: Experience) -> Part:
         """ptx_coef times the mean next-token loss on pre-training text, as a part that counts no tokens of its own."""
         assert self.pretrain is not None
         text = self.pretrain.batch(self.num_updates)
@@ -226,7 +234,7 @@ class PpoTrainer:
             metrics = {"policy/ptx_loss": scale / self.config.ppo.ptx_coef * loss.total.detach()}
             return LossSum(total=scale * loss.total, count=torch.zeros_like(loss.count), metrics=metrics)
 
-        return text, ptx_loss
+        return Part(text, ptx_loss)
 
     def evaluate(self) -> Metrics:
         """Scores of responses to the held-out prompts, under eval/."""

@@ -15,7 +15,7 @@ from megatron_gil.algo.preference import dpo_loss, pairwise_loss
 from megatron_gil.config import DpoSection, OptimizerSection, RewardSection
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
-from megatron_gil.engine.protocol import LossFn
+from megatron_gil.engine.protocol import LossFn, Part
 from megatron_gil.training.metrics import Means
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.sources import RowSource
@@ -53,7 +53,7 @@ class SupervisedTrainer:
         loaded = time.perf_counter()
         lr = learning_rate(self._optimizer, update=iteration, num_updates=self.num_iterations)
         self._progress.safe_point(f"{self._role} update", batch)
-        metrics = self._model.update((batch, self._loss_fn), lr=lr)
+        metrics = self._model.update(Part(batch, self._loss_fn), lr=lr)
         num_tokens = float(self._all_sum(batch.lengths.sum()))
         seconds = time.perf_counter() - started
         own = {name if "/" in name else f"{self._role}/{name}": value for name, value in metrics.items()}

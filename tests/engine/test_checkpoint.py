@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from megatron_gil.config import CheckpointSection, OptimizerSection
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.supervised import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch, take_rows
@@ -66,8 +67,8 @@ def _update(models: dict[str, TrainableModel], update: int) -> None:
     layout = models["policy"].layout
     share = NUM_ROWS // layout.dp_size
     mine = take_rows(batch, slice(layout.dp_rank * share, (layout.dp_rank + 1) * share))
-    models["policy"].update((mine, sft_loss), lr=1e-2)
-    models["critic"].update((mine, _critic_loss), lr=1e-2)
+    models["policy"].update(Part(mine, sft_loss), lr=1e-2)
+    models["critic"].update(Part(mine, _critic_loss), lr=1e-2)
 
 
 def _critic_loss(readout: Readout, rows: TokenBatch) -> LossSum:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_gil.config import OptimizerSection
 from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.protocol import Part
 from megatron_gil.training.supervised import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch, take_rows
 from tests.ranks import run_ranks
@@ -51,7 +52,7 @@ def _updates(layout: dict[str, Any], root: Path, distributed: bool) -> dict[str,
                 optimizer=OptimizerSection(clip_grad=1.0),
                 distributed_optimizer=distributed,
             )
-            metrics = [model.update((_rows(started), loss_fn), lr=1e-2) for loss_fn in losses]
+            metrics = [model.update(Part(_rows(started), loss_fn), lr=1e-2) for loss_fn in losses]
             found[name] = {
                 "weights": full_weights(model),
                 "skipped": [m["skipped"] for m in metrics],

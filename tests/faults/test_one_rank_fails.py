@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import pkgutil
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_gil.parallel.watchdog import Watchdog
+from megatron_gil.training.memory import is_out_of_memory
 from tests.faults.processes import Ranks
 from tests.faults.running import arguments
 
@@ -77,6 +82,19 @@ def test_out_of_memory_names_the_batch_and_the_key_to_lower(
     assert f"rank 1 failed in {'rollout' if name == CHOOSE else 'critic update'}: rank 1: out of memory" in said[0]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_out_of_memory_has_many_names(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_an_unforeseen_exception_has_one_traceback(world: Path, tmp_path: Path) -> None:
     codes, said = _run(world, tmp_path, Misfortune(STEP, _raise))
     assert codes == [1, 1], said
@@ -90,6 +108,37 @@ def test_a_rank_that_hangs_is_named_when_a_collective_runs_out_of_time(world: Pa
     assert codes[0] == 1, said
     assert "rank 1 did not come to a collective: it has been in critic update for" in said[0]
     assert "Traceback" not in said[0]
+
+
+@dataclass(frozen=True)
+class HangUnderNccl:
+    """Rank 1 hangs, and a collective that runs out of time raises nothing in any rank, as NCCL's do not."""
+
+    name: str
+
+    def __call__(self, rank: int) -> None:
+        layout, never = importlib.import_module("megatron_gil.parallel.layout"), timedelta(hours=1)
+        for holder, name, late in (
+            (layout.dist, "init_process_group", {"timeout": never}),
+            (layout.mpu, "initialize_model_parallel", {"distributed_timeout_minutes": 60}),
+        ):
+            original = getattr(holder, name)
+            patched = functools.partial(lambda call, late, *a, **k: call(*a, **{**k, **late}), original, late)
+            mock.patch.object(holder, name, patched).start()
+        mock.patch.object(Watchdog, "collectives_raise", property(lambda self: False, lambda self, value: None)).start()
+        Misfortune(self.name, _hang)(rank)
+
+
+def test_a_rank_that_hangs_is_named_where_collectives_do_not_raise(world: Path, tmp_path: Path) -> None:
+    run = arguments("ppo", world, tmp_path / "run", "parallel.timeout_s=10")
+    ranks = Ranks(run, world, tmp_path / "log", change=HangUnderNccl("training.ppo.PpoTrainer.sample"))
+    ranks.processes[0].join(90)
+    ranks.kill([1])
+    assert ranks.wait()[0] == 1
+    said = " ".join(ranks.said(0).split())
+    assert "rank 1 keeps the others waiting: it has been in beginning iteration 3 for" in said
+    assert "rank 0 waits in rollout for" in said
+    assert "Traceback" not in said
 
 
 def test_ranks_that_never_start_are_named(world: Path, tmp_path: Path) -> None:

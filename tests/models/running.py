@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_gil.config import ParallelSection
+from megatron_gil.config import ModelsSection, ParallelSection
 from megatron_gil.models.hf import load_weights
 from megatron_gil.models.llama import Head, LlamaSpec
 from megatron_gil.models.transformer import build_model
@@ -53,10 +53,12 @@ def load_model(
     head: Head = "lm",
     num_groups: int = 0,
     dtype: torch.dtype = torch.float32,
-    recompute: str = "none",
+    recompute: Any = "none",
 ) -> tuple[LlamaSpec, Any]:
     spec = LlamaSpec.read(hf_dir)
-    model = build_model(spec, layout, head=head, num_groups=num_groups, dtype=dtype, recompute=recompute)
+    model = build_model(
+        spec, layout, head=head, num_groups=num_groups, dtype=dtype, models=ModelsSection(recompute=recompute)
+    )
     load_weights(model, spec, hf_dir, layout)
     return spec, model
 

@@ -26,7 +26,9 @@ def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return logits.to(dtype), targets, torch.linspace(-1, 2, 21, dtype=torch.float64).view(3, 7)
 
 
-def _compute(tp_size: int, dtype: torch.dtype, chunk_elements: int) -> tuple[Tensor, Tensor, Tensor]:
+def _compute(
+    tp_size: int, dtype: torch.dtype, chunk_elements: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropy, and this rank's columns of the logits' gradient."""
     vocab._CHUNK_ELEMENTS = chunk_elements  # of this process alone
     layout = start_parallel(ParallelSection(tensor_size=tp_size), seed=1)
@@ -35,8 +37,8 @@ def _compute(tp_size: int, dtype: torch.dtype, chunk_elements: int) -> tuple[Ten
     # Padding that would win the softmax if it took part.
     padded = torch.nn.functional.pad(logits, (0, width * tp_size - VOCAB_SIZE), value=1e4)
     local = padded[..., layout.tp_rank * width : (layout.tp_rank + 1) * width].clone().requires_grad_()
-    log_probs = vocab_parallel_log_probs(local, targets, layout.tp_pg, vocab_size=VOCAB_SIZE)
-    entropy = vocab_parallel_entropy(local, layout.tp_pg, vocab_size=VOCAB_SIZE)
+    log_probs = vocab_parallel_log_probs(local, targets, layout.tp_pg, vocab_size=VOCAB_SIZE, temperature=temperature)
+    entropy = vocab_parallel_entropy(local, layout.tp_pg, vocab_size=VOCAB_SIZE, temperature=temperature)
     assert not entropy.requires_grad
     (log_probs * direction.to(log_probs.dtype)).sum().backward()
     stop_parallel()
@@ -51,11 +53,12 @@ def _compute(tp_size: int, dtype: torch.dtype, chunk_elements: int) -> tuple[Ten
     [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)],
     ids=["float64", "float32", "bfloat16"],
 )
-def test_equals_log_softmax(tp_size: int, dtype: torch.dtype, tolerance: float) -> None:
-    ranks: Any = run_ranks(_compute, tp_size, tp_size, dtype, 200)  # a few rows a chunk
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_equals_log_softmax(tp_size: int, dtype: torch.dtype, tolerance: float, temperature: float) -> None:
+    ranks: Any = run_ranks(_compute, tp_size, tp_size, dtype, 200, temperature)  # a few rows a chunk
     logits, targets, direction = _inputs(dtype)
     whole = logits.double().requires_grad_()
-    expected = whole.log_softmax(-1)
+    expected = (whole / temperature).log_softmax(-1)
     chosen = expected.gather(-1, targets[..., None])[..., 0]
     (chosen * direction).sum().backward()
     nats = -(expected.exp() * expected).sum(-1)

@@ -14,6 +14,7 @@ from megatron_gil.data.demonstrations import DemonstrationDataset
 from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import EOS_ID, PAD_ID
+from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo import PpoTrainer
 from megatron_gil.training.supervised import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
@@ -55,7 +56,7 @@ def supervised(root: Path, num_rows: int, micro_size: int) -> dict[str, Step]:
         found = {}
         for name, (directory, head, batch, loss_fn) in work.items():
             model = build(root / directory, layout, head, kind=DescendingModel, **common)
-            model.update((batch, loss_fn), lr=0.0)
+            model.update(Part(batch, loss_fn), lr=0.0)
             found[name] = replace(model.steps[0], rows=_rows(batch))
         return found
 
@@ -102,7 +103,14 @@ class PpoRun:
 
 
 def ppo(
-    root: Path, tokens: Tensor, num_prompt_columns: int, *, lr: float, state_after_end: bool, **settings: Any
+    root: Path,
+    tokens: Tensor,
+    num_prompt_columns: int,
+    *,
+    lr: float,
+    state_after_end: bool,
+    temperature: float = 1.0,
+    **settings: Any,
 ) -> PpoRun:
     """Score, shape and optimize, with Bessel's correction of the whitening; see test_trl_ppo.py.
 
@@ -110,7 +118,7 @@ def ppo(
     """
     with parallel(ONE) as layout:
         rollout = as_rollout(tokens, num_prompt_columns)
-        trainer = _trainer(root, layout, len(tokens), lr, settings)
+        trainer = _trainer(root, layout, len(tokens), lr, temperature, settings)
         scores = trainer.score(rollout)
         experience, metrics = trainer.shape(rollout, scores)
         num_tokens = float(rollout.response_mask.sum())
@@ -118,7 +126,7 @@ def ppo(
         metrics |= trainer.optimize(corrected)
         critic = trainer.critic
         if state_after_end:
-            other = _trainer(root, layout, len(tokens), lr, settings)
+            other = _trainer(root, layout, len(tokens), lr, temperature, settings)
             others = other.optimize(_with_state_after_end(corrected, rollout, scores))
             metrics |= {name: value for name, value in others.items() if name.startswith("critic/")}
             critic = other.critic
@@ -134,7 +142,9 @@ def ppo(
         )
 
 
-def _trainer(root: Path, layout: ParallelLayout, num_rows: int, lr: float, settings: dict[str, Any]) -> PpoTrainer:
+def _trainer(
+    root: Path, layout: ParallelLayout, num_rows: int, lr: float, temperature: float, settings: dict[str, Any]
+) -> PpoTrainer:
     """Plain PPO, scores as they are, with another reference than the policy so that the KL is not 0."""
     rate = {"lr": lr, "schedule": "constant", "warmup_fraction": 0.0}
     config = ppo_config(
@@ -142,6 +152,7 @@ def _trainer(root: Path, layout: ParallelLayout, num_rows: int, lr: float, setti
         optimizer=rate,
         critic_optimizer=rate,
         ppo={"prompts": num_rows, "responses_per_prompt": 1, "normalize_score": False, **settings},
+        sampling={"temperature": temperature},
         gil={"num_groups": 1},
     )
     trainer = make_trainer(config, root, layout, kind=DescendingModel, dtype=torch.float64)

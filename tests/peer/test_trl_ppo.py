@@ -9,7 +9,7 @@ of gradient descent on each side, long enough that both clips bind. Where the tw
 - Both put the KL (k1, per token) into the reward. TRL has no running normalisation of scores: normalize_score off.
 - TRL always whitens the advantages, by the unbiased variance (n - 1); this project by that of the population (n): its
   advantages are multiplied by sqrt((n - 1) / n). The surrogate is linear in them, so nothing else changes.
-- TRL divides logits by temperature + 1e-7: temperature = 1 - 1e-7.
+- TRL divides logits by temperature + 1e-7: it gets ours less 1e-7.
 - TRL's n / (n - 1) and megatron-core's 1 / tokens are float32 numbers: that is the difference that is left.
 - Where a response ends before the length limit, TRL gives the score one token after the end, learns a value there,
   and lets the advantages flow from it. With gamma = lambda = 1 its value cancels out of every advantage, and the critic
@@ -49,7 +49,9 @@ METRICS = {
 }
 
 
-def _theirs(world: Path, out: Path, *, gamma: float, gae_lambda: float, **settings: Any) -> Any:
+def _theirs(
+    world: Path, out: Path, *, gamma: float, gae_lambda: float, temperature: float = 1.0, **settings: Any
+) -> Any:
     from tests.peer import trl_side
 
     run = trl_side.ppo(
@@ -59,7 +61,7 @@ def _theirs(world: Path, out: Path, *, gamma: float, gae_lambda: float, **settin
         seed=SEED,
         lr=LR,
         response_length=10,
-        temperature=1 - 1e-7,
+        temperature=temperature - 1e-7,
         kl_coef=KL_COEF,
         vf_coef=1.0,
         cliprange=CLIP,
@@ -91,12 +93,14 @@ def _ours(world: Path, theirs: Any, *, ends: bool, **settings: Any) -> our_side.
 
 
 @pytest.mark.parametrize(
-    ("stop_token", "gamma", "gae_lambda"),
-    [(None, 0.9, 0.8), ("eos", 1.0, 1.0)],
-    ids=["whole responses", "ended responses"],
+    ("stop_token", "gamma", "gae_lambda", "temperature"),
+    [(None, 0.9, 0.8, 1.0), ("eos", 1.0, 1.0, 1.0), (None, 0.9, 0.8, 0.7)],
+    ids=["whole responses", "ended responses", "temperature 0.7"],
 )
-def test_two_updates(world: Path, out: Path, stop_token: str | None, gamma: float, gae_lambda: float) -> None:
-    discount = {"gamma": gamma, "gae_lambda": gae_lambda}
+def test_two_updates(
+    world: Path, out: Path, stop_token: str | None, gamma: float, gae_lambda: float, temperature: float
+) -> None:
+    discount = {"gamma": gamma, "gae_lambda": gae_lambda, "temperature": temperature}
     theirs = _theirs(world, out, stop_token=stop_token, num_ppo_epochs=2, **discount)
     clips = {"clip_range": CLIP, "value_clip_range": VALUE_CLIP}
     ours = _ours(world, theirs, ends=stop_token is not None, epochs=2, **clips, **discount)

@@ -187,7 +187,8 @@ def ppo(root: Path, out: Path, num_rows: int, *, seed: int, lr: float, **setting
         run.tokens, _ = own_generation(model, queries, size, pad_id, config)
         with torch.no_grad():
             output: Any = ppo_trainer.forward(model, run.tokens, pad_id)
-        return run.tokens, output.logits[:, queries.shape[1] - 1 : -1]
+        # generation's own come divided by the temperature
+        return run.tokens, output.logits[:, queries.shape[1] - 1 : -1] / (args.temperature + 1e-7)
 
     def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
         result = own_whitening(values, mask, shift_mean)

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_gil import config as c
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.protocol import Part
 from megatron_gil.models.attention import PromptContext
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.training.supervised import sft_loss
@@ -60,7 +61,7 @@ def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict
         assert model.optimizer is not None
         model.optimizer.reload_master_weights()
         batch = _rows(ROWS * MICROBATCHES)
-        part = (batch, sft_loss if head == "lm" else _value_loss)
+        part = Part(batch, sft_loss if head == "lm" else _value_loss)
         model.update(part, lr=1e-4)  # the first one also makes Adam's state
         found = {
             "weights": sum(p.nbytes for p in model.module.parameters()),

@@ -29,6 +29,7 @@ FIRST = {
     "response/tokens": 20.0,
     "response/duplicate_fraction": 0.0,
     "reward/out_of_range_fraction": 0.0,
+    "policy/sampling_mismatch": 0.02,
 }
 SECTION = AlarmSection(
     max_kl=50,
@@ -38,6 +39,7 @@ SECTION = AlarmSection(
     entropy_fraction=0.1,
     length_factor=3,
     duplicate_fraction=0.5,
+    sampling_mismatch=0.1,
 )
 BAD = [
     ("group_mass", {"group/mass_1": 0.01}, "group 1 has 1.00% of the batch, below gil.min_group_mass=0.02"),
@@ -47,14 +49,29 @@ BAD = [
     ("entropy", {"policy/entropy": 0.19}, "entropy 0.19 nats a token, 2 at first"),
     ("length", {"response/tokens": 61.0}, "replies have 61 tokens, 20 at first"),
     ("length", {"response/tokens": 6.0}, "replies have 6 tokens"),
+    (
+        "sampling_mismatch",
+        {"policy/sampling_mismatch": 0.22},
+        "0.22 nats a token away from the log-probs that PPO uses: sa",
+    ),
     ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a reply (policy/kl_group_1) is 2.2 times the 3 of late"),
 ]
-NAMES = {"kl", "kl_spike", "group_mass", "group_information", "duplicates", "score", "entropy", "length"}
+NAMES = {
+    "kl",
+    "kl_spike",
+    "group_mass",
+    "group_information",
+    "duplicates",
+    "score",
+    "entropy",
+    "length",
+    "sampling_mismatch",
+}
 QUIET = {f"alarm/{name}": 0.0 for name in NAMES}
 
 
 def _alarms(section: AlarmSection = SECTION, score_range: tuple[float, float] | None = (-1.0, 2.0)) -> Alarms:
-    return Alarms(section, min_group_mass=0.02, score_range=score_range)
+    return Alarms(section, min_group_mass=0.02, score_range=score_range, truncations=["sampling.top_p=0.9"])
 
 
 @pytest.mark.parametrize(("name", "changes", "text"), BAD)

@@ -15,6 +15,7 @@ from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import PAD_ID
 from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.collectives import gather_rows
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.sources import to_device
@@ -87,7 +88,7 @@ def _accuracies(root: Path, layout: ParallelLayout) -> tuple[float, float]:
         model: TrainableModel = build(
             root / "reward_model", layout, "score", kind=TrainableModel, optimizer=OptimizerSection()
         )
-        metrics = model.update((labelled, reward_loss_fn(RewardSection())), lr=0.0)
+        metrics = model.update(Part(labelled, reward_loss_fn(RewardSection())), lr=0.0)
         found.append(metrics["reward/accuracy"])
     return found[0], found[1]
 

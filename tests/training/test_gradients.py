@@ -17,6 +17,7 @@ from megatron_gil.config import DpoSection, RewardSection
 from megatron_gil.data.demonstrations import DemonstrationDataset
 from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.collectives import gather_rows
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.sources import to_device
@@ -74,7 +75,7 @@ def _supervised(root: Path, layout: ParallelLayout, micro_size: int, dtype: torc
         model = build(root / directory, layout, head, kind=GradientModel, **common)
         if name.endswith("one microbatch"):
             model.micro_size = share
-        model.update((batch, loss_fn), lr=0.0)
+        model.update(Part(batch, loss_fn), lr=0.0)
         found[name] = model.gradients[0]
     return found
 

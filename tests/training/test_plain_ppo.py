@@ -19,6 +19,7 @@ from megatron_gil.algo.ppo import policy_loss, value_loss
 from megatron_gil.config import PpoConfig
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.grouping import Grouping, KnownGroups, SingleGroup
@@ -114,8 +115,8 @@ def _optimize(policy: TrainableModel, critic: TrainableModel, rows: Experience, 
     for _ in range(ppo.epochs):
         for start in range(0, len(rows.tokens), size):
             minibatch = take_rows(rows, slice(start, start + size))
-            critic.update((minibatch, value), lr=LR)
-            policy.update((minibatch, surrogate), lr=LR)
+            critic.update(Part(minibatch, value), lr=LR)
+            policy.update(Part(minibatch, surrogate), lr=LR)
 
 
 def _both(layout: dict[str, Any], root: Path) -> tuple[Weights, Weights]:
