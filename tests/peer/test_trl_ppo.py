@@ -122,7 +122,7 @@ def test_two_updates(
     for their_name, name in METRICS.items():
         assert ours.metrics[name] == pytest.approx(theirs.metrics[their_name], abs=1e-6), name  # float32 on TRL's side
     assert 0.1 < ours.policy[1].metrics["policy/clip_fraction"] < 0.9
-    assert 0.1 < ours.critic[1].metrics["critic/clip_fraction"] < 0.9
+    assert 0.05 < ours.critic[1].metrics["critic/clip_fraction"] < 0.9
 
 
 def test_shaping_of_ended_responses(world: Path, out: Path) -> None:
