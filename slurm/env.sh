@@ -33,13 +33,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false # its threads deadlock in forked workers, of which it warns at length
 
-# --- GPUs
-# Kernels start in the order of the program, so that tensor-parallel collectives overlap as megatron-core plans.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-# Sequence lengths differ from batch to batch; without this the allocator's fixed blocks fragment.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# Deterministic cuBLAS: a resumed run repeats the bits of one that was not stopped.
-export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}
+# --- GPUs: the program sets what CUDA, its allocator and cuBLAS read (megatron_gil/parallel/device.py); what is exported
+# here or in a job goes before it. For runs that repeat bit for bit give run.deterministic=true.
 
 # --- network
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # the reason of a failed collective, and nothing else
