@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,11 @@ from tests.pretend.report import Report, find_line
 
 # Past what the shim for megatron.core may have put in the place of Tensor.cuda and Tensor.type in this process.
 BASE: Any = torch._C.TensorBase
+
+# Reading `shape`, `grad`, ... makes nothing on any device.
+_ATTRIBUTES = frozenset(
+    found.__get__ for name in dir(Tensor) if inspect.isgetsetdescriptor(found := inspect.getattr_static(Tensor, name))
+)
 
 
 class Calls(TorchFunctionMode):
@@ -44,18 +50,17 @@ class Calls(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
         answer = self._answers.get(func)
-        return self._call(func, args, kwargs) if answer is None else answer(*args, **kwargs)
+        if answer is None:
+            return func(*args) if func in _ATTRIBUTES else self._call(func, args, dict(kwargs or {}))
+        return answer(*args, **(kwargs or {}))
 
     def _call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         named = self._places.read(kwargs.get("device"))
         if named is None:
-            with self._places.naming(self._places.common(tensors_in(args, kwargs)), explicit=False):
-                return func(*args, **kwargs)
+            return self._places.call(func, args, kwargs, self._places.common(tensors_in(args, kwargs)))
         kwargs["device"] = CPU if named.type == "cuda" else named
-        with self._places.naming(named, explicit=True):
-            return func(*args, **kwargs)
+        return self._places.call(func, args, kwargs, named, explicit=True)
 
     def _is_on_gpu(self, tensor: Tensor) -> bool:
         return self._places.of(tensor).type == "cuda"
@@ -103,8 +108,10 @@ class Calls(TorchFunctionMode):
     ) -> Tensor:
         assert device is not None
         here = self._places.of(tensor)
-        if device == here or device.type == "meta" or tensor.is_meta:
-            return tensor.to(device) if "meta" in (device.type, tensor.device.type) else tensor
+        if device == here:
+            return tensor
+        if "meta" in (device.type, here.type):
+            return tensor.to(device)
         if waits and "cpu" in (device.type, here.type):
             self._report.sync(kind or f"copy to {device.type}")
         elif "cpu" not in (device.type, here.type):
@@ -123,10 +130,10 @@ class Calls(TorchFunctionMode):
 
     def _set_item(self, tensor: Tensor, key: Any, value: Any) -> None:
         """A Python number becomes a tensor beside the one it is put into, by a kernel."""
-        with self._places.naming(self._places.of(tensor), explicit=False):
-            if isinstance(value, bool | int | float) and self._is_on_gpu(tensor):
-                value = torch.full((), value, dtype=tensor.dtype)
-            tensor[key] = value
+        place = self._places.of(tensor)
+        if isinstance(value, bool | int | float) and place.type == "cuda":
+            value = self._places.call(torch.full, ((), value), {"dtype": tensor.dtype}, place)
+        self._places.call(Tensor.__setitem__, (tensor, key, value), {}, place)
 
     def _deep_copy(self, tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         copied = tensor.__deepcopy__(memo)
@@ -144,7 +151,7 @@ class Calls(TorchFunctionMode):
                 device = self._places.common(tensors_in(of_device))
             inside = [] if isinstance(data, Tensor) else list(tensors_in(data))
             self._report.sync("value", sum(map(self._is_on_gpu, inside)))
-            made = func(*args, **kwargs)
+            made = func(*args, **kwargs, device=CPU if device.type == "cuda" else device)
             if not isinstance(data, Tensor):
                 self._report.sync("copy to cuda", device.type == "cuda")
             elif device != self._places.of(data):

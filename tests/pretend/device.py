@@ -6,8 +6,8 @@ refuses, in forward and backward, every ATen operation that CUDA would refuse fo
 for what it is (operations.py, rules.py), and counts kernel launches and host synchronisations with the line that made
 them (report.py); torch.cuda's questions are answered as by a GPU, and process groups run over gloo (gpus.py).
 
-What it cannot see: kernels and their numerics, the dtypes they take, NCCL, streams, memory, CUDA's random numbers, other
-threads, reads before a non-blocking copy has ended, and what C++ or ctypes do with a tensor's address.
+What it cannot see: kernels and their numerics, the dtypes they take, NCCL, streams, memory, CUDA's random numbers,
+other threads, reads before a non-blocking copy has ended, and what C++ or ctypes do with a tensor's address.
 """
 
 from __future__ import annotations

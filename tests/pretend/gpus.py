@@ -106,7 +106,7 @@ def _memory() -> dict[str, Any]:
     names = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
     return {
         **{name: lambda device=None: 0 for name in names},
-        **{name: _nothing for name in ("empty_cache", "reset_peak_memory_stats", "reset_accumulated_memory_stats")},
+        **dict.fromkeys(("empty_cache", "reset_peak_memory_stats", "reset_accumulated_memory_stats"), _nothing),
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "memory_stats": lambda device=None: {},
         "set_per_process_memory_fraction": _nothing,
@@ -195,8 +195,8 @@ class _Engine:
 
     def run_backward(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
         device = self._places.common(tensors_in(outputs))
-        with _on(self._calls), self._places.naming(device, explicit=False):
-            return self._engine.run_backward(outputs, *args, **kwargs)
+        with _on(self._calls):
+            return self._places.call(self._engine.run_backward, (outputs, *args), kwargs, device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

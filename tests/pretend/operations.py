@@ -1,4 +1,4 @@
-"""Below Python: every ATen operation of the forward and the backward pass is checked, counted, and its result placed."""
+"""Below Python: every ATen operation, of forward and backward, is checked and counted, and its result is placed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.is_view:
+            return func(*args, **kwargs)
         tensors = list(tensors_in(args, kwargs))
         is_aten = func.namespace in ("aten", "prims")
         rule = rule_of(func) if is_aten else None

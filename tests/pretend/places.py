@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,20 +27,20 @@ class Named(NamedTuple):
 class Places:
     """The device of each storage, and which GPU of how many is the current one.
 
-    The table is keyed by storage, because views share one. What is not in it lies on the CPU. While a weak reference is
-    held here no other storage gets the same address.
+    The table is keyed by storage, because views share one. What is not in it lies where torch says. While a weak
+    reference is held here no other storage gets the same address.
     """
 
     def __init__(self, num_gpus: int) -> None:
         self.num_gpus, self.current = num_gpus, 0
         self._gpu_storages: dict[int, tuple[StorageWeakRef, torch.device]] = {}
         self._purge_at = _PURGE_EVERY
-        self._named: list[Named] = []
+        self.named: Named | None = None
 
     def of(self, tensor: torch.Tensor) -> torch.device:
         with torch._C.DisableTorchFunction():
             found = self._gpu_storages.get(tensor.untyped_storage()._cdata)
-        return CPU if found is None else found[1]
+            return tensor.device if found is None else found[1]
 
     def put(self, tensor: torch.Tensor, device: torch.device) -> None:
         with torch._C.DisableTorchFunction():
@@ -72,18 +71,13 @@ class Places:
         """The GPU of the first tensor on one, else the CPU."""
         return next((device for device in map(self.of, tensors) if device.type == "cuda"), CPU)
 
-    @property
-    def named(self) -> Named | None:
-        return self._named[-1] if self._named else None
-
-    @contextmanager
-    def naming(self, device: torch.device, *, explicit: bool) -> Iterator[None]:
-        """torch's C++ code reads the true device of a tensor, the CPU; what it makes inside lies on this one."""
-        self._named.append(Named(device, explicit))
+    def call(self, func: Any, args: Any, kwargs: Any, device: torch.device, *, explicit: bool = False) -> Any:
+        """func(*args, **kwargs). torch's C++ code reads the true device of a tensor; what it makes lies on this one."""
+        outer, self.named = self.named, Named(device, explicit)
         try:
-            yield
+            return func(*args, **kwargs)
         finally:
-            self._named.pop()
+            self.named = outer
 
 
 def tensors_in(*found: Any) -> Iterator[torch.Tensor]:

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -80,21 +79,18 @@ def find_line() -> Line:
     """The line of our code that Python is in."""
     core: FrameType | None = None
     caller: FrameType | None = None
-    for frame in _frames(sys._getframe(1)):
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         kind = _kind(frame.f_code.co_filename)
         if kind == "ours":
-            return _line(frame) if core is None else _joined(frame, core)
+            here = _line(frame.f_code, frame.f_lineno)
+            return here if core is None else _joined(here, _line(core.f_code, core.f_lineno))
         if kind == "core" and core is None:
             core = frame
         if kind in ("core", "other") and caller is None:
             caller = frame
-    return Line("nowhere", "nowhere") if caller is None else _line(caller)
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
         frame = frame.f_back
+    return Line("nowhere", "nowhere") if caller is None else _line(caller.f_code, caller.f_lineno)
 
 
 @cache
@@ -108,13 +104,15 @@ def _kind(file_name: str) -> str:
     return "torch" if is_tool or file_name.startswith((_TORCH, "<")) else "other"
 
 
-def _line(frame: FrameType) -> Line:
-    file, function = _place(frame.f_code)
-    return Line(f"{file}:{function}", f"{file}:{frame.f_lineno}")
+@cache
+def _line(code: CodeType, number: int) -> Line:
+    file, function = _place(code)
+    return Line(f"{file}:{function}", f"{file}:{number}")
 
 
-def _joined(ours: FrameType, core: FrameType) -> Line:
-    return Line(*(" > ".join(both) for both in zip(_line(ours), _line(core), strict=True)))
+@cache
+def _joined(ours: Line, core: Line) -> Line:
+    return Line(*(" > ".join(both) for both in zip(ours, core, strict=True)))
 
 
 @cache

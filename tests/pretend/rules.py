@@ -87,7 +87,7 @@ def rule_of(operation: Any) -> Rule:
         check=check,
         written=tuple(a.name if a.kwarg_only else schema.arguments.index(a) for a in written),
         makes=any(argument.name == "device" for argument in schema.arguments),
-        launches=name not in _NO_KERNEL and not operation.is_view,
+        launches=name not in _NO_KERNEL,
         syncs=name in _SYNCS,
     )
 

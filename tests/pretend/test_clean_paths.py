@@ -42,6 +42,9 @@ def test_devices_are_answered_as_by_a_gpu() -> None:
             assert torch.arange(3).is_cuda
         for made in (x.cpu(), torch.zeros_like(x, device="cpu"), x.to("cpu", torch.float64), torch.tensor([1.0])):
             assert not made.is_cuda
+        with torch.device("meta"):
+            assert {torch.tensor([]).device.type, torch.empty(2).device.type} == {"meta"}
+        assert torch.empty_like(torch.empty(2, device="meta"), device=GPU).is_cuda
         for derived in (x[1:], x.view(3, 1), x.new_zeros(2), x + 1, x.half(), copy.deepcopy(x), x.detach(), x.double()):
             assert derived.device == x.device
     assert not torch.zeros(3).is_cuda

@@ -1,4 +1,4 @@
-"""Mistakes with devices that CUDA refuses, each planted; the pretended GPU must refuse them too, where they are made."""
+"""Mistakes with devices that CUDA refuses, planted; the pretended GPU must refuse each too, and name its line."""
 
 from __future__ import annotations
 
