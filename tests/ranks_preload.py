@@ -3,7 +3,4 @@
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import megatron_gil.models.hf
-import megatron_gil.models.transformer  # noqa: F401
-from megatron_gil.parallel.cpu import install_cpu_shim
-
-install_cpu_shim()
+import megatron_gil.training.commands  # noqa: F401

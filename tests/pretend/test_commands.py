@@ -1,0 +1,137 @@
+"""Every command, and every option that changes which kernels run, on pretended GPUs: nothing that CUDA would refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.faults.running import final_weights, metrics_of
+from tests.pretend.running import LAYOUTS, Answer, embeddings_as_on_the_cpu, losses_not_a_number, run_commands, settings
+from tests.world import write_rows
+
+OWN_MODEL = ("gil.classifier=own_model",)
+SAMPLING = ("sampling.temperature=0.7", "sampling.top_k=8", "sampling.top_p=0.9", "sampling.repetition_penalty=1.2")
+BFLOAT16 = ("models.dtype=bfloat16",)
+DISTRIBUTED = ("parallel.distributed_optimizer=true",)
+FULL, SELECTIVE = ("models.recompute=full",), ("models.recompute=selective",)
+PAIRS = ("ppo.prompts=8", "ppo.responses_per_prompt=2")
+BACKGROUND = ("checkpoint.background=true", "checkpoint.every=1")
+
+CASES: list[tuple[str, str, tuple[str, ...]]] = [
+    ("one", "sft", (*FULL, "eval")),
+    ("one", "sft", (*BFLOAT16, *DISTRIBUTED, *BACKGROUND)),
+    ("one", "reward", (*BFLOAT16, "eval")),
+    ("one", "dpo", (*SELECTIVE, "dpo.label_smoothing=0.1", "eval")),
+    ("one", "ppo", ("eval", "gil.num_groups=3", "gil.balance_coef=0.1")),
+    ("one", "ppo", ("ppo.advantages=rloo", *PAIRS, *OWN_MODEL, *SAMPLING, "sampling.min_new_tokens=2")),
+    ("one", "ppo", ("ppo.advantages=grpo", *PAIRS, "gil.num_groups=1", "sampling.temperature=0", "ptx")),
+    ("one", "ppo", ("gil.groups=known", "gil.group_value=weighted_log_prob", *BFLOAT16, *FULL)),
+    ("one", "ppo", ("gil.num_groups=1", "ppo.kl_coef=0", "ppo.whiten_advantages=false", *SELECTIVE)),
+    ("one", "generate", SAMPLING),
+    ("one", "score", BFLOAT16),
+    ("tp2", "ppo", (*OWN_MODEL, "gil.group_return=score", "eval")),
+    ("tp2_sp", "ppo", (*FULL, *BFLOAT16, "gil.num_groups=3")),
+    ("tp2_sp", "dpo", ("eval",)),
+    ("pp2", "ppo", ("ppo.advantages=rloo", *PAIRS, *OWN_MODEL, *SAMPLING)),
+    ("pp2", "sft", (*SELECTIVE, *BFLOAT16, "eval")),
+    ("pp2", "reward", ("eval",)),
+    ("dp2", "ppo", (*DISTRIBUTED, *BFLOAT16, "ptx", "gil.groups=known", "eval")),
+    ("dp2", "sft", (*DISTRIBUTED, *BACKGROUND, "eval")),
+    ("dp2", "generate", ()),
+    ("tp2", "score", ()),
+]
+
+
+@pytest.fixture(scope="session")
+def root(world: Path) -> Path:
+    """The tiny world, and texts and answers for the commands that want them."""
+    rows = [json.loads(line) for line in (world / "demonstrations.jsonl").read_text().splitlines()]
+    write_rows(world / "answers.jsonl", [{"prompt": row["prompt"], "response": row["completion"]} for row in rows])
+    write_rows(world / "texts.jsonl", [{"text": row["prompt"] + row["completion"]} for row in rows])
+    return world
+
+
+def changes(root: Path, command: str, options: tuple[str, ...]) -> list[str]:
+    """`eval` and `ptx` stand for what needs a file."""
+    data = {"ppo": "prompts", "sft": "demonstrations"}.get(command, "preferences")
+    files = {
+        "eval": [f"data.eval={root / data}.jsonl", "log.eval_every=1"],
+        "ptx": ["ppo.ptx_coef=0.5", f"data.pretrain={root / 'texts.jsonl'}"],
+    }
+    return [change for option in options for change in files.get(option, [option])]
+
+
+def check_ran(ranks: list[Answer]) -> None:
+    for answer in ranks:
+        assert set(answer.codes) == {0}, answer.said
+        assert answer.num_launches > 100
+
+
+@pytest.mark.parametrize(
+    ("layout", "command", "options"), CASES, ids=lambda value: "-".join(value) if isinstance(value, tuple) else value
+)
+def test_command(root: Path, tmp_path: Path, layout: str, command: str, options: tuple[str, ...]) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    arguments = [*settings(command, root, tmp_path / "run"), *parallel, *changes(root, command, options)]
+    check_ran(run_commands(root, world_size, [arguments]))
+    if command in ("generate", "score"):
+        assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 24
+    else:
+        rows = metrics_of(tmp_path / "run")
+        assert rows
+        assert all(not name.endswith("skipped") or value == 0 for row in rows for name, value in row.items())
+        assert ("eval" in options) == any(name.startswith("eval/") for name in rows[-1])
+
+
+@pytest.mark.parametrize(("layout", "more"), [("one", BFLOAT16), ("dp2", DISTRIBUTED)], ids=["one", "dp2"])
+def test_resume(root: Path, tmp_path: Path, layout: str, more: tuple[str, ...]) -> None:
+    """A checkpoint after one iteration, and another process of two; the same as two at once."""
+    world_size, parallel = LAYOUTS[layout]
+    cut, whole = (
+        [*settings("ppo", root, tmp_path / name), *parallel, *more, "checkpoint.every=1", "optimizer.schedule=constant"]
+        for name in ("cut", "whole")
+    )
+    steady = ["critic_optimizer.schedule=constant", "optimizer.warmup_fraction=0", "critic_optimizer.warmup_fraction=0"]
+    check_ran(run_commands(root, world_size, [[*cut, *steady]]))
+    ranks = run_commands(root, world_size, [[*run, *steady, "ppo.iterations=2"] for run in (cut, whole)])
+    check_ran(ranks)
+    assert "resuming" in ranks[0].said
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+    assert final_weights(tmp_path / "cut") == final_weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("layout", ["one", "pp2"])
+def test_an_update_that_is_skipped(root: Path, tmp_path: Path, layout: str) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    ranks = run_commands(
+        root, world_size, [[*settings("sft", root, tmp_path / "run"), *parallel]], change=losses_not_a_number
+    )
+    check_ran(ranks)
+    assert [row["policy/skipped"] for row in metrics_of(tmp_path / "run")] == [1.0, 1.0]
+    assert "gradient norm nan, loss of microbatch 0" in ranks[0].said
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags"),
+    [("one", []), ("tp2", ["--tensor-size", "2"]), ("pp2", ["--pipeline-size", "2"])],
+    ids=["one", "tp2", "pp2"],
+)
+def test_verify(root: Path, layout: str, flags: list[str]) -> None:
+    models = [str(root / name) for name in ("policy", "reward_model")]
+    commands = [["verify", path, path, "--tolerance", "1e-5", *flags] for path in models]
+    ranks = run_commands(root, LAYOUTS[layout][0], commands)
+    check_ran(ranks)
+    assert ranks[0].said.count("top-1 agreement 100.00%") == 2
+
+
+def test_pretending_changes_no_value(root: Path, tmp_path: Path) -> None:
+    """The metrics and the weights of a PPO run, bit for bit those of the CPU's."""
+    for name, pretend in (("pretended", True), ("plain", False)):
+        run = [*settings("ppo", root, tmp_path / name), "ppo.iterations=2", "ppo.epochs=2"]
+        (answer,) = run_commands(root, 1, [run], pretend=pretend, change=embeddings_as_on_the_cpu)
+        assert answer.codes == [0], answer.said
+        assert (answer.num_launches > 0) == pretend
+    assert metrics_of(tmp_path / "pretended") == metrics_of(tmp_path / "plain")
+    assert final_weights(tmp_path / "pretended") == final_weights(tmp_path / "plain")
