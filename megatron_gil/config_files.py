@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_gil.config import CommandConfig, ConfigError, require
+from megatron_gil.ranges import refusal
 
 Config = TypeVar("Config", bound=CommandConfig)
 
@@ -76,9 +77,18 @@ def _check_keys(cls: type, layer: Any, prefix: str, source: str) -> None:
             raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
         default = known[key].default_factory
         if isinstance(default, type) and is_dataclass(default):
-            found = layer._get_node(key)
-            require(OmegaConf.is_dict(found), f"{source}: {prefix}{key} is a section of keys, found {found}")
+            if not OmegaConf.is_dict(layer._get_node(key)):
+                found = type(_plain(layer, key)).__name__
+                raise ConfigError(f"{source}: {prefix}{key} is a section of keys, found a value of type {found}")
             _check_keys(default, layer[key], f"{prefix}{key}.", source)
+        elif type(value := _plain(layer, key)) is int and (text := refusal(known[key], value)):
+            raise ConfigError(f"{prefix}{text}")  # OmegaConf cannot make a float of the largest ones
+
+
+def _plain(layer: Any, key: Any) -> Any:
+    """What a key of a YAML layer holds, not yet interpolated."""
+    node = layer._get_node(key)
+    return None if OmegaConf.is_config(node) else node._value()
 
 
 def dump_config(config: CommandConfig) -> str:

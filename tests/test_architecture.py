@@ -17,6 +17,7 @@ FLOORS = {
     "types": 0,
     "config": 0,
     "config_files": 0,
+    "ranges": 0,
     "__init__": 0,
     "algo": 1,
     "data": 1,
