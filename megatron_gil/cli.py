@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_gil.config import ConfigError
 
     try:
+        _check_numbers(arguments)
         return _run_configured(arguments, stop) if stop else _run(arguments)
     except ConfigError as error:
         if _rank() == 0:
@@ -86,6 +88,23 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--quick", action="store_true", help="a first impression in under 90 seconds")
             command.add_argument("--seed", type=int, default=1)
     return parser
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Of the options, as config.py does for the keys."""
+    from megatron_gil.config import ConfigError
+    from megatron_gil.ranges import LARGEST_INTEGER, Range
+
+    ranges = {
+        "gpus": Range(low=1, high=1_000_000),
+        "gpu_memory": Range(low=0, high=math.inf, with_low=False),
+        "tie_margin": Range(low=0, high=math.inf),
+        "seed": Range(low=0, high=LARGEST_INTEGER),
+    }
+    for name, bounds in ranges.items():
+        value = getattr(arguments, name, None)
+        if value is not None and value not in bounds:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be {bounds}")
 
 
 def _add_dry_run(command: argparse.ArgumentParser) -> None:

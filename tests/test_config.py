@@ -1,4 +1,4 @@
-"""Every number of every section has a range, in which no NaN and no infinity lies; messages name key, value and range."""
+"""Every number of every section has a range, with neither NaN nor infinity; messages name key, value and range."""
 
 from __future__ import annotations
 
