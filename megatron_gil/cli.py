@@ -93,13 +93,13 @@ def _parser() -> argparse.ArgumentParser:
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """Of the options, as config.py does for the keys."""
     from megatron_gil.config import ConfigError
-    from megatron_gil.ranges import LARGEST_INTEGER, Range
+    from megatron_gil.ranges import LARGEST_SEED, Range
 
     ranges = {
         "gpus": Range(low=1, high=1_000_000),
         "gpu_memory": Range(low=0, high=math.inf, with_low=False),
         "tie_margin": Range(low=0, high=math.inf),
-        "seed": Range(low=0, high=LARGEST_INTEGER),
+        "seed": Range(low=0, high=LARGEST_SEED),
     }
     for name, bounds in ranges.items():
         value = getattr(arguments, name, None)

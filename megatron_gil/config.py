@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from omegaconf import MISSING
 
-from megatron_gil.ranges import integer, outside, real
+from megatron_gil.ranges import LARGEST_SEED, integer, outside, real
 
 
 class ConfigError(ValueError):
@@ -47,7 +47,7 @@ class Section:
 class RunSection(Section):
     key: ClassVar[str] = "run"
 
-    seed: int = integer(1, most=2**32 - 1)
+    seed: int = integer(1, most=LARGEST_SEED)
     """Seeds sampling, data order and new heads. Dropout is not used."""
     max_minutes: float | None = real(None, above=0)
     """Save and exit 75 once the process has run this long; null never."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import io
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_gil.config import CommandConfig, ConfigError, require
 from megatron_gil.ranges import refusal
 
 Config = TypeVar("Config", bound=CommandConfig)
+
+LARGEST_FILE = 1 << 20
+"""Bytes of a YAML file. The parser takes a minute for 50 MB."""
 
 
 def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str]) -> Config:
@@ -56,16 +60,31 @@ def _read_with_bases(path: Path | None, seen: list[Path]) -> list[tuple[str, Any
     if path is None:
         return []
     require(path.resolve() not in seen, f"{path}: base files form a circle: {' -> '.join(map(str, [*seen, path]))}")
-    try:
-        layer: Any = OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except Exception as error:  # a YAML error's class depends on the parser
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    require(OmegaConf.is_dict(layer), f"{path}: must hold `section:` keys, found {type(layer).__name__}")
+    layer: Any = read_yaml(path)
     base = layer.pop("base", None)
     below = _read_with_bases(path.parent / str(base), [*seen, path.resolve()]) if base is not None else []
     return [*below, (str(path), layer)]
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file of `section:` keys; ConfigError, in one line, for anything else."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(
+                f"{path}: larger than {LARGEST_FILE >> 20} MiB, the most that is read; a config is a page"
+            )
+        layer = OmegaConf.load(io.StringIO(content.decode("utf-8")))
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # a YAML error's class depends on the parser
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split()):.300}") from None
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path}: must hold `section:` keys, found {type(layer).__name__}")
+    return layer
 
 
 def _check_keys(cls: type, layer: Any, prefix: str, source: str) -> None:

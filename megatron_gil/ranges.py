@@ -12,6 +12,9 @@ RANGE = "range"
 LARGEST_INTEGER = 10**9
 """Where a field names no bound of its own: more than any count here, and far from the limits of the libraries."""
 
+LARGEST_SEED = 2**32 - 1
+"""What every random generator here takes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:

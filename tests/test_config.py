@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_gil import config as c
-from megatron_gil.config_files import load_config
+from megatron_gil.config_files import LARGEST_FILE, load_config
 from megatron_gil.ranges import RANGE, Range, refusal
 
 COMMANDS = (c.SftConfig, c.RewardConfig, c.DpoConfig, c.PpoConfig, c.GenerateConfig, c.ScoreConfig)
@@ -94,3 +94,15 @@ def test_the_critics_optimizer_is_named() -> None:
     config = _load(c.PpoConfig, "critic_optimizer.lr=0.5")
     assert config.critic_optimizer.lr == 0.5
     assert (config.optimizer.key, config.critic_optimizer.key) == ("optimizer", "critic_optimizer")
+
+
+def test_a_config_file_has_a_greatest_size(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("run: {dir: x}\n#" + "x" * LARGEST_FILE)
+    with pytest.raises(c.ConfigError, match=r"run\.yaml: larger than 1 MiB, the most that is read"):
+        load_config(c.SftConfig, path, [])
+    path.write_text("run: {dir: x}\n#" + "x" * (LARGEST_FILE - 20))
+    assert load_config(c.SftConfig, path, []).run.dir == "x"
+    path.write_bytes(b"run: {dir: \xff}\n")
+    with pytest.raises(c.ConfigError, match=r"run\.yaml: not valid YAML"):
+        load_config(c.SftConfig, path, [])
