@@ -13,6 +13,9 @@ from omegaconf import MISSING
 
 from megatron_gil.ranges import LARGEST_SEED, integer, outside, real
 
+IS_PATH = "path"
+"""Key of a field's metadata."""
+
 
 class ConfigError(ValueError):
     """The user's configuration or data is wrong; the message is one line that names the key or file and the fix."""
@@ -25,6 +28,11 @@ def require(condition: bool, message: str) -> None:
     """ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def path(default: Any = None) -> Any:
+    """A field of a path, in which a leading ~ is the user's home."""
+    return field(default=default, metadata={IS_PATH: True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +63,7 @@ class RunSection(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRunSection(RunSection):
-    dir: str = MISSING
+    dir: str = path(MISSING)
     """Run directory: config.yaml, metrics.jsonl, TensorBoard events, samples.jsonl, checkpoints/."""
     resume: bool = True
     """Continue from the newest checkpoint where the run directory holds a run; false refuses such a directory."""
@@ -70,13 +78,13 @@ class ModelsSection(Section):
 
     key: ClassVar[str] = "models"
 
-    policy: str | None = None
+    policy: str | None = path()
     """The model trained by sft, dpo and ppo, or used by generate."""
-    ref_policy: str | None = None
+    ref_policy: str | None = path()
     """Frozen reference of dpo and ppo; null: a copy of the policy as it starts."""
-    reward_model: str | None = None
+    reward_model: str | None = path()
     """Trained by reward, read by ppo and score."""
-    critic: str | None = None
+    critic: str | None = path()
     """Where ppo's critic starts; null: from the reward model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps float32 master weights in the optimizer."""
@@ -112,14 +120,14 @@ class ParallelSection(Section):
 class DataSection(Section):
     key: ClassVar[str] = "data"
 
-    train: str | None = None
+    train: str | None = path()
     """JSON Lines or Parquet file, or a directory of them: prompts, demonstrations or preferences, as the command
     needs."""
-    eval: str | None = None
+    eval: str | None = path()
     """The same, held out; null: no evaluation."""
-    pretrain: str | None = None
+    pretrain: str | None = path()
     """{"text"} or demonstrations, for ppo's pre-training-loss mix (ppo.ptx_coef)."""
-    tokenizer: str | None = None
+    tokenizer: str | None = path()
     """Directory with tokenizer.model or tokenizer.json; null: the policy's (or reward model's) own directory."""
     max_prompt_tokens: int = integer(512, least=1)
     """A longer prompt loses its oldest tokens, counted in the log."""
@@ -408,13 +416,13 @@ class PpoConfig(TrainConfig):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(CommandConfig):
     sampling: SamplingSection = _section(SamplingSection)
-    output: str = MISSING
+    output: str = path(MISSING)
     """JSON Lines of {"prompt", "response"}, in the order of the prompts; must not exist yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig(CommandConfig):
-    output: str = MISSING
+    output: str = path(MISSING)
     """JSON Lines of {"prompt", "response", "score"}; must not exist yet."""
 
 

@@ -9,10 +9,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from megatron_gil.config import CommandConfig, ConfigError, require
+from megatron_gil.config import IS_PATH, CommandConfig, ConfigError, require
+from megatron_gil.paths import expand_user
 from megatron_gil.ranges import refusal
 
 Config = TypeVar("Config", bound=CommandConfig)
@@ -35,6 +36,7 @@ def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str]) 
         for source, layer in layers:
             _check_keys(cls, layer, prefix="", source=source)
             tree = OmegaConf.merge(tree, layer)
+        _expand_paths(cls, tree)
         config: Any = OmegaConf.to_object(tree)
     except MissingMandatoryValue as error:
         raise ConfigError(
@@ -62,8 +64,25 @@ def _read_with_bases(path: Path | None, seen: list[Path]) -> list[tuple[str, Any
     require(path.resolve() not in seen, f"{path}: base files form a circle: {' -> '.join(map(str, [*seen, path]))}")
     layer: Any = read_yaml(path)
     base = layer.pop("base", None)
-    below = _read_with_bases(path.parent / str(base), [*seen, path.resolve()]) if base is not None else []
+    below = _read_with_bases(path.parent / _expanded(base), [*seen, path.resolve()]) if base is not None else []
     return [*below, (str(path), layer)]
+
+
+def _expand_paths(cls: type, tree: Any) -> None:
+    """Every path of a config that begins with ~."""
+    for f in fields(cls):
+        if is_dataclass(f.default_factory):
+            _expand_paths(f.default_factory, tree[f.name])  # type: ignore[arg-type]
+        elif IS_PATH in f.metadata and str(value := tree._get_node(f.name)).startswith("~"):
+            with read_write(tree):
+                tree[f.name] = str(_expanded(value))
+
+
+def _expanded(path: Any) -> Path:
+    try:
+        return expand_user(str(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def read_yaml(path: Path) -> DictConfig:

@@ -18,6 +18,7 @@ FLOORS = {
     "config": 0,
     "config_files": 0,
     "ranges": 0,
+    "paths": 0,
     "__init__": 0,
     "algo": 1,
     "data": 1,

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_gil import config as c
+from megatron_gil.cli import _parse
+from megatron_gil.config import IS_PATH
 from megatron_gil.config_files import LARGEST_FILE, load_config
 from megatron_gil.ranges import RANGE, Range, refusal
 
@@ -106,3 +108,29 @@ def test_a_config_file_has_a_greatest_size(tmp_path: Path) -> None:
     path.write_bytes(b"run: {dir: \xff}\n")
     with pytest.raises(c.ConfigError, match=r"run\.yaml: not valid YAML"):
         load_config(c.SftConfig, path, [])
+
+
+PATHS = {(cls, key) for (cls, key), (f, _) in KEYS.items() if IS_PATH in f.metadata}
+
+
+def test_a_tilde_is_the_users_home_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    texts = {key for (_, key), (_, kind) in KEYS.items() if str in {kind, *typing.get_args(kind)}}
+    assert texts == {key for _, key in PATHS} >= {"run.dir", "output", "data.train", "models.policy"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for cls, key in PATHS:
+        value: Any = _load(cls, f"{key}=~/x")
+        for name in key.split("."):
+            value = getattr(value, name)
+        assert value == f"{tmp_path}/x"
+    (tmp_path / "base.yaml").write_text("run: {dir: ~/y}\n")
+    (tmp_path / "run.yaml").write_text("base: ~/base.yaml\n")
+    assert load_config(c.SftConfig, tmp_path / "run.yaml", []).run.dir == f"{tmp_path}/y"
+    with pytest.raises(c.ConfigError, match="~nobody-here/x: there is no home directory of that name"):
+        _load(c.SftConfig, "run.dir=~nobody-here/x")
+
+
+def test_a_tilde_in_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report = _parse(["report", "~/a", "--output=~/page.html"])
+    assert (report.runs, report.output) == ([tmp_path / "a"], tmp_path / "page.html")
+    assert _parse(["sft", "--config=~/sft.yaml"]).config == tmp_path / "sft.yaml"

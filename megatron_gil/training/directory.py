@@ -41,14 +41,23 @@ def take_directory(config: TrainConfig) -> list[str]:
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, with `+changes` if the work tree has any; `unknown` outside a checkout."""
-    where = Path(__file__).resolve().parent
+    """The commit of the code that runs, with `+changes` if the work tree has any; `unknown` where this package is not
+    in a checkout of this project: it may lie in an environment inside another project, whose commit says nothing."""
+    package = Path(__file__).resolve().parents[1]
+    ours = [f"{package.name}/{Path(__file__).parent.name}/{Path(__file__).name}", "setup.py"]
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=where, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        top = Path(_git(package, "rev-parse", "--show-toplevel"))
+        _git(top, "ls-files", "--error-unmatch", *ours)
+        if package != top / package.name or f'name="{package.name}"' not in (top / "setup.py").read_text("utf-8"):
+            return "unknown"
+        return _git(top, "rev-parse", "HEAD") + ("+changes" if _git(top, "status", "--porcelain") else "")
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _differences(record: Path, config: TrainConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -74,8 +75,20 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
             group = responses.known_groups([row_id])[0]
             label = {"group": responses.group_names[group]} if group >= 0 else {}
             rows[row_id] = {"prompt": prompt, "response": response, "score": value, **label}
+    _check_scores({row_id: row["score"] for row_id, row in rows.items()}, config, layout)
     _write_rows(rows, output, layout)
     return 0
+
+
+def _check_scores(scores: dict[int, float], config: ScoreConfig, layout: ParallelLayout) -> None:
+    """A NaN is a broken model, and would lose against every score it is compared with."""
+    bad = [pair for part in gather_objects(scores, layout) for pair in part.items() if not math.isfinite(pair[1])]
+    if bad:
+        row_id, value = min(bad)
+        raise RunFailed(
+            f"models.reward_model={config.models.reward_model} gives {len(bad)} rows no score (the first: row "
+            f"{row_id + 1} of {config.data.train}, {value}); no output is written"
+        )
 
 
 def _write_rows(rows: dict[int, dict[str, Any]], output: Path, layout: ParallelLayout) -> None:

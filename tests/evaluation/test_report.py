@@ -182,6 +182,15 @@ def test_evaluate_names_file_line_and_field(tmp_path: Path) -> None:
     bad.write_text('{"prompt": "p0"}\n')
     with pytest.raises(ConfigError, match=r'bad\.jsonl: line 1 has no text "response"'):
         evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
+    for value in ("NaN", "Infinity", "-Infinity", "1e999"):
+        bad.write_text(f'{{"prompt": "p0", "response": "r", "score": {value}}}\n')
+        with pytest.raises(
+            ConfigError, match=r"bad\.jsonl: line 1 has the score -?(nan|inf), which cannot be compared"
+        ):
+            evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
+    bad.write_bytes(b'{"prompt": "p0", "response": "r"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ConfigError, match=r"bad\.jsonl: line 2 is not UTF-8"):
+        evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
     with pytest.raises(ConfigError, match=r"absent\.jsonl: cannot be read"):
         evaluate(_arguments(ours=ours, theirs=[tmp_path / "absent.jsonl"]), gold_score=lambda p, r: 0.0)
 

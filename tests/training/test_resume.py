@@ -179,6 +179,9 @@ def _refusals(root: Path, directory: Path) -> dict[str, tuple[int, str]]:
     (foreign / "thesis.tex").write_text("precious")
     nan = directory / "nan"
     _spoil(root / "policy", nan)
+    _spoil(root / "reward_model", directory / "nan_scores")
+    replies = write_rows(directory / "replies.jsonl", [{"prompt": "sun", "response": " sea"}])
+    score = ["score", f"models.reward_model={directory / 'nan_scores'}", f"data.train={replies}"]
     few = write_rows(directory / "few.jsonl", [{"prompt": "sun", "completion": " sea"}])
     return {
         "first": first,
@@ -187,6 +190,7 @@ def _refusals(root: Path, directory: Path) -> dict[str, tuple[int, str]]:
         "nan": _call(
             _arguments("sft", root, directory / "nan_run", f"models.policy={nan}", "run.max_skipped_updates=2"), root
         ),
+        "nan scores": _call([*score, "data.max_tokens=48", f"output={directory / 'scores.jsonl'}"], root),
         "few": _call(_arguments("sft", root, directory / "few_run", f"data.train={few}", f"data.eval={few}"), root),
     }
 
@@ -215,4 +219,8 @@ def test_refusals_and_failures(world: Path, tmp_path: Path) -> None:
     assert text.count("update of policy skipped: rank 0: gradient norm nan, loss of microbatch 0 (rows [") == 3
     assert "3 updates were skipped for NaN or Inf, more than run.max_skipped_updates=2" in text
     assert not list((tmp_path / "nan_run" / "checkpoints").glob("iter_0000003"))
+    code, text = found["nan scores"]
+    assert (code, text.count("\n")) == (1, 1), text
+    assert "gives 1 rows no score (the first: row 1 of " in text
+    assert not list(tmp_path.glob("*scores.jsonl*"))
     assert found["few"][0] == 0, found["few"][1]  # a data set smaller than a batch repeats rows
