@@ -190,7 +190,9 @@ def _refusals(root: Path, directory: Path) -> dict[str, tuple[int, str]]:
         "nan": _call(
             _arguments("sft", root, directory / "nan_run", f"models.policy={nan}", "run.max_skipped_updates=2"), root
         ),
-        "nan scores": _call([*score, "data.max_tokens=48", f"output={directory / 'scores.jsonl'}"], root),
+        "nan scores": _call(
+            [*score, "data.max_tokens=48", "data.max_prompt_tokens=32", f"output={directory / 'scores.jsonl'}"], root
+        ),
         "few": _call(_arguments("sft", root, directory / "few_run", f"data.train={few}", f"data.eval={few}"), root),
     }
 
