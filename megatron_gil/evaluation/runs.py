@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_gil.config import ConfigError
+from megatron_gil.config_files import read_yaml
 
 Json = dict[str, Any]
 
@@ -27,10 +29,12 @@ class Run:
     """section.key -> value."""
     origin: str
     """Version and commit that wrote it; empty where config.yaml does not say."""
+    changes: list[Json]
+    """What resumes changed in the config: {"iteration", "key", "old", "new", "time", "commit"}."""
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """(iterations, values) where the metric was written and finite."""
-        points = [(row["iteration"], row[metric]) for row in self.metrics if row.get(metric) is not None]
+        points = [(row["iteration"], value) for row in self.metrics if is_number(value := row.get(metric))]
         return [x for x, _ in points], [y for _, y in points]
 
     def last_samples(self, events: int) -> list[Json]:
@@ -49,13 +53,15 @@ def read_run(directory: Path, *, name: str | None = None) -> Run:
     if not metrics_file.is_file():
         raise ConfigError(f"{directory}: no metrics.jsonl, so this is no run directory")
     config_file, samples_file = directory / "config.yaml", directory / "samples.jsonl"
+    history_file = directory / "config_history.jsonl"
     config, origin = _read_config(config_file) if config_file.is_file() else ({}, "")
     return Run(
         name=name or directory.name,
         metrics=_read_rows(metrics_file),
-        samples=_read_rows(samples_file) if samples_file.is_file() else [],
+        samples=_read_rows(samples_file, texts=("prompt", "response")) if samples_file.is_file() else [],
         config=config,
         origin=origin,
+        changes=_read_rows(history_file, texts=("key",)) if history_file.is_file() else [],
     )
 
 
@@ -79,10 +85,8 @@ def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:
-    text = path.read_text(encoding="utf-8")
-    first = text.partition("\n")[0]
-    tree = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(tree, dict)
+    tree: Any = OmegaConf.to_container(read_yaml(path))
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
     return _flatten(tree, ""), first.lstrip("# ") if first.startswith("#") else ""
 
 
@@ -96,13 +100,44 @@ def _flatten(tree: dict[Any, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _read_rows(path: Path) -> list[Json]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+def _read_rows(path: Path, *, texts: Sequence[str] = ()) -> list[Json]:
+    """Objects with a whole number "iteration" and these fields of text; a last line being written is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     rows: list[Json] = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = _without_surrogates(json.loads(line))
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError too
             if number < len(lines):
                 raise ConfigError(f"{path}: line {number} is not JSON; the file is damaged") from None
+            continue
+        if not isinstance(row, dict) or type(row.get("iteration")) is not int:
+            raise ConfigError(f'{path}: line {number} has no whole number "iteration"; this is no file of a run')
+        for name in texts:
+            if not isinstance(row.get(name), str):
+                raise ConfigError(f'{path}: line {number} has no text "{name}"; this is no file of a run')
+        rows.append(row)
     return rows
+
+
+def is_number(value: object) -> bool:
+    """Whether something read from a file is a number that can be drawn."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
+def _without_surrogates(value: Any) -> Any:
+    """JSON can hold half of a surrogate pair, UTF-8 cannot."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_without_surrogates(part) for part in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(part) for key, part in value.items()}
+    return value

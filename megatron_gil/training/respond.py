@@ -18,7 +18,7 @@ from megatron_gil.engine.generation import Generator
 from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.build import build_frozen, check_model
-from megatron_gil.training.checks import limits, new_file, read_tokenizer, require
+from megatron_gil.training.checks import limits, new_file, read_tokenizer, require, take_output
 from megatron_gil.training.loop import RunFailed
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
@@ -36,6 +36,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
         return prompts, tokenizer, new_file(config.output)
 
     prompts, tokenizer, output = agree(layout, check)
+    take_output(config, layout, progress)
     progress.safe_point("building policy")
     policy = build_frozen(config, "policy", "lm", layout)
     generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
@@ -64,6 +65,7 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
         return ResponseDataset(path, tokenizer, **limits(config)), new_file(config.output)
 
     responses, output = agree(layout, check)
+    take_output(config, layout, progress)
     progress.safe_point("building reward_model")
     model = build_frozen(config, "reward_model", "score", layout)
     rows = {}

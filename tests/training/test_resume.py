@@ -161,6 +161,10 @@ def test_differences_of_the_config_are_listed(runs: tuple[Path, dict[str, Any]])
     text = runs[1]["sft"][1][1]
     assert "resuming with another setting: log.samples: 4 -> 3" in text
     assert text.count("another setting") == 2, text  # and run.dir, which the copy changed
+    resumed = runs[0] / "sft_resumed"
+    history = [json.loads(line) for line in (resumed / "config_history.jsonl").read_text().splitlines()]
+    assert [(row["iteration"], row["key"]) for row in history] == [(STOPPED, "run.dir"), (STOPPED, "log.samples")]
+    assert "samples: 3\n" in (resumed / "config.yaml").read_text()  # not that of the third start, which trained nothing
 
 
 def test_a_group_is_one_curve_of_the_log(runs: tuple[Path, dict[str, Any]]) -> None:
