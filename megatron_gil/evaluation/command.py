@@ -14,6 +14,7 @@ from rich.table import Table as ConsoleTable
 from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.judge import Judge, ScoreFn, ScoreJudge, is_comparable, recorded_scores
 from megatron_gil.evaluation.winrate import HEADER, WinRate, table_rows, verdicts, win_rate
+from megatron_gil.paths import write_whole
 
 
 def evaluate(arguments: argparse.Namespace, *, gold_score: ScoreFn) -> int:
@@ -36,7 +37,7 @@ def evaluate(arguments: argparse.Namespace, *, gold_score: ScoreFn) -> int:
             "opponents": {k: asdict(v) for k, v in rates.items()},
         }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        write_whole(arguments.output, json.dumps(table, indent=2) + "\n")
     return 0
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ class Run:
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """(iterations, values) where the metric was written and finite."""
-        points = [(row["iteration"], value) for row in self.metrics if is_number(value := row.get(metric))]
+        points = [(row["iteration"], row[metric]) for row in self.metrics if row.get(metric) is not None]
         return [x for x, _ in points], [y for _, y in points]
 
     def last_samples(self, events: int) -> list[Json]:
@@ -57,11 +56,11 @@ def read_run(directory: Path, *, name: str | None = None) -> Run:
     config, origin = _read_config(config_file) if config_file.is_file() else ({}, "")
     return Run(
         name=name or directory.name,
-        metrics=_read_rows(metrics_file),
-        samples=_read_rows(samples_file, texts=("prompt", "response")) if samples_file.is_file() else [],
+        metrics=_read_rows(metrics_file, _check_metrics),
+        samples=_read_rows(samples_file, _check_sample) if samples_file.is_file() else [],
         config=config,
         origin=origin,
-        changes=_read_rows(history_file, texts=("key",)) if history_file.is_file() else [],
+        changes=_read_rows(history_file, _check_change) if history_file.is_file() else [],
     )
 
 
@@ -100,8 +99,11 @@ def _flatten(tree: dict[Any, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _read_rows(path: Path, *, texts: Sequence[str] = ()) -> list[Json]:
-    """Objects with a whole number "iteration" and these fields of text; a last line being written is left out."""
+def _read_rows(path: Path, check: Callable[[Json], Json]) -> list[Json]:
+    """Objects with a whole number "iteration"; a last line that is still being written is left out.
+
+    check: the row as it is used; raises ValueError for one that no run writes.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -116,20 +118,45 @@ def _read_rows(path: Path, *, texts: Sequence[str] = ()) -> list[Json]:
             if number < len(lines):
                 raise ConfigError(f"{path}: line {number} is not JSON; the file is damaged") from None
             continue
-        if not isinstance(row, dict) or type(row.get("iteration")) is not int:
-            raise ConfigError(f'{path}: line {number} has no whole number "iteration"; this is no file of a run')
-        for name in texts:
-            if not isinstance(row.get(name), str):
-                raise ConfigError(f'{path}: line {number} has no text "{name}"; this is no file of a run')
-        rows.append(row)
+        try:
+            if not isinstance(row, dict) or type(row.get("iteration")) is not int or not 0 <= row["iteration"] < 2**53:
+                raise ValueError('has no whole number "iteration"')
+            rows.append(check(row))
+        except ValueError as error:
+            raise ConfigError(f"{path}: line {number} {error}; no run writes such a file") from None
     return rows
 
 
-def is_number(value: object) -> bool:
-    """Whether something read from a file is a number that can be drawn."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return -sys.float_info.max <= value <= sys.float_info.max
+def _check_metrics(row: Json) -> Json:
+    """With None for what is not finite."""
+    for name, value in row.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"has the metric {name!r:.60} that is no number")
+    return {name: value if _can_be_drawn(value) else None for name, value in row.items()}
+
+
+def _check_sample(row: Json) -> Json:
+    _check_text(row, "prompt")
+    _check_text(row, "response")
+    score, probs = row.get("score"), row.get("group_probs") or []
+    if not isinstance(probs, list) or not all(map(_can_be_drawn, probs)):
+        raise ValueError('has "group_probs" that are no list of numbers')
+    return {**row, "score": score if _can_be_drawn(score) else None, "group_probs": probs}
+
+
+def _check_change(row: Json) -> Json:
+    _check_text(row, "key")
+    return row
+
+
+def _check_text(row: Json, name: str) -> None:
+    if not isinstance(row.get(name), str):
+        raise ValueError(f'has no text "{name}"')
+
+
+def _can_be_drawn(value: object) -> bool:
+    """Whether it is a finite number, and not so large that an axis has no room for it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 <= value <= 1e300
 
 
 def _without_surrogates(value: Any) -> Any:

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from megatron_gil import __version__
 from megatron_gil.config import IS_PATH, ConfigError, TrainConfig
 from megatron_gil.config_files import dump_config, read_yaml
-from megatron_gil.paths import expand_user
+from megatron_gil.paths import expand_user, write_whole
 from megatron_gil.training.lock import FileLock
 
 CONFIG_FILE = "config.yaml"
@@ -92,8 +92,8 @@ class RunDirectory:
             row = {"iteration": iteration, "key": change.key, "old": change.old, "new": change.new}
             if not any(row.items() <= earlier.items() for earlier in rows[-len(self.changes) :]):  # killed in between
                 rows.append({**row, "time": now, "commit": commit})
-        _write(self.path / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-        _write(self.path / CONFIG_FILE, _config_text(self.config))
+        write_whole(self.path / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self.path / CONFIG_FILE, _config_text(self.config))
 
 
 def take_directory(
@@ -127,7 +127,7 @@ def _begin_or_compare(directory: Path, config: TrainConfig) -> list[Change]:
         return _find_changes(directory, config)
     try:
         (directory / "checkpoints").mkdir(exist_ok=True)
-        _write(directory / CONFIG_FILE, _config_text(config))
+        write_whole(directory / CONFIG_FILE, _config_text(config))
     except OSError as error:
         raise ConfigError(f"run.dir={directory} cannot be made: {error.strerror}") from None
     return []
@@ -195,13 +195,6 @@ def read_history(directory: Path) -> list[dict[str, Any]]:
 
 def _config_text(config: TrainConfig) -> str:
     return f"# megatron_gil {__version__}, commit {git_commit()}\n{dump_config(config)}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def git_commit() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from tests.faults.processes import Ranks
@@ -18,7 +19,10 @@ class WaitForEver:
         self.name = name
 
     def __call__(self, rank: int) -> None:
-        mock.patch(f"megatron_gil.{self.name}", lambda *_, **__: time.sleep(600)).start()
+        def wait(*_: Any, **__: Any) -> None:
+            time.sleep(600)
+
+        mock.patch(f"megatron_gil.{self.name}", wait).start()
 
 
 def _wait_for(path: Path) -> None:
