@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
 
 from megatron_gil import __version__
+from megatron_gil.paths import expand_user
 from megatron_gil.training.signals import StopSignal
 
 COMMANDS = {
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_gil.config import ConfigError
 
     try:
+        _check_numbers(arguments)
         return _run_configured(arguments, stop) if stop else _run(arguments)
     except ConfigError as error:
         if _rank() == 0:
@@ -58,41 +61,64 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in CONFIGURED:
-            command.add_argument("--config", type=Path, metavar="FILE.yaml", help="a run's settings")
+            command.add_argument("--config", type=expand_user, metavar="FILE.yaml", help="a run's settings")
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
             if name in TRAINING:
                 _add_dry_run(command)
         elif name == "evaluate":
-            command.add_argument("ours", type=Path, metavar="OURS.jsonl", help="responses: {prompt, response} lines")
-            command.add_argument("theirs", type=Path, nargs="+", metavar="THEIRS.jsonl", help="opponents, same prompts")
+            command.add_argument(
+                "ours", type=expand_user, metavar="OURS.jsonl", help="responses: {prompt, response} lines"
+            )
+            command.add_argument(
+                "theirs", type=expand_user, nargs="+", metavar="THEIRS.jsonl", help="opponents, same prompts"
+            )
             command.add_argument("--judge", choices=("score", "gold", "llm"), default="score", help="who decides")
             command.add_argument("--tie-margin", type=float, default=0.0, help="score difference that is a tie")
             command.add_argument("--model", help="llm: the judge's model name")
             command.add_argument("--base-url", help="llm: an OpenAI-compatible server")
             command.add_argument("--criterion", choices=("helpful", "harmless", "summary"), default="helpful")
-            command.add_argument("--output", type=Path, metavar="FILE.json", help="also write the table there")
+            command.add_argument("--output", type=expand_user, metavar="FILE.json", help="also write the table there")
         elif name == "report":
-            command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
-            command.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+            command.add_argument("runs", type=expand_user, nargs="+", metavar="RUN", help="run directories")
+            command.add_argument("--output", type=expand_user, default=Path("report.html"), metavar="FILE.html")
         elif name == "plan":
             command.add_argument("--model", default="7b", metavar="SIZE", help="7b, 13b, 70b or a config.json")
             command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of the run (default 8)")
             command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
             command.add_argument("--gpu", choices=("a100", "h100", "h200"), default="a100", help="for the times")
-            command.add_argument("--config", type=Path, metavar="FILE.yaml", help="of a ppo run (default: the paper's)")
+            command.add_argument(
+                "--config", type=expand_user, metavar="FILE.yaml", help="of a ppo run (default: the paper's)"
+            )
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
         else:
-            command.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+            command.add_argument("--output", type=expand_user, default=Path("runs/demo"), metavar="DIR")
             command.add_argument("--quick", action="store_true", help="a first impression in under 90 seconds")
             command.add_argument("--seed", type=int, default=1)
     return parser
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Of the options, as config.py does for the keys."""
+    from megatron_gil.config import ConfigError
+    from megatron_gil.ranges import LARGEST_SEED, Range
+
+    ranges = {
+        "gpus": Range(low=1, high=1_000_000),
+        "gpu_memory": Range(low=0, high=math.inf, with_low=False),
+        "tie_margin": Range(low=0, high=math.inf),
+        "seed": Range(low=0, high=LARGEST_SEED),
+    }
+    for name, bounds in ranges.items():
+        value = getattr(arguments, name, None)
+        if value is not None and value not in bounds:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be {bounds}")
 
 
 def _add_dry_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="check everything, print what each rank holds, end")
     command.add_argument("--gpus", type=int, metavar="N", help="dry run: processes (default: one copy of the model)")
     command.add_argument("--gpu-memory", type=float, metavar="GIB", help="dry run: exit 2 where it does not fit")
-    command.add_argument("--sizes-from", type=Path, metavar="DIR", help="dry run: of models still to be written")
+    command.add_argument("--sizes-from", type=expand_user, metavar="DIR", help="dry run: of models still to be written")
 
 
 def _run(arguments: argparse.Namespace) -> int:

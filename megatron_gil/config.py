@@ -6,10 +6,15 @@ update, ...) are never keys: `BatchPlan` computes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
 
 from omegaconf import MISSING
+
+from megatron_gil.ranges import LARGEST_SEED, integer, outside, real
+
+IS_PATH = "path"
+"""Key of a field's metadata."""
 
 
 class ConfigError(ValueError):
@@ -25,42 +30,64 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def path(default: Any = None) -> Any:
+    """A field of a path, in which a leading ~ is the user's home."""
+    return field(default=default, metadata={IS_PATH: True})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunSection:
-    seed: int = 1
+class Section:
+    """A group of keys. Every number declares its range with its default; `_check` of a section says what else must
+    hold."""
+
+    key: ClassVar[str]
+    """Where the section stands in a config."""
+
+    def __post_init__(self) -> None:
+        if refusal := outside(self):
+            raise ConfigError(f"{self.key}.{refusal}")
+        self._check()
+
+    def _check(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSection(Section):
+    key: ClassVar[str] = "run"
+
+    seed: int = integer(1, most=LARGEST_SEED)
     """Seeds sampling, data order and new heads. Dropout is not used."""
     deterministic: bool = False
     """On a GPU: only kernels that give the same bits each time, so that a resumed run repeats one that was not stopped
     bit for bit. Costs speed, above all in attention's backward pass. A CPU run is deterministic without it."""
-    max_minutes: float | None = None
+    max_minutes: float | None = real(None, above=0)
     """Save and exit 75 once the process has run this long; null never."""
-
-    def __post_init__(self) -> None:
-        require(self.max_minutes is None or self.max_minutes > 0, f"run.max_minutes={self.max_minutes} must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingRunSection(RunSection):
-    dir: str = MISSING
+    dir: str = path(MISSING)
     """Run directory: config.yaml, metrics.jsonl, TensorBoard events, samples.jsonl, checkpoints/."""
     resume: bool = True
     """Continue from the newest checkpoint where the run directory holds a run; false refuses such a directory."""
-    max_skipped_updates: int = 10
+    max_skipped_updates: int = integer(10)
     """Stop after this many updates skipped for a NaN or Inf loss or gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelsSection:
+class ModelsSection(Section):
     """Each path is a Hugging Face directory, or a `policy/`, `critic/`, ... directory inside one of our checkpoints
     (which has the same format)."""
 
-    policy: str | None = None
+    key: ClassVar[str] = "models"
+
+    policy: str | None = path()
     """The model trained by sft, dpo and ppo, or used by generate."""
-    ref_policy: str | None = None
+    ref_policy: str | None = path()
     """Frozen reference of dpo and ppo; null: a copy of the policy as it starts."""
-    reward_model: str | None = None
+    reward_model: str | None = path()
     """Trained by reward, read by ppo and score."""
-    critic: str | None = None
+    critic: str | None = path()
     """Where ppo's critic starts; null: from the reward model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps float32 master weights in the optimizer."""
@@ -74,21 +101,21 @@ class ModelsSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelSection:
-    tensor_size: int = 1
+class ParallelSection(Section):
+    key: ClassVar[str] = "parallel"
+
+    tensor_size: int = integer(1, least=1)
     """Tensor-parallel ranks per model."""
-    pipeline_size: int = 1
+    pipeline_size: int = integer(1, least=1)
     """Pipeline-parallel ranks per model. Data parallelism takes what is left: world / (tensor x pipeline)."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence; needs tensor_size > 1."""
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
-    timeout_s: float = 600.0
+    timeout_s: float = real(600.0, least=1, most=30 * 86400)
     """A collective that waits longer than this ends the run."""
 
-    def __post_init__(self) -> None:
-        for name in ("tensor_size", "pipeline_size"):
-            require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
+    def _check(self) -> None:
         require(
             not (self.sequence_parallel and self.tensor_size == 1),
             "parallel.sequence_parallel=true needs parallel.tensor_size above 1; set one of the two",
@@ -96,75 +123,76 @@ class ParallelSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataSection:
-    train: str | None = None
+class DataSection(Section):
+    key: ClassVar[str] = "data"
+
+    train: str | None = path()
     """JSON Lines or Parquet file, or a directory of them: prompts, demonstrations or preferences, as the command
     needs."""
-    eval: str | None = None
+    eval: str | None = path()
     """The same, held out; null: no evaluation."""
-    pretrain: str | None = None
+    pretrain: str | None = path()
     """{"text"} or demonstrations, for ppo's pre-training-loss mix (ppo.ptx_coef)."""
-    tokenizer: str | None = None
+    tokenizer: str | None = path()
     """Directory with tokenizer.model or tokenizer.json; null: the policy's (or reward model's) own directory."""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: int = integer(512, least=1)
     """A longer prompt loses its oldest tokens, counted in the log."""
-    max_tokens: int = 1024
+    max_tokens: int = integer(1024, least=1)
     """Prompt and response of sft, reward and dpo; a longer response is cut at its end, counted in the log."""
 
-    def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_tokens"):
-            require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be at least 1")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSection:
-    global_size: int = 32
+class BatchSection(Section):
+    key: ClassVar[str] = "batch"
+
+    global_size: int = integer(32, least=1)
     """Rows (pairs for reward and dpo) of one update, over all ranks."""
-    micro_size: int = 8
+    micro_size: int = integer(8, least=1)
     """Rows of one forward pass on one rank."""
 
-    def __post_init__(self) -> None:
-        for name in ("global_size", "micro_size"):
-            require(getattr(self, name) >= 1, f"batch.{name}={getattr(self, name)} must be at least 1")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerSection:
-    lr: float = 1e-5
-    min_lr: float = 0.0
+class OptimizerSection(Section):
+    key: ClassVar[str] = "optimizer"
+
+    lr: float = real(1e-5, least=0)
+    min_lr: float = real(0.0, least=0)
     """Where the schedule ends."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Decay after the warm-up, over the run's updates."""
-    warmup_fraction: float = 0.1
+    warmup_fraction: float = real(0.1, least=0, most=1)
     """Share of the updates over which the rate rises from 0."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
+    beta1: float = real(0.9, least=0, below=1)
+    beta2: float = real(0.95, least=0, below=1)
+    eps: float = real(1e-8, above=0)
+    weight_decay: float = real(0.0, least=0)
+    clip_grad: float = real(1.0, least=0)
     """Bound on the global gradient norm; 0 switches clipping off."""
-
-    def __post_init__(self) -> None:
-        require(self.lr >= 0, f"optimizer lr={self.lr} must not be negative")
-        require(0 <= self.warmup_fraction <= 1, f"optimizer warmup_fraction={self.warmup_fraction} must lie in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingSection:
+class CriticOptimizerSection(OptimizerSection):
+    key: ClassVar[str] = "critic_optimizer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSection(Section):
     """PPO's log-probs are those of the temperature sampled at. top_k, top_p, repetition_penalty and min_new_tokens are
     not in them: policy/sampling_mismatch logs how far the sampled distribution is from the one they speak of."""
 
-    temperature: float = 1.0
+    key: ClassVar[str] = "sampling"
+
+    temperature: float = real(1.0, least=0)
     """0 is greedy, with the log-probs of temperature 1."""
-    top_k: int = 0
+    top_k: int = integer(0)
     """0 switches off."""
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    top_p: float = real(1.0, above=0, most=1)
+    repetition_penalty: float = real(1.0, above=0)
     """Divides positive and multiplies negative logits of tokens already in the row (CTRL, arXiv 1909.05858)."""
-    max_new_tokens: int = 128
-    min_new_tokens: int = 1
+    max_new_tokens: int = integer(128, least=1)
+    min_new_tokens: int = integer(1, least=1)
     """No end-of-sequence token before this many."""
-    micro_size: int = 64
+    micro_size: int = integer(64, least=1)
     """Rows decoded together on one rank; bounds the key-value cache."""
 
     def truncations(self) -> list[str]:
@@ -173,25 +201,22 @@ class SamplingSection:
         found = {key: getattr(self, key) for key in off}
         return [f"sampling.{key}={value:g}" for key, value in found.items() if value != off[key]]
 
-    def __post_init__(self) -> None:
-        require(self.micro_size >= 1, f"sampling.micro_size={self.micro_size} must be at least 1")
-        require(self.temperature >= 0, f"sampling.temperature={self.temperature} must not be negative")
-        require(self.top_k >= 0, f"sampling.top_k={self.top_k} must not be negative")
-        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p} must lie in (0, 1]")
-        require(self.repetition_penalty > 0, f"sampling.repetition_penalty={self.repetition_penalty} must be above 0")
+    def _check(self) -> None:
         require(
-            1 <= self.min_new_tokens <= self.max_new_tokens,
+            self.min_new_tokens <= self.max_new_tokens,
             f"sampling.min_new_tokens={self.min_new_tokens} must lie in [1, max_new_tokens={self.max_new_tokens}]",
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointSection:
-    every: int = 100
+class CheckpointSection(Section):
+    key: ClassVar[str] = "checkpoint"
+
+    every: int = integer(100, least=1)
     """Save each this many iterations (and at the end, and on a signal)."""
-    keep_last: int = 2
-    """How many checkpoints stay."""
-    keep_every: int = 0
+    keep_last: int = integer(2, least=1)
+    """How many checkpoints stay; the last one always does."""
+    keep_every: int = integer(0)
     """Checkpoints of every n-th iteration stay for ever; 0: none does."""
     on_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (disk full, read-only, gone): stop with exit code 1, or go on without it. The
@@ -200,176 +225,152 @@ class CheckpointSection:
     """Write in a thread while training goes on: the weights are copied to host memory, and the checkpoint counts from
     the iteration after its files are complete. A stop waits for it."""
 
-    def __post_init__(self) -> None:
-        require(self.every >= 1, f"checkpoint.every={self.every} must be at least 1")
-        require(
-            self.keep_last >= 1,
-            f"checkpoint.keep_last={self.keep_last} must be at least 1: the last one is never deleted",
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LogSection:
+class LogSection(Section):
+    key: ClassVar[str] = "log"
+
     tensorboard: bool = True
-    samples_every: int = 10
+    samples_every: int = integer(10)
     """Iterations between rows of samples.jsonl; 0: none."""
-    samples: int = 4
+    samples: int = integer(4)
     """Rows written each time."""
-    eval_every: int = 0
+    eval_every: int = integer(0)
     """Iterations between evaluations on data.eval; 0: at the end only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AlarmSection:
+class AlarmSection(Section):
     """When ppo warns: a line as it begins, and a metric alarm/NAME that is 0 or 1. 0 switches an alarm off."""
 
-    max_kl: float = 50.0
+    key: ClassVar[str] = "alarms"
+
+    max_kl: float = real(50.0, least=0)
     """Nats a reply, of the batch or of one group."""
-    kl_spike: float = 2.0
+    kl_spike: float = real(2.0, least=0)
     """The same against its own mean over the last ten iterations or so, or against 3 nats if that is more."""
-    group_information: float = 0.02
+    group_information: float = real(0.02, least=0)
     """Share of log M that the classifier's probabilities tell of a row (mutual information)."""
-    out_of_range_fraction: float = 0.2
+    out_of_range_fraction: float = real(0.2, least=0)
     """Share of the replies scored outside the range that the reward model gave its training pairs."""
-    entropy_fraction: float = 0.5
+    entropy_fraction: float = real(0.5, least=0)
     """Entropy below this share of the first iteration's."""
-    length_factor: float = 1.75
+    length_factor: float = real(1.75, least=0)
     """Replies this many times longer or shorter than in the first iteration."""
-    sampling_mismatch: float = 0.1
+    sampling_mismatch: float = real(0.1, least=0)
     """Nats a token between the log-probs that the sampler drew by and those that PPO uses (top_p and the like)."""
-    duplicate_fraction: float = 0.4
+    duplicate_fraction: float = real(0.4, least=0)
     """Share of the replies that equal a reply to another prompt."""
 
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            require(getattr(self, f.name) >= 0, f"alarms.{f.name}={getattr(self, f.name)} must not be negative")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSection:
+class TrainSection(Section):
     """How long sft, reward and dpo train: epochs, or a number of updates where that is set."""
 
-    epochs: int = 1
-    updates: int | None = None
+    key: ClassVar[str] = "train"
 
-    def __post_init__(self) -> None:
-        require(self.epochs >= 1, f"train.epochs={self.epochs} must be at least 1")
-        require(self.updates is None or self.updates >= 1, f"train.updates={self.updates} must be at least 1")
+    epochs: int = integer(1, least=1)
+    updates: int | None = integer(None, least=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RewardSection:
-    center_coef: float = 0.01
+class RewardSection(Section):
+    key: ClassVar[str] = "reward"
+
+    center_coef: float = real(0.01, least=0)
     """Weight of (score_chosen + score_rejected)^2, which keeps the mean score near 0, where the group classifier that
     starts from the score head splits; 0 switches off."""
 
-    def __post_init__(self) -> None:
-        require(self.center_coef >= 0, f"reward.center_coef={self.center_coef} must not be negative")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DpoSection:
-    beta: float = 0.1
+class DpoSection(Section):
+    key: ClassVar[str] = "dpo"
+
+    beta: float = real(0.1, above=0)
     """Strength of the implicit KL constraint (arXiv 2305.18290, eq. 7)."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = real(0.0, least=0, below=0.5)
     """Probability that a preference label is flipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PpoSection:
-    iterations: int = 2000
-    prompts: int = 32
+class PpoSection(Section):
+    key: ClassVar[str] = "ppo"
+
+    iterations: int = integer(2000, least=1)
+    prompts: int = integer(32, least=1)
     """Prompts per iteration, over all ranks."""
-    responses_per_prompt: int = 1
-    epochs: int = 1
+    responses_per_prompt: int = integer(1, least=1)
+    epochs: int = integer(1, least=1)
     """Passes over each rollout."""
-    kl_coef: float = 0.05
+    kl_coef: float = real(0.05, least=0)
     """eta, weight of the per-token KL penalty in the reward; 0 is PPO without KL."""
     advantages: Literal["gae", "rloo", "grpo"] = "gae"
     """gae needs a critic. rloo and grpo compare the shaped returns of a prompt's responses instead and have none: they
     need responses_per_prompt of at least 2, and learned groups a classifier of its own (gil.classifier=own_model)."""
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
+    gamma: float = real(1.0, least=0, most=1)
+    gae_lambda: float = real(0.95, least=0, most=1)
+    clip_range: float = real(0.2, above=0)
+    value_clip_range: float = real(0.2, above=0)
     whiten_advantages: bool = True
     """Zero mean, unit variance over the response tokens of the global batch; not for grpo, which scales by prompt."""
     normalize_score: bool = True
     """Divide out the running mean and standard deviation of all scores so far (PPO-max)."""
-    score_clip: float = 0.8
+    score_clip: float = real(0.8, least=0)
     """Bound on |normalised score|; 0 switches off. The default is the siblings' value, see method.md."""
-    critic_warmup_updates: int = 0
+    critic_warmup_updates: int = integer(0)
     """Updates in which only the critic learns, before the policy moves (PPO-max's critic pre-training)."""
-    ptx_coef: float = 0.0
+    ptx_coef: float = real(0.0, least=0)
     """Weight of the language-modelling loss on data.pretrain in the policy's update."""
 
-    def __post_init__(self) -> None:
-        for name in ("iterations", "prompts", "responses_per_prompt", "epochs"):
-            require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)} must be at least 1")
+    def _check(self) -> None:
         require(
             self.advantages == "gae" or self.responses_per_prompt > 1,
             f"ppo.advantages={self.advantages} compares a prompt's responses; set ppo.responses_per_prompt above 1",
         )
-        for name in ("gamma", "gae_lambda"):
-            require(0 <= getattr(self, name) <= 1, f"ppo.{name}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("kl_coef", "score_clip", "ptx_coef", "critic_warmup_updates"):
-            require(getattr(self, name) >= 0, f"ppo.{name}={getattr(self, name)} must not be negative")
-        for name in ("clip_range", "value_clip_range"):
-            require(getattr(self, name) > 0, f"ppo.{name}={getattr(self, name)} must be above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GilSection:
+class GilSection(Section):
     """Group-invariant learning. `num_groups: 1` is plain PPO: no classifier, omega exactly 1, p_high exactly 1."""
 
-    num_groups: int = 2
+    key: ClassVar[str] = "gil"
+
+    num_groups: int = integer(2, least=1)
     """M."""
     groups: Literal["learned", "known"] = "learned"
     """learned: the classifier infers them; known: the labels in the data (`group`), the oracle of the ablations."""
-    invariance_coef: float = 0.1
+    invariance_coef: float = real(0.1, least=0)
     """beta_policy, weight of the between-group variance in the policy's objective."""
-    classifier_coef: float = 1.0
+    classifier_coef: float = real(1.0, least=0)
     """beta_critic, weight of the classifier's term in the critic's objective."""
     adaptive_kl: bool = True
     """Multiply the KL penalty of a trajectory by its probability of being in the best group."""
-    kl_floor: float = 0.0
+    kl_floor: float = real(0.0, least=0, most=1)
     """Least factor on a trajectory's KL penalty: floor + (1 - floor) p(g_high). 0: the paper; 1: PPO's own penalty."""
     classifier: Literal["critic_head", "own_model"] = "critic_head"
     group_return: Literal["total", "score"] = "total"
     """R_i: the sum of the shaped token rewards, or the normalised score alone."""
     group_value: Literal["return", "weighted_log_prob"] = "return"
     """What orders the groups: returns (right), or the printed formula's sum(log pi * R) (wrong sign, for study)."""
-    weight_floor: float | None = None
-    """Lower bound on omega; null: none."""
-    min_group_mass: float = 0.02
+    weight_floor: float | None = real(None, most=1)
+    """Lower bound on omega, whose mean is 1; null: none."""
+    min_group_mass: float = real(0.02, least=0, below=1)
     """A group with less than this share of the batch (or less than 1 row) is left out of the statistics."""
-    balance_coef: float = 0.0
+    balance_coef: float = real(0.0, least=0)
     """Weight of KL(mean_i w_i || uniform) in the classifier's loss."""
-    init_scale: float = 1.0
+    init_scale: float = real(1.0)
     """alpha: the classifier's rows start from +alpha to -alpha times the reward model's score head; never 0."""
-    warmup_updates: int = 50
+    warmup_updates: int = integer(50)
     """Critic-and-classifier updates before the policy moves and the groups steer it; until then p_high = 1."""
-    ramp_updates: int = 50
+    ramp_updates: int = integer(50)
     """Updates after that over which beta_policy rises linearly from 0."""
-    ema_decay: float = 0.9
+    ema_decay: float = real(0.9, least=0, below=1)
     """Of the group mean score that decides which group is high."""
 
-    def __post_init__(self) -> None:
-        require(self.num_groups >= 1, f"gil.num_groups={self.num_groups} must be at least 1")
+    def _check(self) -> None:
         require(
             self.init_scale != 0, "gil.init_scale=0 is a stationary point that the classifier never leaves; use 1.0"
         )
-        require(
-            self.weight_floor is None or self.weight_floor <= 1,
-            f"gil.weight_floor={self.weight_floor} must be at most 1, the mean of the weights",
-        )
-        require(0 <= self.kl_floor <= 1, f"gil.kl_floor={self.kl_floor} is a share of the penalty, from 0 to 1")
-        require(0 <= self.ema_decay < 1, f"gil.ema_decay={self.ema_decay} must lie in [0, 1)")
-        require(
-            0 <= self.min_group_mass < 1, f"gil.min_group_mass={self.min_group_mass} is a share and must lie in [0, 1)"
-        )
-        for name in ("invariance_coef", "classifier_coef", "balance_coef", "warmup_updates", "ramp_updates"):
-            require(getattr(self, name) >= 0, f"gil.{name}={getattr(self, name)} must not be negative")
 
 
 def _section(cls: type) -> Any:
@@ -419,7 +420,7 @@ class PpoConfig(TrainConfig):
     """`optimizer` is the policy's; batch.global_size rows make a minibatch of the rollout, which has
     ppo.prompts x ppo.responses_per_prompt rows."""
 
-    critic_optimizer: OptimizerSection = _section(OptimizerSection)
+    critic_optimizer: OptimizerSection = _section(CriticOptimizerSection)
     sampling: SamplingSection = _section(SamplingSection)
     ppo: PpoSection = _section(PpoSection)
     gil: GilSection = _section(GilSection)
@@ -429,13 +430,13 @@ class PpoConfig(TrainConfig):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(CommandConfig):
     sampling: SamplingSection = _section(SamplingSection)
-    output: str = MISSING
+    output: str = path(MISSING)
     """JSON Lines of {"prompt", "response"}, in the order of the prompts; must not exist yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig(CommandConfig):
-    output: str = MISSING
+    output: str = path(MISSING)
     """JSON Lines of {"prompt", "response", "score"}; must not exist yet."""
 
 

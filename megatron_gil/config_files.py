@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import io
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from megatron_gil.config import CommandConfig, ConfigError, require
+from megatron_gil.config import IS_PATH, CommandConfig, ConfigError, require
+from megatron_gil.paths import expand_user
+from megatron_gil.ranges import refusal
 
 Config = TypeVar("Config", bound=CommandConfig)
+
+LARGEST_FILE = 1 << 20
+"""Bytes of a YAML file. The parser takes a minute for 50 MB."""
 
 
 def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str]) -> Config:
@@ -30,6 +36,7 @@ def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str]) 
         for source, layer in layers:
             _check_keys(cls, layer, prefix="", source=source)
             tree = OmegaConf.merge(tree, layer)
+        _expand_paths(cls, tree)
         config: Any = OmegaConf.to_object(tree)
     except MissingMandatoryValue as error:
         raise ConfigError(
@@ -55,16 +62,48 @@ def _read_with_bases(path: Path | None, seen: list[Path]) -> list[tuple[str, Any
     if path is None:
         return []
     require(path.resolve() not in seen, f"{path}: base files form a circle: {' -> '.join(map(str, [*seen, path]))}")
+    layer: Any = read_yaml(path)
+    base = layer.pop("base", None)
+    below = _read_with_bases(path.parent / _expanded(base), [*seen, path.resolve()]) if base is not None else []
+    return [*below, (str(path), layer)]
+
+
+def _expand_paths(cls: type, tree: Any) -> None:
+    """Every path of a config that begins with ~."""
+    for f in fields(cls):
+        if is_dataclass(f.default_factory):
+            _expand_paths(f.default_factory, tree[f.name])  # type: ignore[arg-type]
+        elif IS_PATH in f.metadata and str(value := tree._get_node(f.name)).startswith("~"):
+            with read_write(tree):
+                tree[f.name] = str(_expanded(value))
+
+
+def _expanded(path: Any) -> Path:
     try:
-        layer: Any = OmegaConf.load(path)
+        return expand_user(str(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML file of `section:` keys; ConfigError, in one line, for anything else."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ConfigError(
+                f"{path}: larger than {LARGEST_FILE >> 20} MiB, the most that is read; a config is a page"
+            )
+        layer = OmegaConf.load(io.StringIO(content.decode("utf-8")))
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # a YAML error's class depends on the parser
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    require(OmegaConf.is_dict(layer), f"{path}: must hold `section:` keys, found {type(layer).__name__}")
-    base = layer.pop("base", None)
-    below = _read_with_bases(path.parent / str(base), [*seen, path.resolve()]) if base is not None else []
-    return [*below, (str(path), layer)]
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split()):.300}") from None
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{path}: must hold `section:` keys, found {type(layer).__name__}")
+    return layer
 
 
 def _check_keys(cls: type, layer: Any, prefix: str, source: str) -> None:
@@ -76,9 +115,18 @@ def _check_keys(cls: type, layer: Any, prefix: str, source: str) -> None:
             raise ConfigError(f"{source}: unknown key {prefix}{key}{hint}")
         default = known[key].default_factory
         if isinstance(default, type) and is_dataclass(default):
-            found = layer._get_node(key)
-            require(OmegaConf.is_dict(found), f"{source}: {prefix}{key} is a section of keys, found {found}")
+            if not OmegaConf.is_dict(layer._get_node(key)):
+                found = type(_plain(layer, key)).__name__
+                raise ConfigError(f"{source}: {prefix}{key} is a section of keys, found a value of type {found}")
             _check_keys(default, layer[key], f"{prefix}{key}.", source)
+        elif type(value := _plain(layer, key)) is int and (text := refusal(known[key], value)):
+            raise ConfigError(f"{prefix}{text}")  # OmegaConf cannot make a float of the largest ones
+
+
+def _plain(layer: Any, key: Any) -> Any:
+    """What a key of a YAML layer holds, not yet interpolated."""
+    node = layer._get_node(key)
+    return None if OmegaConf.is_config(node) else node._value()
 
 
 def dump_config(config: CommandConfig) -> str:

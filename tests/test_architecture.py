@@ -17,6 +17,8 @@ FLOORS = {
     "types": 0,
     "config": 0,
     "config_files": 0,
+    "ranges": 0,
+    "paths": 0,
     "__init__": 0,
     "algo": 1,
     "data": 1,
@@ -32,7 +34,7 @@ FLOORS = {
 }
 FORBIDDEN_NAMES = ("utils", "util", "helpers", "helper", "misc", "common")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
-LONGER_FILES = {"megatron_gil/config.py": 492}  # half of it explains the keys, each under its own
+LONGER_FILES = {"megatron_gil/config.py": 560}  # half of it explains the keys, each under its own
 
 
 def _part(path: Path) -> str:

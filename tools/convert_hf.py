@@ -20,6 +20,7 @@ from pathlib import Path
 from megatron_gil.config import ConfigError
 from megatron_gil.models.convert.copy import DTYPES, Written, export_model, import_model
 from megatron_gil.models.convert.locate import ROLE_DIRECTORIES
+from megatron_gil.paths import expand_user
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -33,16 +34,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             ("verify", "compare the logits of transformers' model and ours at every position"),
         )
     )
-    bring.add_argument("hf_dir", type=Path, metavar="HF_DIR")
-    bring.add_argument("ckpt_dir", type=Path, metavar="CKPT_DIR", help="must not exist yet")
+    bring.add_argument("hf_dir", type=expand_user, metavar="HF_DIR")
+    bring.add_argument("ckpt_dir", type=expand_user, metavar="CKPT_DIR", help="must not exist yet")
     bring.add_argument("--allow-bin", action="store_true", help="read the tensors of pytorch_model*.bin pickles")
-    send.add_argument("ckpt_dir", type=Path, metavar="CKPT_DIR")
-    send.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="must not exist yet")
+    send.add_argument("ckpt_dir", type=expand_user, metavar="CKPT_DIR")
+    send.add_argument("hf_dir", type=expand_user, metavar="HF_DIR", help="must not exist yet")
     send.add_argument("--role", choices=ROLE_DIRECTORIES, help="which model (default: the policy, or the only one)")
     for action in (bring, send):
         action.add_argument("--dtype", choices=DTYPES, help="store the weights so (default: as they are, bit for bit)")
-    verify.add_argument("hf_dir", type=Path, metavar="HF_DIR")
-    verify.add_argument("ckpt_dir", type=Path, metavar="CKPT_DIR")
+    verify.add_argument("hf_dir", type=expand_user, metavar="HF_DIR")
+    verify.add_argument("ckpt_dir", type=expand_user, metavar="CKPT_DIR")
     verify.add_argument("--role", choices=ROLE_DIRECTORIES, help="which model of CKPT_DIR")
     verify.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (default 1e-4)")
     verify.add_argument("--prompts", nargs="+", metavar="TEXT", help="texts to compare on, besides random token ids")

@@ -10,14 +10,15 @@ counts, lengths and what was left out and why. Exit code 2: the input is wrong, 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from pathlib import Path
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.card import format_card
 from megatron_gil.data.prepare import PrepareOptions, prepare
 from megatron_gil.data.sources import SOURCES
 from megatron_gil.data.sources.files import HubChoice
+from megatron_gil.paths import expand_user
 
 
 def parse_options(arguments: list[str] | None) -> PrepareOptions:
@@ -26,7 +27,7 @@ def parse_options(arguments: list[str] | None) -> PrepareOptions:
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PATH_OR_HUB_NAME", help="files, directories, names on the hub"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="must not exist yet")
+    parser.add_argument("--output", type=expand_user, required=True, metavar="DIR", help="must not exist yet")
     parser.add_argument("--eval-fraction", type=float, default=0.05, help="share of opening questions (default 0.05)")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="leave out the prompts of these files")
     parser.add_argument("--group", help="label for every row (default: what the source says, for analysis only)")
@@ -40,10 +41,10 @@ def parse_options(arguments: list[str] | None) -> PrepareOptions:
     given = parser.parse_args(arguments)
     return PrepareOptions(
         source=given.source,
-        inputs=given.input,
+        inputs=[os.path.expanduser(name) for name in given.input],
         output=given.output,
         eval_fraction=given.eval_fraction,
-        exclude=given.exclude,
+        exclude=[os.path.expanduser(name) for name in given.exclude],
         group=given.group,
         limit=given.limit,
         safe_rlhf_label=given.label,

@@ -19,6 +19,8 @@ from typing import Any
 from megatron_gil.config import ConfigError
 from megatron_gil.data.chat import ROLES
 
+LONGEST_ROW = 8 << 20
+"""Bytes of a line, or characters of one text; far more than any model reads, and 2 s of tokenizing."""
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "text", "messages", "group")
 
 Row = dict[str, Any]
@@ -88,6 +90,8 @@ def _check_text(value: Any, name: str, where: str, *, empty: bool = False) -> st
         raise ConfigError(f"{where}: field {name} is missing")
     if not isinstance(value, str):
         raise ConfigError(f"{where}: field {name} must be text, found {_type_name(value)}")
+    if len(value) > LONGEST_ROW:
+        raise ConfigError(f"{where}: field {name} has {len(value)} characters, more than {LONGEST_ROW}; cut it")
     if not empty and not value.strip():
         raise ConfigError(f"{where}: field {name} is empty")
     if not _is_unicode(value):

@@ -7,12 +7,13 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.fields import COLUMNS, Row, check_record
+from megatron_gil.data.fields import COLUMNS, LONGEST_ROW, Row, check_record
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +60,11 @@ def iter_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of every line that is not blank. ConfigError for a line that is not UTF-8 or not JSON."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), start=1):
+                if len(line) > LONGEST_ROW:
+                    raise ConfigError(
+                        f"{path}:{number}: a row of more than {LONGEST_ROW >> 20} MiB; cut it into several"
+                    )
                 if line.strip():
                     yield number, _parse_line(line, f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:

@@ -21,6 +21,7 @@ from megatron_gil.evaluation.report import write_report
 from megatron_gil.evaluation.runs import Run, read_run
 from megatron_gil.evaluation.statistics import bootstrap
 from megatron_gil.evaluation.winrate import HEADER, WinRate, table_rows, verdicts, win_rate
+from megatron_gil.paths import write_whole
 
 METHODS: Mapping[str, str] = {
     "sft": "SFT",
@@ -82,7 +83,7 @@ def write_results(results: Results, output: Path, console: Console) -> Path:
         },
         "win_rate": {m: {"win": r.win.value, "tie": r.tie.value, "lose": r.lose.value} for m, r in rates.items()},
     }
-    (output / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    write_whole(output / "results.json", json.dumps(numbers, indent=1))
     page = output / "report.html"
     write_report(
         [output / name for name in results.runs],

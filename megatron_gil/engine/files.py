@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_gil.paths import write_whole
+
 MANIFEST = "manifest.json"
 
 Entry = dict[str, Any]
@@ -93,14 +95,7 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """The file on disk, or an exception; never half of it under its name."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        sync(beside)
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    write_whole(path, text)
 
 
 def write_manifest(directory: Path, entries: dict[str, Entry]) -> None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from megatron_gil.config import ConfigError
-from megatron_gil.evaluation.judge import Judge, ScoreFn, ScoreJudge, recorded_scores
+from megatron_gil.evaluation.judge import Judge, ScoreFn, ScoreJudge, is_comparable, recorded_scores
 from megatron_gil.evaluation.winrate import HEADER, WinRate, table_rows, verdicts, win_rate
+from megatron_gil.paths import write_whole
 
 
 def evaluate(arguments: argparse.Namespace, *, gold_score: ScoreFn) -> int:
@@ -36,7 +37,7 @@ def evaluate(arguments: argparse.Namespace, *, gold_score: ScoreFn) -> int:
             "opponents": {k: asdict(v) for k, v in rates.items()},
         }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        write_whole(arguments.output, json.dumps(table, indent=2) + "\n")
     return 0
 
 
@@ -55,15 +56,24 @@ def read_replies(path: Path) -> list[dict[str, str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}: line {line} is not UTF-8; write the file again in that encoding") from None
     rows: list[dict[str, str]] = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a thousand brackets
+            raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
         for field in ("prompt", "response"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise ConfigError(f'{path}: line {number} has no text "{field}"; `megatron-gil generate` writes one')
+        if not is_comparable(row.get("score")):
+            raise ConfigError(
+                f"{path}: line {number} has the score {row['score']}, which cannot be compared; score again"
+            )
         rows.append(row)
     if not rows:
         raise ConfigError(f"{path}: holds no replies")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,11 @@ _STYLE: Any = {  # matplotlib types the keys as literals
     "svg.fonttype": "path",
     "svg.hashsalt": "megatron-gil",
     "figure.facecolor": "white",
+    "text.parse_math": False,  # names of runs and groups come from the user
 }
 
+_NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+"""Characters that no SVG can hold."""
 
 Drawing = TypeVar("Drawing", bound=Callable[..., Any])
 
@@ -155,7 +159,7 @@ def frontier(methods: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
             ax.plot(x, y, "-o", color=color[name], markersize=4, markerfacecolor="white", linewidth=1.3)
             ax.plot(x[-1], y[-1], "o", color=color[name], markersize=7)
         ax.set_title(title)
-        ax.set_xlabel("sqrt(KL from the reference), nats$^{1/2}$")
+        ax.set_xlabel("sqrt(KL from the reference), nats$^{1/2}$", parse_math=True)
     _legend(figure, color)
     return figure
 
@@ -195,7 +199,7 @@ def to_svg(figure: Figure) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
-    return text.getvalue()
+    return _NO_XML.sub("?", text.getvalue())
 
 
 @_styled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, Protocol
 
@@ -56,6 +57,11 @@ def opposite(verdict: Verdict) -> Verdict:
     return flipped[verdict]
 
 
+def is_comparable(score: object) -> bool:
+    """False for NaN, which would lose against everything, and for what is not finite."""
+    return not isinstance(score, int | float) or -sys.float_info.max <= score <= sys.float_info.max
+
+
 def recorded_scores(rows: Iterable[Mapping[str, object]], source: str) -> ScoreFn:
     """Scores written beforehand, as by `megatron-gil score`: rows of {"prompt", "response", "score"}.
 
@@ -66,6 +72,8 @@ def recorded_scores(rows: Iterable[Mapping[str, object]], source: str) -> ScoreF
         score = row.get("score")
         if not isinstance(score, int | float) or isinstance(score, bool):
             raise ConfigError(f'{source}: row {number} has no number "score"; write one with `megatron-gil score`')
+        if not is_comparable(score):
+            raise ConfigError(f"{source}: row {number} has the score {score}, which cannot be compared")
         scores[row.get("prompt"), row.get("response")] = float(score)
 
     def score_of(prompt: str, response: str) -> float:

@@ -14,6 +14,7 @@ from megatron_gil.evaluation.judge import ScoreJudge, recorded_scores
 from megatron_gil.evaluation.page import Picture, Section, Table, page, paragraph, picture, samples_table, table
 from megatron_gil.evaluation.runs import Json, Run, config_differences, read_runs
 from megatron_gil.evaluation.winrate import HEADER, table_rows, verdicts, win_rate
+from megatron_gil.paths import write_whole
 
 T = TypeVar("T")
 
@@ -91,11 +92,12 @@ def write_report(
         Section(title="Scores", body=[*_distributions(runs), *_frontier(runs), *_wins(runs)]),
         Section(title="Replies side by side", body=_samples(runs)),
         Section(title="Config differences", body=_differences(runs)),
+        Section(title="Config changes during a run", body=_changes(runs)),
     ]
     text = page(title, introduction or f"{len(runs)} run{'s' * (len(runs) != 1)}.", sections)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        write_whole(output, text)
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror}; choose another --output") from None
 
@@ -237,3 +239,14 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     if not rows:
         return [paragraph("The runs have the same settings.")]
     return [table(Table(caption="", header=("key", *(run.name for run in runs)), rows=rows, is_text=True))]
+
+
+def _changes(runs: Sequence[Run]) -> list[str]:
+    """What resumes changed: curves of one run may be of several settings."""
+    rows = [
+        (run.name, str(change["iteration"]), change["key"], *(str(change.get(k, "")) for k in ("old", "new", "time")))
+        for run in runs
+        for change in run.changes
+    ]
+    header = ("run", "from iteration", "key", "before", "after", "when")
+    return [table(Table(caption="", header=header, rows=rows, is_text=True))] if rows else []

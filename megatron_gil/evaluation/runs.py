@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_gil.config import ConfigError
+from megatron_gil.config_files import read_yaml
 
 Json = dict[str, Any]
 
@@ -27,6 +28,8 @@ class Run:
     """section.key -> value."""
     origin: str
     """Version and commit that wrote it; empty where config.yaml does not say."""
+    changes: list[Json]
+    """What resumes changed in the config: {"iteration", "key", "old", "new", "time", "commit"}."""
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """(iterations, values) where the metric was written and finite."""
@@ -49,13 +52,15 @@ def read_run(directory: Path, *, name: str | None = None) -> Run:
     if not metrics_file.is_file():
         raise ConfigError(f"{directory}: no metrics.jsonl, so this is no run directory")
     config_file, samples_file = directory / "config.yaml", directory / "samples.jsonl"
+    history_file = directory / "config_history.jsonl"
     config, origin = _read_config(config_file) if config_file.is_file() else ({}, "")
     return Run(
         name=name or directory.name,
-        metrics=_read_rows(metrics_file),
-        samples=_read_rows(samples_file) if samples_file.is_file() else [],
+        metrics=_read_rows(metrics_file, _check_metrics),
+        samples=_read_rows(samples_file, _check_sample) if samples_file.is_file() else [],
         config=config,
         origin=origin,
+        changes=_read_rows(history_file, _check_change) if history_file.is_file() else [],
     )
 
 
@@ -79,10 +84,8 @@ def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:
-    text = path.read_text(encoding="utf-8")
-    first = text.partition("\n")[0]
-    tree = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(tree, dict)
+    tree: Any = OmegaConf.to_container(read_yaml(path))
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
     return _flatten(tree, ""), first.lstrip("# ") if first.startswith("#") else ""
 
 
@@ -96,13 +99,72 @@ def _flatten(tree: dict[Any, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def _read_rows(path: Path) -> list[Json]:
-    lines = path.read_text(encoding="utf-8").splitlines()
+def _read_rows(path: Path, check: Callable[[Json], Json]) -> list[Json]:
+    """Objects with a whole number "iteration"; a last line that is still being written is left out.
+
+    check: the row as it is used; raises ValueError for one that no run writes.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     rows: list[Json] = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = _without_surrogates(json.loads(line))
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError too
             if number < len(lines):
                 raise ConfigError(f"{path}: line {number} is not JSON; the file is damaged") from None
+            continue
+        try:
+            if not isinstance(row, dict) or type(row.get("iteration")) is not int or not 0 <= row["iteration"] < 2**53:
+                raise ValueError('has no whole number "iteration"')
+            rows.append(check(row))
+        except ValueError as error:
+            raise ConfigError(f"{path}: line {number} {error}; no run writes such a file") from None
     return rows
+
+
+def _check_metrics(row: Json) -> Json:
+    """With None for what is not finite."""
+    for name, value in row.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"has the metric {name!r:.60} that is no number")
+    return {name: value if _can_be_drawn(value) else None for name, value in row.items()}
+
+
+def _check_sample(row: Json) -> Json:
+    _check_text(row, "prompt")
+    _check_text(row, "response")
+    score, probs = row.get("score"), row.get("group_probs") or []
+    if not isinstance(probs, list) or not all(map(_can_be_drawn, probs)):
+        raise ValueError('has "group_probs" that are no list of numbers')
+    return {**row, "score": score if _can_be_drawn(score) else None, "group_probs": probs}
+
+
+def _check_change(row: Json) -> Json:
+    _check_text(row, "key")
+    return row
+
+
+def _check_text(row: Json, name: str) -> None:
+    if not isinstance(row.get(name), str):
+        raise ValueError(f'has no text "{name}"')
+
+
+def _can_be_drawn(value: object) -> bool:
+    """Whether it is a finite number, and not so large that an axis has no room for it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 <= value <= 1e300
+
+
+def _without_surrogates(value: Any) -> Any:
+    """JSON can hold half of a surrogate pair, UTF-8 cannot."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_without_surrogates(part) for part in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(part) for key, part in value.items()}
+    return value

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 Head = Literal["lm", "score", "critic"]
 TokenIds = int | tuple[int, ...] | None
 
+MOST = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+}
+"""Far above any Llama: a size beyond is a mistake, and would keep a reader busy for hours."""
+
 ARCHITECTURES: dict[Head, str] = {
     "lm": "LlamaForCausalLM",
     "score": "LlamaForSequenceClassification",
@@ -214,8 +226,8 @@ class _ConfigReader:
         found = self.raw.get(key)
         if found is None:
             found = default
-        if not isinstance(found, int) or isinstance(found, bool) or not 0 < found < 2**63:
-            raise ConfigError(f"{self.source}: {key} is {found!r}, expected a whole number above 0")
+        if not isinstance(found, int) or isinstance(found, bool) or not 0 < found <= MOST[key]:
+            raise ConfigError(f"{self.source}: {key} is {found!r}, expected a whole number from 1 to {MOST[key]}")
         return found
 
     def number(self, key: str, default: float | None = None, table: dict[str, Any] | None = None) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from megatron_gil.config import ConfigError, PpoConfig
+from megatron_gil.config import PpoConfig
 from megatron_gil.config_files import load_config
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.planning.hardware import GPUS, Assumptions, Gpu
@@ -26,9 +26,6 @@ DAY = 86400.0
 def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
     """Print the plan. Exit code 0 also where nothing fits: the question was answered."""
     console = console or wide_console()
-    for name in ("gpus", "gpu_memory"):
-        if not getattr(arguments, name) > 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be above 0")
     spec, gpu, assume = read_model(arguments.model), GPUS[arguments.gpu], Assumptions()
     config = ppo_config(arguments.overrides)
     if arguments.config is not None:

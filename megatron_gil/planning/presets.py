@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_model(name: str) -> LlamaSpec:
     """A preset's sizes, or those of a config.json or its directory."""
     if name in SPECS:
         return SPECS[name]
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         path = path.parent if path.name == "config.json" else path
     if path.is_dir():

@@ -25,7 +25,7 @@ from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import LossFn
-from megatron_gil.parallel.collectives import agree, all_sum, barrier
+from megatron_gil.parallel.collectives import agree, all_sum, barrier, broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout, StartError, read_world_size, start_parallel, stop_parallel
 from megatron_gil.parallel.watchdog import Watchdog
 from megatron_gil.training.alarms import Range
@@ -46,6 +46,7 @@ from megatron_gil.training.checks import (
     require,
     take_run_directory,
 )
+from megatron_gil.training.directory import RunDirectory
 from megatron_gil.training.grouping import Grouping, KnownGroups, LearnedGroups, SingleGroup
 from megatron_gil.training.loop import RunFailed, Trainer, TrainingLoop
 from megatron_gil.training.memory import explain_out_of_memory, is_out_of_memory
@@ -74,7 +75,7 @@ def run_command(name: str, config: Any, stop: StopSignal) -> int:
         data_parallel_size(world_size, config.parallel)  # answers and scores come in batches of any size
     progress = Progress(stop)
     try:
-        with Watchdog(lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog:
+        with Watchdog(lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog, progress.at_end:
             layout = start_parallel(
                 config.parallel, seed=config.run.seed, deterministic=config.run.deterministic, joined=watchdog.join
             )
@@ -130,16 +131,16 @@ def _sft(config: SftConfig, layout: ParallelLayout, progress: Progress) -> int:
         return *read_train_and_eval(config, DemonstrationDataset, tokenizer, **limits(config)), where
 
     train, held_out, tokenizer_dir = agree(layout, check)
-    take_run_directory(config, layout)
+    directory = take_run_directory(config, layout, progress)
     progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
     trainer = _supervised("policy", policy, sft_loss, config, layout, train, held_out, ("sft/loss",), progress=progress)
-    return _train(trainer, config, layout, progress, tokenizer_dir)
+    return _train(trainer, config, layout, progress, tokenizer_dir, directory)
 
 
 def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) -> int:
     train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "reward_model"))
-    take_run_directory(config, layout)
+    directory = take_run_directory(config, layout, progress)
     progress.safe_point("building reward_model")
     model, absent = build_trainable(config, "reward_model", "score", layout, config.optimizer)
     if absent:
@@ -149,12 +150,12 @@ def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) ->
     trainer = _supervised(
         "reward_model", model, loss, config, layout, train, held_out, line, kind=RewardTrainer, progress=progress
     )
-    return _train(trainer, config, layout, progress, tokenizer_dir)
+    return _train(trainer, config, layout, progress, tokenizer_dir, directory)
 
 
 def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
     train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "policy"))
-    take_run_directory(config, layout)
+    directory = take_run_directory(config, layout, progress)
     progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
     progress.safe_point("building ref_policy")
@@ -171,7 +172,7 @@ def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         progress=progress,
         prepare=lambda batch: fill_ref_log_probs(batch, ref_policy),
     )
-    return _train(trainer, config, layout, progress, tokenizer_dir)
+    return _train(trainer, config, layout, progress, tokenizer_dir, directory)
 
 
 def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
@@ -190,7 +191,7 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         return train, held_out, pretrain, tokenizer, where, read_score_range(model_path(config, "reward_model"))
 
     train, held_out, pretrain, tokenizer, tokenizer_dir, score_range = agree(layout, check)
-    take_run_directory(config, layout)
+    directory = take_run_directory(config, layout, progress)
     gil, sums = config.gil, all_sum(layout)
     grouping: Grouping = SingleGroup(sums)
     if gil.num_groups > 1 or gil.groups == "known":
@@ -237,18 +238,36 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         all_sum=sums,
         score_range=score_range,
     )
-    return _train(trainer, config, layout, progress, tokenizer_dir)
+    return _train(trainer, config, layout, progress, tokenizer_dir, directory)
 
 
 def _train(
-    trainer: Trainer, config: TrainConfig, layout: ParallelLayout, progress: Progress, tokenizer_dir: Path
+    trainer: Trainer,
+    config: TrainConfig,
+    layout: ParallelLayout,
+    progress: Progress,
+    tokenizer_dir: Path,
+    taken: RunDirectory | None,
 ) -> int:
     """Resume from the newest good checkpoint where there is one, then loop."""
     directory = Path(config.run.dir)
     store = CheckpointStore(directory / "checkpoints", layout, config.checkpoint, tokenizer_dir=tokenizer_dir)
     loop = TrainingLoop(trainer, config, layout=layout, directory=directory, checkpoints=store, progress=progress)
     loop.resume()
+    if not loop.is_finished:
+        _record_changes(taken, loop.iteration, layout)
     return loop.run()
+
+
+def _record_changes(taken: RunDirectory | None, iteration: int, layout: ParallelLayout) -> None:
+    error = ""
+    if taken is not None:
+        try:
+            taken.record(iteration)
+        except OSError as refused:
+            error = f"{taken.path}: the new settings cannot be written: {refused.strerror}"
+    if error := broadcast_object(error, layout):
+        raise RunFailed(error)
 
 
 def _supervised(

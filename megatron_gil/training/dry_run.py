@@ -74,16 +74,22 @@ def _find_models(
                 )
             directories[role] = sizes_from
             notes.append(f"models.{role}={value} is not there yet: sizes of {sizes_from}")
-        elif role == "reward_model" and isinstance(config, PpoConfig):
-            _check_scored(Path(value))
+        else:
+            _check_weights(role, Path(value), scored=role == "reward_model" and isinstance(config, PpoConfig))
     return directories, notes
 
 
-def _check_scored(path: Path) -> None:
-    from megatron_gil.models.hf_files import HfTensors
+def _check_weights(role: str, path: Path, *, scored: bool) -> None:
+    """The headers of the weight files: every tensor is there, as config.json says, and no file is cut off."""
+    from megatron_gil.models.convert.check import SCORE_HEAD, check_tensors
+    from megatron_gil.models.convert.weight_files import read_safetensors
 
-    if "score.weight" not in HfTensors.open(path):
+    spec, files = LlamaSpec.read(path), read_safetensors(path)
+    has_scores = any(SCORE_HEAD in file.tensors for file in files)
+    if scored and not has_scores:
         raise ConfigError(f"models.reward_model={path} has no score.weight; train it with `megatron-gil reward` first")
+    head = "score" if has_scores and role not in ("policy", "ref_policy") else "lm"
+    check_tensors(files, spec, head, path, others=True)
 
 
 def _read_data(command: str, config: TrainConfig, model_dir: Path, plan: BatchPlan) -> list[str]:

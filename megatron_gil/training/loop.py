@@ -95,10 +95,19 @@ class TrainingLoop:
             text = f"resuming {self._directory} at iteration {loaded.iteration} of {self._trainer.num_iterations}"
             print(text, file=sys.stderr)
 
+    @property
+    def iteration(self) -> int:
+        """Whole iterations so far."""
+        return self._state.iteration
+
+    @property
+    def is_finished(self) -> bool:
+        return self._state.iteration >= self._trainer.num_iterations and self._state.unlogged is None
+
     def run(self) -> int:
         """The exit code. A stop before an iteration's updates discards that iteration."""
         state, last = self._state, self._trainer.num_iterations
-        if state.iteration >= last and state.unlogged is None:
+        if self.is_finished:
             return 0
         self._log = self._open_log()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from megatron_gil.parallel.collectives import max_over_ranks
@@ -18,6 +19,8 @@ class Progress:
         self._stop = stop
         self._layout: ParallelLayout | None = None
         self.where = Whereabouts(number=0, phase="start-up", since=time.monotonic())
+        self.at_end = ExitStack()
+        """What is to be undone however the command ends, a kill apart."""
         self.shape: tuple[int, ...] = ()
         """Of the tokens that the phase works on: rows x padded length."""
 
@@ -29,6 +32,10 @@ class Progress:
         """Begin a phase; `batch` (of types.py) is what it works on."""
         self.where = Whereabouts(number=self.where.number + 1, phase=phase, since=time.monotonic())
         self.shape = () if batch is None else tuple(batch.tokens.shape)
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether this rank is; the next safe point raises on all."""
+        return bool(self._stop.wanted)
 
     def safe_point(self, phase: str, batch: Any = None) -> None:
         """Begin a phase, or raise StopRequested on every rank if any of them wants to stop. Collective.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from megatron_gil.engine.generation import Generator
 from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.build import build_frozen, check_model
-from megatron_gil.training.checks import limits, new_file, read_tokenizer, require
+from megatron_gil.training.checks import limits, new_file, read_tokenizer, require, take_output
 from megatron_gil.training.loop import RunFailed
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
@@ -35,6 +36,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
         return prompts, tokenizer, new_file(config.output)
 
     prompts, tokenizer, output = agree(layout, check)
+    take_output(config, layout, progress)
     progress.safe_point("building policy")
     policy = build_frozen(config, "policy", "lm", layout)
     generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
@@ -63,6 +65,7 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
         return ResponseDataset(path, tokenizer, **limits(config)), new_file(config.output)
 
     responses, output = agree(layout, check)
+    take_output(config, layout, progress)
     progress.safe_point("building reward_model")
     model = build_frozen(config, "reward_model", "score", layout)
     rows = {}
@@ -74,8 +77,20 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
             group = responses.known_groups([row_id])[0]
             label = {"group": responses.group_names[group]} if group >= 0 else {}
             rows[row_id] = {"prompt": prompt, "response": response, "score": value, **label}
+    _check_scores({row_id: row["score"] for row_id, row in rows.items()}, config, layout)
     _write_rows(rows, output, layout)
     return 0
+
+
+def _check_scores(scores: dict[int, float], config: ScoreConfig, layout: ParallelLayout) -> None:
+    """A NaN is a broken model, and would lose against every score it is compared with."""
+    bad = [pair for part in gather_objects(scores, layout) for pair in part.items() if not math.isfinite(pair[1])]
+    if bad:
+        row_id, value = min(bad)
+        raise RunFailed(
+            f"models.reward_model={config.models.reward_model} gives {len(bad)} rows no score (the first: row "
+            f"{row_id + 1} of {config.data.train}, {value}); no output is written"
+        )
 
 
 def _write_rows(rows: dict[int, dict[str, Any]], output: Path, layout: ParallelLayout) -> None:

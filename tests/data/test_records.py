@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.fields import COLUMNS, check_record
+from megatron_gil.data.fields import COLUMNS, LONGEST_ROW, check_record
 from megatron_gil.data.records import iter_jsonl, read_records
 
 KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")
@@ -160,3 +160,18 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
     assert read_records(path, "prompts")["prompt"][:] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_row_has_a_greatest_length(name: str, tmp_path: Path) -> None:
+    path, long = tmp_path / name, json.dumps({"prompt": "x" * LONGEST_ROW})
+    with gzip.open(path, "wt") if name.endswith(".gz") else path.open("w") as file:
+        file.write('{"prompt": "a"}\n' + long + "\n")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl(\.gz)?:2: a row of more than 8 MiB; cut it into several"):
+        list(iter_jsonl(path))
+    longest = json.dumps({"prompt": "x" * (LONGEST_ROW - 16)})
+    path = tmp_path / "fits.jsonl"
+    path.write_text(longest + "\n")
+    assert [number for number, _ in iter_jsonl(path)] == [1]
+    with pytest.raises(ConfigError, match="field prompt has 8388609 characters, more than 8388608"):  # out of Parquet
+        check_record({"prompt": "x" * (LONGEST_ROW + 1)}, "prompts", "rows.parquet:1")

@@ -1,6 +1,7 @@
 """The report of run directories: what it must hold, and that it needs nothing beside itself."""
 
 import argparse
+import base64
 import json
 import re
 from pathlib import Path
@@ -182,6 +183,15 @@ def test_evaluate_names_file_line_and_field(tmp_path: Path) -> None:
     bad.write_text('{"prompt": "p0"}\n')
     with pytest.raises(ConfigError, match=r'bad\.jsonl: line 1 has no text "response"'):
         evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
+    for value in ("NaN", "Infinity", "-Infinity", "1e999"):
+        bad.write_text(f'{{"prompt": "p0", "response": "r", "score": {value}}}\n')
+        with pytest.raises(
+            ConfigError, match=r"bad\.jsonl: line 1 has the score -?(nan|inf), which cannot be compared"
+        ):
+            evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
+    bad.write_bytes(b'{"prompt": "p0", "response": "r"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ConfigError, match=r"bad\.jsonl: line 2 is not UTF-8"):
+        evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
     with pytest.raises(ConfigError, match=r"absent\.jsonl: cannot be read"):
         evaluate(_arguments(ours=ours, theirs=[tmp_path / "absent.jsonl"]), gold_score=lambda p, r: 0.0)
 
@@ -191,3 +201,84 @@ def test_report_command(runs: list[Path], tmp_path: Path, capsys: pytest.Capture
     assert report(argparse.Namespace(runs=runs, output=output)) == 0
     assert capsys.readouterr().out.strip() == str(output)
     assert output.stat().st_size > 10_000
+
+
+ODD = [
+    ("config.yaml", b"run: {", "config.yaml: not valid YAML"),
+    ("config.yaml", b"- 5\n", "config.yaml: must hold `section:` keys"),
+    ("config.yaml", b"a: \xff\n", "config.yaml: not valid YAML"),
+    ("config.yaml", b"#" + b"x" * (1 << 20) + b"\n", "config.yaml: larger than 1 MiB"),
+    ("metrics.jsonl", b"5\n", 'metrics.jsonl: line 1 has no whole number "iteration"'),
+    ("metrics.jsonl", b'{"a": 5}\n', 'metrics.jsonl: line 1 has no whole number "iteration"'),
+    ("metrics.jsonl", b'{"iteration": "5"}\n', 'metrics.jsonl: line 1 has no whole number "iteration"'),
+    ("metrics.jsonl", b'{"iteration": 5e9}\n', 'metrics.jsonl: line 1 has no whole number "iteration"'),
+    ("metrics.jsonl", b'{"iteration": 1, "a": "b"}\n', "metrics.jsonl: line 1 has the metric 'a' that is no number"),
+    ("metrics.jsonl", b'\xff\n{"iteration": 1}\n', "metrics.jsonl: line 1 is not JSON"),
+    ("samples.jsonl", b'{"iteration": 1, "prompt": "a"}\n', 'samples.jsonl: line 1 has no text "response"'),
+    ("samples.jsonl", b'{"iteration": 1, "prompt": 5, "response": ""}\n', 'samples.jsonl: line 1 has no text "prompt"'),
+    (
+        "samples.jsonl",
+        b'{"iteration": 1, "prompt": "", "response": "", "group_probs": [1, "a"]}\n',
+        'samples.jsonl: line 1 has "group_probs" that are no list of numbers',
+    ),
+    ("config_history.jsonl", b'{"iteration": 1}\n', 'config_history.jsonl: line 1 has no text "key"'),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), ODD)
+def test_a_broken_file_of_a_run_is_named_in_one_line(
+    name: str, content: bytes, message: str, runs: list[Path], tmp_path: Path
+) -> None:
+    (runs[0] / name).write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        write_report(runs, tmp_path / "report.html")
+    assert message in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not list(tmp_path.glob("*report.html*"))
+
+
+def test_any_label_and_any_number_can_be_drawn(runs: list[Path], tmp_path: Path) -> None:
+    labels = (r"$\frac{$", "$x$", "_hidden", "<&>", "\x00\x1b", "\ud800", "--", "图")
+    values = ("NaN", "Infinity", "1e308", "-1e999", "1" + "0" * 400, "0.5", "7", "null")
+    row = {f"reward/score_mean_known_{label}": f"@{value}" for label, value in zip(labels, values, strict=True)}
+    text = re.sub(r'"@([^"]*)"', r"\1", json.dumps({**row, "reward/score_mean": "@1e307"}))
+    lines = "".join(f'{{"iteration": {i}, {text[1:]}\n' for i in range(3))
+    (runs[0] / "metrics.jsonl").write_text(lines)
+    sample = '{"iteration": 2, "prompt": "\\ud800", "response": "a\\u2028b", "score": NaN}\n'
+    (runs[0] / "samples.jsonl").write_text(sample)
+    write_report(runs, tmp_path / "report.html")
+    pictures = re.findall(r"base64,([^\"]+)", (tmp_path / "report.html").read_text())
+    for picture in pictures:
+        ElementTree.fromstring(base64.b64decode(picture))
+    assert len(pictures) >= 2
+
+
+def test_what_a_resume_changed_is_shown(runs: list[Path], tmp_path: Path) -> None:
+    row = {"iteration": 12, "key": "optimizer.lr", "old": 1e-5, "new": 5e-7, "time": "2026-01-01", "commit": "c"}
+    (runs[1] / "config_history.jsonl").write_text(json.dumps(row) + "\n")
+    write_report(runs, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Config changes during a run" in text
+    cells = "".join(f"<td>{cell}</td>" for cell in ("gil", "12", "optimizer.lr", "1e-05", "5e-07", "2026-01-01"))
+    assert cells in text
+
+
+def test_a_page_is_there_whole_or_as_it_was(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, output = tmp_path / "real.html", tmp_path / "report.html"
+    output.symlink_to(real)
+    real.write_text("before")
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(runs, output)
+    assert real.read_text() == "before"
+    assert not list(tmp_path.glob(".*"))
+    write_report(runs, output)
+    assert output.is_symlink()
+    assert "<html" in real.read_text()
+    write_report(runs, Path("/dev/null"))
+    assert Path("/dev/null").is_char_device()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.files import read_manifest
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.ranges import RANGE
 
 KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")
 fuzzed = settings(deadline=10_000, suppress_health_check=list(HealthCheck))
@@ -87,11 +89,19 @@ def test_config_files(content: bytes, place: Path) -> None:
     _accept_or_refuse(lambda: load_config(PpoConfig, path, []), place)
 
 
+NUMBERS = [
+    f"{section.name}.{f.name}"
+    for section in fields(PpoConfig)
+    for f in fields(section.default_factory)  # type: ignore[arg-type]
+    if RANGE in f.metadata
+]
+hard_numbers = st.sampled_from(["nan", "inf", "-inf", "-1", "0", "1e308", "1e999", "1" + "0" * 400, "0x" + "f" * 5000])
+
+
 @fuzzed
 @given(
-    key=st.sampled_from(["run.dir", "run.seed", "batch", "gil.num_groups", "optimizer.lr", "", "x.y", "models.dtype"])
-    | st.text(max_size=12),
-    value=st.text(max_size=30) | json_values.map(json.dumps),
+    key=st.sampled_from([*NUMBERS, "run.dir", "batch", "", "x.y", "models.dtype"]) | st.text(max_size=12),
+    value=st.text(max_size=30) | json_values.map(json.dumps) | hard_numbers,
 )
 def test_overrides(key: str, value: str, place: Path) -> None:
     _accept_or_refuse(lambda: load_config(PpoConfig, None, ["run.dir=x", f"{key}={value}"]), place)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_gil.cli import main
 
@@ -59,6 +65,41 @@ def test_what_cannot_run_is_one_line_and_exit_code_2(
 def test_a_policy_is_no_reward_model(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ppo(world, f"models.reward_model={world / 'policy'}"), "--dry-run"]) == 2
     assert "score.weight" in capsys.readouterr().err
+
+
+def _shapes(path: Path) -> None:
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.ones(3)}, path / "model.safetensors")
+
+
+def _layers(path: Path, count: int) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}))
+
+
+@pytest.mark.parametrize("role", ["policy", "reward_model"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "model.safetensors").write_bytes(b""), "not a safetensors file"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\x7f" * 5000), "not a safetensors file"),
+        (lambda path: os.truncate(path / "model.safetensors", 5000), "cut off"),
+        (lambda path: (path / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (_shapes, "tensor model.norm.weight has shape [3], expected"),
+        (lambda path: _layers(path, 3), "no tensor model.layers.2.input_layernorm.weight"),
+        (lambda path: _layers(path, 10**9), "num_hidden_layers is 1000000000, expected a whole number from 1 to 10000"),
+    ],
+)
+def test_weights_that_are_not_those_of_config_json(
+    role: str, damage: Any, message: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / role, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert main([*ppo(world, f"models.{role}={tmp_path / 'model'}"), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(tmp_path / "model") in error
+    assert error.count("\n") == 1
 
 
 def test_models_that_an_earlier_run_has_yet_to_write(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

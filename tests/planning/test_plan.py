@@ -148,9 +148,23 @@ def test_the_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> No
         assert text in shown
 
 
-def test_the_command_refuses_what_is_not_a_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--gpus", "0"]) == 2
-    assert "--gpus 0 must be above 0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--gpus", "0", "--gpus 0 must be at least 1 and at most 1000000"),
+        ("--gpus", "1" + "0" * 30, "must be at least 1 and at most 1000000"),
+        ("--gpu-memory", "0", "--gpu-memory 0.0 must be above 0 and finite"),
+        ("--gpu-memory", "inf", "--gpu-memory inf must be above 0 and finite"),
+        ("--gpu-memory", "nan", "--gpu-memory nan must be above 0 and finite"),
+    ],
+)
+def test_the_command_refuses_what_is_not_a_number_of_gpus(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", option, value]) == 2
+    said = capsys.readouterr().err
+    assert expected in said
+    assert said.count("\n") == 1
 
 
 def test_changes_start_from_the_papers_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,10 @@ def test_differences_of_the_config_are_listed(runs: tuple[Path, dict[str, Any]])
     text = runs[1]["sft"][1][1]
     assert "resuming with another setting: log.samples: 4 -> 3" in text
     assert text.count("another setting") == 2, text  # and run.dir, which the copy changed
+    resumed = runs[0] / "sft_resumed"
+    history = [json.loads(line) for line in (resumed / "config_history.jsonl").read_text().splitlines()]
+    assert [(row["iteration"], row["key"]) for row in history] == [(STOPPED, "run.dir"), (STOPPED, "log.samples")]
+    assert "samples: 3\n" in (resumed / "config.yaml").read_text()  # not that of the third start, which trained nothing
 
 
 def test_a_group_is_one_curve_of_the_log(runs: tuple[Path, dict[str, Any]]) -> None:
@@ -179,6 +183,9 @@ def _refusals(root: Path, directory: Path) -> dict[str, tuple[int, str]]:
     (foreign / "thesis.tex").write_text("precious")
     nan = directory / "nan"
     _spoil(root / "policy", nan)
+    _spoil(root / "reward_model", directory / "nan_scores")
+    replies = write_rows(directory / "replies.jsonl", [{"prompt": "sun", "response": " sea"}])
+    score = ["score", f"models.reward_model={directory / 'nan_scores'}", f"data.train={replies}"]
     few = write_rows(directory / "few.jsonl", [{"prompt": "sun", "completion": " sea"}])
     return {
         "first": first,
@@ -186,6 +193,9 @@ def _refusals(root: Path, directory: Path) -> dict[str, tuple[int, str]]:
         "foreign": _call(_arguments("sft", root, foreign), root),
         "nan": _call(
             _arguments("sft", root, directory / "nan_run", f"models.policy={nan}", "run.max_skipped_updates=2"), root
+        ),
+        "nan scores": _call(
+            [*score, "data.max_tokens=48", "data.max_prompt_tokens=32", f"output={directory / 'scores.jsonl'}"], root
         ),
         "few": _call(_arguments("sft", root, directory / "few_run", f"data.train={few}", f"data.eval={few}"), root),
     }
@@ -215,4 +225,8 @@ def test_refusals_and_failures(world: Path, tmp_path: Path) -> None:
     assert text.count("update of policy skipped: rank 0: gradient norm nan, loss of microbatch 0 (rows [") == 3
     assert "3 updates were skipped for NaN or Inf, more than run.max_skipped_updates=2" in text
     assert not list((tmp_path / "nan_run" / "checkpoints").glob("iter_0000003"))
+    code, text = found["nan scores"]
+    assert (code, text.count("\n")) == (1, 1), text
+    assert "gives 1 rows no score (the first: row 1 of " in text
+    assert not list(tmp_path.glob("*scores.jsonl*"))
     assert found["few"][0] == 0, found["few"][1]  # a data set smaller than a batch repeats rows

@@ -44,8 +44,13 @@ def expected_shapes(spec: LlamaSpec, head: Head) -> Iterator[tuple[str, Shape]]:
         yield LM_HEAD, (spec.vocab_size, hidden)
 
 
-def check_tensors(files: Sequence[WeightFile], spec: LlamaSpec, head: Head, directory: Path) -> None:
-    """ConfigError names the first tensor that is missing, of another shape, there twice, or not a Llama's."""
+def check_tensors(
+    files: Sequence[WeightFile], spec: LlamaSpec, head: Head, directory: Path, *, others: bool = False
+) -> None:
+    """ConfigError names the first tensor that is missing, of another shape, there twice, or not a Llama's.
+
+    others: allow tensors that the model does not need, which training leaves alone; then only headers are read.
+    """
     holders = _holders(files)
     known = set()
     for name, shape in expected_shapes(spec, head):
@@ -55,6 +60,8 @@ def check_tensors(files: Sequence[WeightFile], spec: LlamaSpec, head: Head, dire
             )
         _check_shape(holders[name], name, shape)
         known.add(name)
+    if others:
+        return
     if spec.tied and head == "lm" and LM_HEAD in holders:
         _check_tied(holders[EMBEDDING], holders[LM_HEAD])
         known.add(LM_HEAD)

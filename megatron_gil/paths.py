@@ -1,0 +1,36 @@
+"""Paths that a user gives, and files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def expand_user(path: str | Path) -> Path:
+    """The path with a leading ~ or ~USER replaced, which a shell does only where a word begins with it.
+
+    ValueError where there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{path}: there is no home directory of that name; write the path out")
+    return Path(expanded)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file on disk with all of the text, or as it was; never half of it under its name. Into a device or a pipe,
+    whatever it takes."""
+    path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:  # a Ctrl-C too
+        beside.unlink(missing_ok=True)
+        raise
