@@ -100,6 +100,8 @@ def require(value: str | None, key: str, reason: str) -> str:
 
 def new_file(value: str) -> Path:
     path = Path(value)
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"output={path} must end in .jsonl: that is what it holds, and what score reads")
     if path.exists():
         raise ConfigError(f"output={path} exists already; nothing is overwritten, choose another name")
     if not path.parent.is_dir():

@@ -118,7 +118,7 @@ class RunLog:
         left = (time.monotonic() - self._started) / done * (self._num_iterations - iteration - 1)
         width = len(str(self._num_iterations))
         shown = [f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self._line if name in metrics]
-        return f"{iteration + 1:>{width}}/{self._num_iterations}  {'  '.join(shown)}  left {_clock(left)}"
+        return f"{iteration + 1:>{width}}/{self._num_iterations}  {'  '.join(shown)}  left {clock_text(left)}"
 
     def close(self) -> None:
         if self._directory is not None:
@@ -137,7 +137,8 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
