@@ -96,14 +96,3 @@ def require(value: str | None, key: str, reason: str) -> str:
     if not value:
         raise ConfigError(f"{key} is not set: {reason}; give a file as {key}=PATH")
     return value
-
-
-def new_file(value: str) -> Path:
-    path = Path(value)
-    if path.suffix != ".jsonl":
-        raise ConfigError(f"output={path} must end in .jsonl: that is what it holds, and what score reads")
-    if path.exists():
-        raise ConfigError(f"output={path} exists already; nothing is overwritten, choose another name")
-    if not path.parent.is_dir():
-        raise ConfigError(f"output={path}: the directory {path.parent} does not exist")
-    return path

@@ -14,7 +14,8 @@ from megatron_gil.parallel.collectives import agree
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.answers import AnswerFile, what_rows_depend_on
 from megatron_gil.training.build import build_frozen, check_model
-from megatron_gil.training.checks import limits, new_file, read_tokenizer, require
+from megatron_gil.training.checks import limits, read_tokenizer, require
+from megatron_gil.training.output import new_file
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
 from megatron_gil.training.signals import EXIT_STOPPED, StopRequested

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -135,7 +138,14 @@ def test_rows_in_memory_may_change_between_starts(world: Path, wholes: tuple[Pat
 
 
 def _call_with_full_disk(call: Call, root: Path) -> int:
-    with mock.patch("megatron_gil.training.rows.os.pwrite", side_effect=OSError(28, "No space left on device")):
+    full, write, calls = OSError(28, "No space left on device"), os.pwrite, itertools.count(1)
+
+    def pwrite(*arguments: Any) -> int:
+        if next(calls) > 2:  # the first line, one batch
+            raise full
+        return write(*arguments)
+
+    with mock.patch("megatron_gil.training.rows.os.pwrite", pwrite):
         return call_all([call], root)[0].code
 
 
@@ -143,6 +153,7 @@ def test_a_full_disk_ends_it_in_one_line(world: Path, tmp_path: Path) -> None:
     call = Call(_generate(world, tmp_path / "responses.jsonl"))
     assert run_ranks(_call_with_full_disk, 2, call, world) == [1, 1]
     assert not (tmp_path / "responses.jsonl").exists()
+    assert _kept(tmp_path / "responses.jsonl") == 10
 
 
 def _call_with_lines(calls: list[Call], root: Path) -> list[str]:
