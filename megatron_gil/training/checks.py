@@ -29,10 +29,10 @@ def take_run_directory(config: TrainConfig, layout: ParallelLayout) -> None:
         print(f"resuming with another setting: {difference}", file=sys.stderr)
 
 
-def check_preferences(config: TrainConfig, role: str) -> tuple[Any, Any, Path]:
+def check_preferences(config: TrainConfig, role: str) -> tuple[Any, Any, Tokenizer, Path]:
     check_model(config, role)
     tokenizer, where = read_tokenizer(config, role)
-    return *read_train_and_eval(config, PreferenceDataset, tokenizer, **limits(config)), where
+    return *read_train_and_eval(config, PreferenceDataset, tokenizer, **limits(config)), tokenizer, where
 
 
 def check_rollout(config: PpoConfig, layout: ParallelLayout, train: PromptDataset) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_gil.config import TrainConfig
+from megatron_gil.config import PpoConfig, TrainConfig
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.parallel.collectives import broadcast_object
@@ -36,7 +36,7 @@ class Trainer(Protocol):
         ...
 
     def samples(self, count: int) -> list[dict[str, Any]]:
-        """Rows of the last iteration that a person can read, on rank 0."""
+        """Rows of the last iteration that a person can read. Collective; rank 0's are written."""
         ...
 
     def models(self) -> dict[str, TrainableModel]: ...
@@ -92,8 +92,18 @@ class TrainingLoop:
         self._state = LoopState(**loaded.state["loop"])
         self._saved = loaded.iteration
         if self._layout.is_main:
-            text = f"resuming {self._directory} at iteration {loaded.iteration} of {self._trainer.num_iterations}"
-            print(text, file=sys.stderr)
+            print(self._resume_line(loaded.iteration, self._trainer.num_iterations), file=sys.stderr)
+
+    def _resume_line(self, done: int, wanted: int) -> str:
+        if done < wanted or self._state.unlogged is not None:
+            return f"resuming {self._directory} at iteration {done} of {wanted}"
+        if done == wanted:
+            return f"{self._directory} is finished: it has all {wanted} iterations; nothing to do"
+        keys = "ppo.iterations" if isinstance(self._config, PpoConfig) else "train.updates or train.epochs"
+        return (
+            f"{self._directory} has {done} iterations already, more than the {wanted} that {keys} asks for; nothing to "
+            "do: ask for more, or choose another run.dir"
+        )
 
     def run(self) -> int:
         """The exit code. A stop before an iteration's updates discards that iteration."""
@@ -151,7 +161,7 @@ class TrainingLoop:
             self._log.note(f"iteration {state.iteration}: {text}")
         state.unlogged = metrics
         last = state.iteration == trainer.num_iterations
-        if self._layout.is_main and (last or (log.samples_every and state.iteration % log.samples_every == 0)):
+        if last or (log.samples_every and state.iteration % log.samples_every == 0):
             self._log.samples(state.iteration - 1, trainer.samples(log.samples))
         self._finish_iteration(metrics)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 
-from megatron_gil.config import GenerateConfig, ScoreConfig
+from megatron_gil.config import CommandConfig, GenerateConfig, ScoreConfig
 from megatron_gil.data.demonstrations import ResponseDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
+from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.parallel.collectives import agree
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.answers import AnswerFile, what_rows_depend_on
 from megatron_gil.training.build import build_frozen, check_model
 from megatron_gil.training.checks import limits, read_tokenizer, require
+from megatron_gil.training.first_lines import first_rows, print_rows
 from megatron_gil.training.output import new_file
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
@@ -40,6 +42,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
         progress.safe_point("building policy")
         policy = build_frozen(config, "policy", "lm", layout)
         generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+        _say_first(config, layout, answers, {"policy": policy}, prompts)
 
         def before_batch() -> None:
             answers.flush()
@@ -74,6 +77,7 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
     def answer_all() -> None:
         progress.safe_point("building reward_model")
         model = build_frozen(config, "reward_model", "score", layout)
+        _say_first(config, layout, answers, {"reward_model": model}, responses)
 
         def before_batch() -> None:
             answers.flush()
@@ -89,6 +93,13 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
                 answers.add({row_id: {"prompt": prompt, "response": response, "score": value, **label}})
 
     return _collect(answers, answer_all, progress)
+
+
+def _say_first(
+    config: CommandConfig, layout: ParallelLayout, answers: AnswerFile, models: Mapping[str, MegatronModel], rows: Sized
+) -> None:
+    length, data = f"{len(rows) - len(answers.done):,} rows", {"data.train": rows}
+    print_rows(first_rows(config, layout, where=answers.output, models=models, data=data, length=length), layout)
 
 
 def _collect(answers: AnswerFile, answer_all: Callable[[], None], progress: Progress) -> int:
