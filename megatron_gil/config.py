@@ -144,6 +144,13 @@ class OptimizerSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOptimizerSection(OptimizerSection):
+    """Of ppo's policy."""
+
+    lr: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSection:
     """Anything but temperature 1 and the rest off makes the sampled distribution differ from the one PPO's
     log-probs speak of; policy/sampling_mismatch logs by how much."""
@@ -181,6 +188,9 @@ class CheckpointSection:
     """How many checkpoints stay."""
     keep_every: int = 0
     """Checkpoints of every n-th iteration stay for ever; 0: none does."""
+    keep_best: str | None = None
+    """A metric of the evaluations (log.eval_every): the checkpoint where it was highest stays, as checkpoints/best too,
+    and is saved at once. With a minus before it, lowest: eval/reward/score_mean, -eval/sft/loss."""
     on_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (disk full, read-only, gone): stop with exit code 1, or go on without it. The
     last good one is kept either way, and a run that cannot save its last iteration fails."""
@@ -193,6 +203,10 @@ class CheckpointSection:
         require(
             self.keep_last >= 1,
             f"checkpoint.keep_last={self.keep_last} must be at least 1: the last one is never deleted",
+        )
+        require(
+            self.keep_best is None or self.keep_best.removeprefix("-").startswith("eval/"),
+            f"checkpoint.keep_best={self.keep_best} must name a metric under eval/, such as eval/reward/score_mean",
         )
 
 
@@ -382,6 +396,13 @@ class TrainConfig(CommandConfig):
     checkpoint: CheckpointSection = _section(CheckpointSection)
     log: LogSection = _section(LogSection)
 
+    def __post_init__(self) -> None:
+        require(
+            self.checkpoint.keep_best is None or (bool(self.data.eval) and self.log.eval_every > 0),
+            f"checkpoint.keep_best={self.checkpoint.keep_best} compares evaluations: set data.eval=FILE and "
+            "log.eval_every above 0",
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig(TrainConfig):
@@ -405,6 +426,7 @@ class PpoConfig(TrainConfig):
     """`optimizer` is the policy's; batch.global_size rows make a minibatch of the rollout, which has
     ppo.prompts x ppo.responses_per_prompt rows."""
 
+    optimizer: OptimizerSection = _section(PolicyOptimizerSection)
     critic_optimizer: OptimizerSection = _section(OptimizerSection)
     sampling: SamplingSection = _section(SamplingSection)
     ppo: PpoSection = _section(PpoSection)

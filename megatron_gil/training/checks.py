@@ -13,6 +13,7 @@ from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.parallel.collectives import agree
 from megatron_gil.parallel.layout import ParallelLayout, read_world_size
+from megatron_gil.training.best import check_keep_best
 from megatron_gil.training.build import check_model, model_path
 from megatron_gil.training.directory import take_directory
 
@@ -78,7 +79,8 @@ def read_tokenizer(config: CommandConfig, role: str) -> tuple[Tokenizer, Path]:
     return Tokenizer.read(path), path
 
 
-def read_train_and_eval(config: CommandConfig, kind: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, T | None]:
+def read_train_and_eval(config: TrainConfig, kind: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, T | None]:
+    check_keep_best(config)
     train = kind(require(config.data.train, "data.train", "it is what the command trains on"), *args, **kwargs)
     if not config.data.eval:
         return train, None

@@ -25,6 +25,7 @@ from megatron_gil.planning.command import memory_table, wide_console
 from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.workload import Workload, read_workload
+from megatron_gil.training.best import check_keep_best
 from megatron_gil.training.output import new_file
 
 ROLES = {
@@ -39,6 +40,7 @@ FALLBACKS = {"ref_policy": "policy", "critic": "reward_model"}
 def dry_run(command: str, config: TrainConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
     """0: the run can start as it is. ConfigError (exit code 2): it cannot."""
     console = console or wide_console()
+    check_keep_best(config)
     parallel = config.parallel
     num_gpus = arguments.gpus or parallel.tensor_size * parallel.pipeline_size
     plan = BatchPlan.of(num_gpus, parallel, config.batch)
