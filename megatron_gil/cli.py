@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_gil import __version__
 from megatron_gil.paths import expand_user
@@ -22,15 +23,19 @@ COMMANDS = {
     "evaluate": "win/tie/lose of response files against one another",
     "report": "run directories as one HTML page with pictures",
     "plan": "memory and time of a model on so many GPUs, for every layout",
+    "prepare-data": "a public data set to training files",
+    "convert": "Hugging Face directories in and out of training, checked",
     "demo": "the whole pipeline in miniature on this machine",
 }
 TRAINING = ("sft", "reward", "dpo", "ppo")
 CONFIGURED = (*TRAINING, "generate", "score")
+OWN_OPTIONS = ("prepare-data", "convert")
+"""Commands that read their arguments themselves: the choices among them take imports."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the run failed, 2 the user's config or data is wrong, 75 stopped after saving."""
-    arguments = _parse(argv)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     stop = StopSignal() if arguments.command in CONFIGURED else None  # before anything slow
     from megatron_gil.config import ConfigError
 
@@ -43,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; overrides may stand on both sides of an option, which argparse alone refuses."""
+    if argv[:1] and argv[0] in OWN_OPTIONS:
+        return argparse.Namespace(command=argv[0], arguments=argv[1:])
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if any(text.startswith("-") for text in rest) or (rest and arguments.command not in CONFIGURED):
@@ -60,11 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name in OWN_OPTIONS:
+            continue
         if name in CONFIGURED:
             command.add_argument("--config", type=expand_user, metavar="FILE.yaml", help="a run's settings")
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
-            if name in TRAINING:
-                _add_dry_run(command)
+            _add_dry_run(command, trains=name in TRAINING)
         elif name == "evaluate":
             command.add_argument(
                 "ours", type=expand_user, metavar="OURS.jsonl", help="responses: {prompt, response} lines"
@@ -82,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("runs", type=expand_user, nargs="+", metavar="RUN", help="run directories")
             command.add_argument("--output", type=expand_user, default=Path("report.html"), metavar="FILE.html")
         elif name == "plan":
-            command.add_argument("--model", default="7b", metavar="SIZE", help="7b, 13b, 70b or a config.json")
+            command.add_argument(
+                "--model", default="7b", metavar="SIZE", help="7b, 8b (Llama 3), 13b, 70b or a config.json"
+            )
             command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of the run (default 8)")
             command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
             command.add_argument("--gpu", choices=("a100", "h100", "h200"), default="a100", help="for the times")
@@ -114,10 +124,12 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value} must be {bounds}")
 
 
-def _add_dry_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dry-run", action="store_true", help="check everything, print what each rank holds, end")
+def _add_dry_run(command: argparse.ArgumentParser, *, trains: bool) -> None:
+    held = ", print what each rank holds" if trains else ""
+    command.add_argument("--dry-run", action="store_true", help=f"check everything{held}, end")
     command.add_argument("--gpus", type=int, metavar="N", help="dry run: processes (default: one copy of the model)")
-    command.add_argument("--gpu-memory", type=float, metavar="GIB", help="dry run: exit 2 where it does not fit")
+    if trains:
+        command.add_argument("--gpu-memory", type=float, metavar="GIB", help="dry run: exit 2 where it does not fit")
     command.add_argument("--sizes-from", type=expand_user, metavar="DIR", help="dry run: of models still to be written")
 
 
@@ -135,16 +147,30 @@ def _run(arguments: argparse.Namespace) -> int:
         from megatron_gil.planning.command import plan
 
         return plan(arguments)
+    if arguments.command == "prepare-data":
+        from megatron_gil.data.command import prepare_data
+
+        return prepare_data(arguments.arguments)
+    if arguments.command == "convert":
+        from megatron_gil.models.convert.command import convert
+
+        return convert(arguments.arguments, verify=_verify)
     from megatron_gil.demo.pipeline import run_demo
 
     return run_demo(arguments.output, quick=arguments.quick, seed=arguments.seed)
+
+
+def _verify(*directories: Path, **options: Any) -> int:
+    from megatron_gil.engine.verify import verify  # torch, which neither import nor export needs
+
+    return verify(*directories, **options)
 
 
 def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
     from megatron_gil import config as c
     from megatron_gil.config_files import load_config
 
-    classes = {
+    classes: dict[str, type[Any]] = {
         "sft": c.SftConfig,
         "reward": c.RewardConfig,
         "dpo": c.DpoConfig,
@@ -153,9 +179,11 @@ def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
         "score": c.ScoreConfig,
     }
     config = load_config(classes[arguments.command], arguments.config, arguments.overrides)
-    if arguments.command in TRAINING and arguments.dry_run:
-        from megatron_gil.training.dry_run import dry_run
+    if arguments.dry_run:
+        from megatron_gil.training.dry_run import dry_run, dry_run_answers
 
+        if isinstance(config, c.GenerateConfig | c.ScoreConfig):
+            return dry_run_answers(config, arguments)
         return dry_run(arguments.command, config, arguments)
     from megatron_gil.training.commands import run_command
 

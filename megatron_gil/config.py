@@ -171,6 +171,13 @@ class OptimizerSection(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOptimizerSection(OptimizerSection):
+    """Of ppo's policy."""
+
+    lr: float = real(1e-6, least=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CriticOptimizerSection(OptimizerSection):
     key: ClassVar[str] = "critic_optimizer"
 
@@ -218,12 +225,21 @@ class CheckpointSection(Section):
     """How many checkpoints stay; the last one always does."""
     keep_every: int = integer(0)
     """Checkpoints of every n-th iteration stay for ever; 0: none does."""
+    keep_best: str | None = None
+    """A metric of the evaluations (log.eval_every): the checkpoint where it was highest stays, as checkpoints/best too,
+    and is saved at once. With a minus before it, lowest: eval/reward/score_mean, -eval/sft/loss."""
     on_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (disk full, read-only, gone): stop with exit code 1, or go on without it. The
     last good one is kept either way, and a run that cannot save its last iteration fails."""
     background: bool = False
     """Write in a thread while training goes on: the weights are copied to host memory, and the checkpoint counts from
     the iteration after its files are complete. A stop waits for it."""
+
+    def _check(self) -> None:
+        require(
+            self.keep_best is None or self.keep_best.removeprefix("-").startswith("eval/"),
+            f"checkpoint.keep_best={self.keep_best} must name a metric under eval/, such as eval/reward/score_mean",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,6 +413,13 @@ class TrainConfig(CommandConfig):
     checkpoint: CheckpointSection = _section(CheckpointSection)
     log: LogSection = _section(LogSection)
 
+    def __post_init__(self) -> None:
+        require(
+            self.checkpoint.keep_best is None or (bool(self.data.eval) and self.log.eval_every > 0),
+            f"checkpoint.keep_best={self.checkpoint.keep_best} compares evaluations: set data.eval=FILE and "
+            "log.eval_every above 0",
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig(TrainConfig):
@@ -420,6 +443,7 @@ class PpoConfig(TrainConfig):
     """`optimizer` is the policy's; batch.global_size rows make a minibatch of the rollout, which has
     ppo.prompts x ppo.responses_per_prompt rows."""
 
+    optimizer: OptimizerSection = _section(PolicyOptimizerSection)
     critic_optimizer: OptimizerSection = _section(CriticOptimizerSection)
     sampling: SamplingSection = _section(SamplingSection)
     ppo: PpoSection = _section(PpoSection)

@@ -19,7 +19,7 @@ note() { # one line in the job's log, and in the pipeline's where there is one
 reason() { # what the run itself said last: its one line, else the end of a traceback
   local log
   log=$(job_field StdOut)
-  grep -E '(megatron-gil|convert_hf) [a-z]+: |^([0-9]+: )?([A-Za-z_]+\.)*[A-Z][A-Za-z]*(Error|Exception|Failed)\b' "$log" |
+  grep -E 'megatron-gil [a-z-]+( [a-z]+)?: |^([0-9]+: )?([A-Za-z_]+\.)*[A-Z][A-Za-z]*(Error|Exception|Failed)\b' "$log" |
     tail -n 1 | sed 's/^ *[0-9]*: //'
 }
 

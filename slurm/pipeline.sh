@@ -5,7 +5,7 @@
 #   slurm/pipeline.sh --llama DIR --data DIR --output DIR [options] [[STAGE:]section.key=value ...]
 #
 #   --llama DIR            a Hugging Face Llama
-#   --data DIR             preferences and prompts: train/ and eval/ as tools/prepare_data.py writes them
+#   --data DIR             preferences and prompts: train/ and eval/ as prepare-data writes them
 #   --demonstrations DIR   the same for SFT (default: --data)
 #   --output DIR           everything is written below it; given again, the chain goes on with what is not done
 #   --recipes DIR          sft.yaml, reward.yaml, dpo.yaml, generate.yaml, score.yaml and one YAML for each method

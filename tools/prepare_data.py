@@ -1,66 +1,10 @@
-"""Turn a public data set into training files.
-
-    python tools/prepare_data.py hh --input harmless-base/train.jsonl.gz helpful-base/train.jsonl.gz --output data/hh
-    python tools/prepare_data.py hh --input Anthropic/hh-rlhf --data-dir harmless-base --output data/harmless
-
-Writes OUTPUT/{train,eval}/{prompts,demonstrations,preferences}.jsonl, as far as the source has them, and a card of
-counts, lengths and what was left out and why. Exit code 2: the input is wrong, one line on stderr says how.
-"""
+"""The same as `megatron-gil prepare-data`, by its old name."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 
-from megatron_gil.config import ConfigError
-from megatron_gil.data.card import format_card
-from megatron_gil.data.prepare import PrepareOptions, prepare
-from megatron_gil.data.sources import SOURCES
-from megatron_gil.data.sources.files import HubChoice
-from megatron_gil.paths import expand_user
-
-
-def parse_options(arguments: list[str] | None) -> PrepareOptions:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", choices=SOURCES, metavar="SOURCE", help=" | ".join(SOURCES))
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH_OR_HUB_NAME", help="files, directories, names on the hub"
-    )
-    parser.add_argument("--output", type=expand_user, required=True, metavar="DIR", help="must not exist yet")
-    parser.add_argument("--eval-fraction", type=float, default=0.05, help="share of opening questions (default 0.05)")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="leave out the prompts of these files")
-    parser.add_argument("--group", help="label for every row (default: what the source says, for analysis only)")
-    parser.add_argument("--limit", type=int, help="read this many rows only")
-    parser.add_argument(
-        "--label", choices=("safer", "better"), default="safer", help="safe-rlhf: which verdict makes the preference"
-    )
-    parser.add_argument("--split", default="train", help="hub: which split to read (default train)")
-    parser.add_argument("--config", help="hub: name of the configuration")
-    parser.add_argument("--data-dir", help="hub: directory within the data set")
-    given = parser.parse_args(arguments)
-    return PrepareOptions(
-        source=given.source,
-        inputs=[os.path.expanduser(name) for name in given.input],
-        output=given.output,
-        eval_fraction=given.eval_fraction,
-        exclude=[os.path.expanduser(name) for name in given.exclude],
-        group=given.group,
-        limit=given.limit,
-        safe_rlhf_label=given.label,
-        hub=HubChoice(split=given.split, config=given.config, data_dir=given.data_dir),
-    )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    try:
-        card = prepare(parse_options(arguments))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(format_card(card), end="")
-    return 0
-
+from megatron_gil.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["prepare-data", *sys.argv[1:]]))

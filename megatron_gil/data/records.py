@@ -118,7 +118,7 @@ def _find_files(path: Path, kind: str) -> list[Path]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file or directory")
     if not path.name.endswith(_SUFFIXES):
-        raise ConfigError(f"{path}: must end in {', '.join(_SUFFIXES)}; tools/prepare_data.py reads other forms")
+        raise ConfigError(f"{path}: must end in {', '.join(_SUFFIXES)}; `megatron-gil prepare-data` reads other forms")
     return [path]
 
 

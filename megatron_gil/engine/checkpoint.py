@@ -6,6 +6,7 @@
         critic/ ...        score.weight is the value head, group_head.weight the group classifier
         state.json         iteration, steps of each optimizer, what the loop and the trainer remember
         manifest.json      size and SHA-256 of every other file; written last: without it there is no checkpoint
+    checkpoints/best       a link to the best one, with checkpoint.keep_best
 
 Tensors are stored whole under Hugging Face's names, so that a checkpoint does not know the layout that wrote it. No
 random state is stored because there is none: every draw is a pure function of (seed, position).
@@ -49,6 +50,7 @@ class _Unfinished:
     beside: Path
     files: FileWriter
     renames: Renames
+    best: int | None
 
 
 class CheckpointStore:
@@ -65,8 +67,17 @@ class CheckpointStore:
         self.begin(iteration, models, state)
         self.finish(wait=True)
 
-    def begin(self, iteration: int, models: Mapping[str, TrainableModel], state: dict[str, Any]) -> None:
+    def begin(
+        self,
+        iteration: int,
+        models: Mapping[str, TrainableModel],
+        state: dict[str, Any],
+        *,
+        best: int | None = None,
+    ) -> None:
         """Write all files beside; with checkpoint.background only copy to host memory, and leave the rest to a thread.
+
+        best: the iteration (this one or an earlier) that is never deleted, and that `best` links to.
 
         CheckpointError where the directory cannot be made; other errors come from `finish`.
         """
@@ -82,7 +93,7 @@ class CheckpointStore:
             content = {"iteration": iteration, "steps": steps, "state": state}
             files.text(beside / "state.json", json.dumps(content, indent=1))
         files.start()
-        self._unfinished = _Unfinished(iteration, beside, files, renames)
+        self._unfinished = _Unfinished(iteration, beside, files, renames, best)
 
     def finish(self, *, wait: bool) -> None:
         """Put the checkpoint that was begun in its place, if there is one and all ranks have written their files.
@@ -101,6 +112,10 @@ class CheckpointStore:
         written = gather_objects(unfinished.files.entries, self._layout)
         entries = {path: entry for part in written for path, entry in part.items()}
         self._on_main(unfinished.iteration, lambda: self._publish(unfinished, entries))
+
+    def mark_best(self, iteration: int) -> None:
+        """Let `best` link to a checkpoint that is there."""
+        self._on_main(iteration, lambda: self._link_best(iteration))
 
     def find(self, note: Callable[[str], object] | None = None) -> Path | None:
         """The newest checkpoint whose files are all as the manifest says; None where there never was one.
@@ -160,8 +175,10 @@ class CheckpointStore:
         if final.exists():  # damaged: a good one is resumed from, and not saved again
             self._put_away(final)
         beside.rename(final)
+        if unfinished.best == unfinished.iteration:
+            self._link_best(unfinished.iteration)
         sync(self._directory)
-        self._prune(unfinished.iteration)
+        self._prune(unfinished.iteration, unfinished.best)
 
     def _candidates(self) -> list[Path]:
         found = [p for p in self._directory.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", p.name)]
@@ -176,15 +193,22 @@ class CheckpointStore:
         mine = [_file_damage(path / n, n, *expected[n]) for n in names[self._layout.rank :: self._layout.world_size]]
         return next((damage for part in gather_objects(mine, self._layout) for damage in part if damage), None)
 
-    def _prune(self, newest: int) -> None:
-        """Delete all but the last keep_last and every keep_every-th, once that of iteration `newest` is whole.
+    def _link_best(self, iteration: int) -> None:
+        beside = self._directory / ".best.tmp"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(f"iter_{iteration:07}")
+        beside.replace(self._directory / "best")
+
+    def _prune(self, newest: int, best: int | None) -> None:
+        """Delete all but the last keep_last, every keep_every-th and the best, once that of `newest` is whole.
 
         Later ones, which can only be damaged (the run went back behind them), are not counted: they would push out
         good ones.
         """
         iterations = [iteration for path in self._candidates() if (iteration := int(path.name[5:])) <= newest]
         for iteration in iterations[self._section.keep_last :]:
-            if not self._section.keep_every or iteration % self._section.keep_every:
+            is_kept = self._section.keep_every and iteration % self._section.keep_every == 0
+            if not is_kept and iteration != best:
                 self._put_away(self._directory / f"iter_{iteration:07}")
 
     @staticmethod

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +41,8 @@ def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
     )
     console.print(_layout_table(plans, workload))
     best = plans[0]
+    if best.workload.global_size != workload.global_size:
+        console.print(_batch_line(best, workload), markup=False)
     console.print(_memory_table(best))
     for line in advice(plans, memory):
         console.print(f"- {line}", markup=False)
@@ -55,25 +58,38 @@ def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
 
 def _layout_table(plans: Sequence[Plan], workload: Workload) -> Table:
     assert workload.rollout is not None
-    table = Table(title="tp x pp x dp, best first", title_justify="left")
-    for name in ("tp x pp x dp", "rows", "recompute", "GiB", "worst phase", "rollout s", "score s", "update s", "days"):
-        table.add_column(name, justify="left" if name in ("recompute", "worst phase") else "right")
+    table = _table("layouts (tp x pp x dp), best first")
+    for name in ("layout", "rows", "recomp.", "GiB", "worst phase", "rollout", "score", "update", "days"):
+        table.add_column(
+            name, justify="left" if name in ("recomp.", "worst phase") else "right", no_wrap=name == "layout"
+        )
     for each in plans:
         time, worst = each.time, each.worst
         days = time.total * workload.rollout.num_iterations / DAY
         times = [f"{time.rollout:.1f}", f"{time.score:.1f}", f"{time.update:.1f}", f"{days:.1f}"]
         table.add_row(
             str(each.cut),
-            str(each.workload.micro_size),
+            f"{each.workload.micro_size}/{size}"
+            if (size := each.workload.global_size) != workload.global_size
+            else str(each.workload.micro_size),
             each.workload.precision.recompute,
             f"{worst.peak / GIB:.1f}",
             worst.worst_phase,
-            *(times if each.fits else ["does not fit", "", "", ""]),
+            *(times if each.fits else ["too big", "", "", ""]),
         )
-    table.caption = (
-        "rows: of a microbatch (batch.micro_size); GiB: the fullest GPU at its fullest; seconds an iteration"
-    )
+    table.caption = "rows: of a microbatch (/of an update, where that cannot be as asked);\n"
+    table.caption += "GiB: the fullest GPU at its fullest; recomp.: of activations (models.recompute);\n"
+    table.caption += "rollout, score, update: seconds an iteration"
     return table
+
+
+def _batch_line(best: Plan, workload: Workload) -> str:
+    rollout, rows = best.workload.rollout, best.workload.global_size
+    assert rollout is not None
+    return (
+        f"{best.cut} cannot share a batch of {workload.global_size} rows evenly; it is planned with batch.global_size="
+        f"{rows} and ppo.prompts x ppo.responses_per_prompt={rollout.num_rows}."
+    )
 
 
 def _memory_table(best: Plan) -> Table:
@@ -86,12 +102,19 @@ def wide_console() -> Console:
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 118)
 
 
+def _table(title: str) -> Table:
+    """Of at most 80 columns."""
+    shown = {"title_justify": "left", "caption_justify": "left", "box": box.SIMPLE_HEAD}
+    return Table(title=title, pad_edge=False, collapse_padding=True, **shown)  # type: ignore[arg-type]
+
+
 def memory_table(rank: RankMemory, title: str) -> Table:
     parts = ("weights", "gradients", "optimizer", "activations", "KV cache", "logits")
+    short = {"gradients": "grads", "optimizer": "optim", "activations": "activ"}
     unit, name = (GIB, "GiB") if rank.held >= GIB else (MIB, "MiB")
-    table = Table(title=f"{title}; {name}, estimated", title_justify="left")
-    table.add_column("")
-    for name in (*parts, "total"):
+    table = _table(f"{title}; {name}, estimated")
+    table.add_column("", no_wrap=True)
+    for name in (*(short.get(part, part) for part in parts), "total"):
         table.add_column(name, justify="right")
 
     def add(name: str, found: dict[str, int], total: int) -> None:
@@ -111,7 +134,7 @@ def memory_table(rank: RankMemory, title: str) -> Table:
 
 def _recipe_table(spec: LlamaSpec, num_gpus: int, memory: int, gpu: Gpu, assume: Assumptions) -> Table:
     """Days of every training run of the reproduction, each in its own best layout."""
-    table = Table(title="the reproduction's recipe", title_justify="left")
+    table = _table("the reproduction's recipe")
     for name in ("run", "tp x pp x dp", "iterations", "s each", "days"):
         table.add_column(name, justify="left" if name == "run" else "right")
     total = 0.0

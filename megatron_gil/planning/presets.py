@@ -1,10 +1,11 @@
-"""Llama 2's sizes, and the reproduction's recipe (examples/paper_7b holds the same numbers; a test compares them)."""
+"""Sizes of Llama 2 and of Llama 3 8B, and the reproduction's recipe (examples/paper_7b holds the same numbers; a test
+compares them)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_gil import config as c
@@ -32,8 +33,17 @@ def _llama2(hidden_size: int, ffn_size: int, num_layers: int, num_heads: int, nu
     )
 
 
+LLAMA3_8B = replace(
+    _llama2(4096, 14336, 32, 32, 8),
+    vocab_size=128256,
+    max_positions=8192,
+    rope_theta=500000.0,
+    bos_token_id=128000,
+    eos_token_id=128001,
+)
 SPECS = {
     "7b": _llama2(4096, 11008, 32, 32, 32),
+    "8b": LLAMA3_8B,
     "13b": _llama2(5120, 13824, 40, 40, 40),
     "70b": _llama2(8192, 28672, 80, 64, 8),
 }

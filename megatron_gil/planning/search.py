@@ -15,6 +15,8 @@ from megatron_gil.planning.workload import Workload
 
 MICRO_SIZES = (8, 4, 2, 1)
 MOST_PIPELINE_RANKS = 16
+MOST_GROWTH = 1.125
+"""How much larger than asked for a batch may be that another number of replicas can share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +40,20 @@ class Plan:
 
 
 def find_plans(workload: Workload, num_gpus: int, memory_bytes: int, gpu: Gpu, assume: Assumptions) -> list[Plan]:
-    """Plans that fit by time, then those that do not by memory. ConfigError where no layout is possible at all."""
-    plans = [_plan(workload, cut, memory_bytes, gpu, assume) for cut in _cuts(workload, num_gpus, assume)]
-    if not plans:
-        raise ConfigError(
-            f"--gpus {num_gpus}: no layout divides the model and its batch of {workload.global_size} rows; "
-            "use a power of two"
-        )
-    return sorted(plans, key=lambda p: (not p.fits, p.time.total if p.fits else p.worst.peak))
+    """Plans that fit by time a row, then those that do not by memory.
+
+    A layout that does not share the batch out evenly has the next larger batch that it does, if that is not much
+    larger (MOST_GROWTH) or there is no other layout.
+    """
+    cuts, wanted = list(_cuts(workload, num_gpus, assume)), workload.global_size
+    sized = [(cut, workload.shared_by(cut.dp_size)) for cut in cuts]
+    near = [(cut, shared) for cut, shared in sized if shared.global_size <= MOST_GROWTH * wanted]
+    plans = [_plan(shared, cut, memory_bytes, gpu, assume) for cut, shared in near or sized]
+
+    def order(plan: Plan) -> tuple[bool, float]:
+        return not plan.fits, plan.time.total / plan.workload.global_size if plan.fits else plan.worst.peak
+
+    return sorted(plans, key=order)
 
 
 def advice(plans: Sequence[Plan], memory_bytes: int) -> list[str]:
@@ -115,23 +123,24 @@ def limits(plan: Plan, assume: Assumptions) -> list[str]:
 
 
 def _cuts(workload: Workload, num_gpus: int, assume: Assumptions) -> Iterator[Cut]:
-    """Tensor parallelism within a node; powers of two; every model can be cut so, and the batch shared out."""
-    tp_size = 1
-    while tp_size <= min(assume.gpus_per_node, num_gpus):
-        pp_size = 1
-        while pp_size <= min(MOST_PIPELINE_RANKS, num_gpus // tp_size):
-            if num_gpus % (tp_size * pp_size) == 0:
-                cut = Cut(
-                    tp_size=tp_size,
-                    pp_size=pp_size,
-                    dp_size=num_gpus // (tp_size * pp_size),
-                    sequence_parallel=tp_size > 1,
-                    distributed_optimizer=num_gpus > tp_size * pp_size,
-                )
-                if _is_possible(workload, cut):
-                    yield cut
-            pp_size *= 2
-        tp_size *= 2
+    """Every layout of exactly so many GPUs that all models can be cut into; tensor parallelism within a node."""
+    for tp_size in _divisors(num_gpus, assume.gpus_per_node):
+        if num_gpus > assume.gpus_per_node and assume.gpus_per_node % tp_size:
+            continue  # it would cross the border of a node
+        for pp_size in _divisors(num_gpus // tp_size, MOST_PIPELINE_RANKS):
+            cut = Cut(
+                tp_size=tp_size,
+                pp_size=pp_size,
+                dp_size=num_gpus // (tp_size * pp_size),
+                sequence_parallel=tp_size > 1,
+                distributed_optimizer=num_gpus > tp_size * pp_size,
+            )
+            if _is_possible(workload, cut):
+                yield cut
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
 def _is_possible(workload: Workload, cut: Cut) -> bool:
@@ -140,7 +149,7 @@ def _is_possible(workload: Workload, cut: Cut) -> bool:
             check_layout(model.spec, cut.tp_size, cut.pp_size, cut.sequence_parallel)
     except ConfigError:
         return False
-    return workload.global_size % cut.dp_size == 0
+    return True
 
 
 def _plan(workload: Workload, cut: Cut, memory_bytes: int, gpu: Gpu, assume: Assumptions) -> Plan:

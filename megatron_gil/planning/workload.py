@@ -61,6 +61,15 @@ class Workload:
             num_tokens=rollout.prompt_tokens - 1 + rollout.new_tokens,
         )
 
+    def shared_by(self, dp_size: int) -> Workload:
+        """The same with as many rows more as it takes to share an update out evenly; the updates of a rollout stay as
+        many."""
+        global_size = -(-self.global_size // dp_size) * dp_size
+        rollout = self.rollout
+        if rollout is not None:
+            rollout = replace(rollout, num_rows=rollout.num_rows // self.global_size * global_size)
+        return replace(self, global_size=global_size, rollout=rollout)
+
     def with_micro_size(self, micro_size: int, recompute: str) -> Workload:
         return replace(self, micro_size=micro_size, precision=replace(self.precision, recompute=recompute))
 

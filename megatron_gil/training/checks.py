@@ -21,9 +21,11 @@ from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.parallel.collectives import agree
 from megatron_gil.parallel.layout import ParallelLayout, read_world_size
+from megatron_gil.training.best import check_keep_best
 from megatron_gil.training.build import check_model, model_path
 from megatron_gil.training.directory import RunDirectory, take_directory
 from megatron_gil.training.lock import SILENCE_S, FileLock
+from megatron_gil.training.output import new_file
 from megatron_gil.training.progress import Progress
 
 T = TypeVar("T", bound=Sized)
@@ -70,10 +72,10 @@ def _patience(config: CommandConfig) -> float:
     return min(2 * SILENCE_S, config.parallel.timeout_s / 2)
 
 
-def check_preferences(config: TrainConfig, role: str) -> tuple[Any, Any, Path]:
+def check_preferences(config: TrainConfig, role: str) -> tuple[Any, Any, Tokenizer, Path]:
     check_model(config, role)
     tokenizer, where = read_tokenizer(config, role)
-    return *read_train_and_eval(config, PreferenceDataset, tokenizer, **limits(config)), where
+    return *read_train_and_eval(config, PreferenceDataset, tokenizer, **limits(config)), tokenizer, where
 
 
 def check_rollout(config: PpoConfig, layout: ParallelLayout, train: PromptDataset) -> None:
@@ -119,7 +121,8 @@ def read_tokenizer(config: CommandConfig, role: str) -> tuple[Tokenizer, Path]:
     return Tokenizer.read(path), path
 
 
-def read_train_and_eval(config: CommandConfig, kind: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, T | None]:
+def read_train_and_eval(config: TrainConfig, kind: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, T | None]:
+    check_keep_best(config)
     train = kind(require(config.data.train, "data.train", "it is what the command trains on"), *args, **kwargs)
     if not config.data.eval:
         return train, None
@@ -137,12 +140,3 @@ def require(value: str | None, key: str, reason: str) -> str:
     if not value:
         raise ConfigError(f"{key} is not set: {reason}; give a file as {key}=PATH")
     return value
-
-
-def new_file(value: str) -> Path:
-    path = Path(value)
-    if path.exists():
-        raise ConfigError(f"output={path} exists already; nothing is overwritten, choose another name")
-    if not path.parent.is_dir():
-        raise ConfigError(f"output={path}: the directory {path.parent} does not exist")
-    return path

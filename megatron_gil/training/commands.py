@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron_gil.data.sampler import Sampler
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.generation import Generator
-from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.protocol import LossFn
 from megatron_gil.parallel.collectives import agree, all_sum, barrier, broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout, StartError, read_world_size, start_parallel, stop_parallel
@@ -47,6 +47,7 @@ from megatron_gil.training.checks import (
     take_run_directory,
 )
 from megatron_gil.training.directory import RunDirectory
+from megatron_gil.training.first_lines import FirstRow, first_rows, print_rows
 from megatron_gil.training.grouping import Grouping, KnownGroups, LearnedGroups, SingleGroup
 from megatron_gil.training.loop import RunFailed, Trainer, TrainingLoop
 from megatron_gil.training.memory import explain_out_of_memory, is_out_of_memory
@@ -57,8 +58,11 @@ from megatron_gil.training.score_range import RewardTrainer, read_score_range
 from megatron_gil.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 from megatron_gil.training.sources import PromptSource, RowSource
 from megatron_gil.training.supervised import (
+    REWARD_NUMBERS,
+    SFT_NUMBERS,
     SupervisedTrainer,
     dpo_loss_fn,
+    dpo_numbers,
     fill_ref_log_probs,
     reward_loss_fn,
     sft_loss,
@@ -125,21 +129,34 @@ def _run_guarded(
 
 
 def _sft(config: SftConfig, layout: ParallelLayout, progress: Progress) -> int:
-    def check() -> tuple[Any, Any, Path]:
+    def check() -> tuple[Any, Any, Tokenizer, Path]:
         check_model(config, "policy")
         tokenizer, where = read_tokenizer(config, "policy")
-        return *read_train_and_eval(config, DemonstrationDataset, tokenizer, **limits(config)), where
+        return *read_train_and_eval(config, DemonstrationDataset, tokenizer, **limits(config)), tokenizer, where
 
-    train, held_out, tokenizer_dir = agree(layout, check)
+    train, held_out, tokenizer, tokenizer_dir = agree(layout, check)
     directory = take_run_directory(config, layout, progress)
     progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
-    trainer = _supervised("policy", policy, sft_loss, config, layout, train, held_out, ("sft/loss",), progress=progress)
-    return _train(trainer, config, layout, progress, tokenizer_dir, directory)
+    trainer = _supervised(
+        "policy",
+        policy,
+        sft_loss,
+        config,
+        layout,
+        train,
+        held_out,
+        ("sft/loss",),
+        progress=progress,
+        tokenizer=tokenizer,
+        numbers=SFT_NUMBERS,
+    )
+    rows = _first_rows(config, layout, {"policy": policy}, train, held_out, trainer)
+    return _train(trainer, config, layout, progress, tokenizer_dir, directory, rows)
 
 
 def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) -> int:
-    train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "reward_model"))
+    train, held_out, tokenizer, tokenizer_dir = agree(layout, lambda: check_preferences(config, "reward_model"))
     directory = take_run_directory(config, layout, progress)
     progress.safe_point("building reward_model")
     model, absent = build_trainable(config, "reward_model", "score", layout, config.optimizer)
@@ -148,13 +165,25 @@ def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) ->
     line = ("reward/loss", "reward/accuracy")
     loss = reward_loss_fn(config.reward)
     trainer = _supervised(
-        "reward_model", model, loss, config, layout, train, held_out, line, kind=RewardTrainer, progress=progress
+        "reward_model",
+        model,
+        loss,
+        config,
+        layout,
+        train,
+        held_out,
+        line,
+        kind=RewardTrainer,
+        progress=progress,
+        tokenizer=tokenizer,
+        numbers=REWARD_NUMBERS,
     )
-    return _train(trainer, config, layout, progress, tokenizer_dir, directory)
+    rows = _first_rows(config, layout, {"reward_model": model}, train, held_out, trainer)
+    return _train(trainer, config, layout, progress, tokenizer_dir, directory, rows)
 
 
 def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
-    train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "policy"))
+    train, held_out, tokenizer, tokenizer_dir = agree(layout, lambda: check_preferences(config, "policy"))
     directory = take_run_directory(config, layout, progress)
     progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
@@ -170,9 +199,12 @@ def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         held_out,
         ("dpo/loss", "dpo/accuracy", "dpo/margin"),
         progress=progress,
+        tokenizer=tokenizer,
+        numbers=dpo_numbers(config.dpo),
         prepare=lambda batch: fill_ref_log_probs(batch, ref_policy),
     )
-    return _train(trainer, config, layout, progress, tokenizer_dir, directory)
+    rows = _first_rows(config, layout, {"policy": policy, "ref_policy": ref_policy}, train, held_out, trainer)
+    return _train(trainer, config, layout, progress, tokenizer_dir, directory, rows)
 
 
 def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
@@ -238,7 +270,26 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         all_sum=sums,
         score_range=score_range,
     )
-    return _train(trainer, config, layout, progress, tokenizer_dir, directory)
+    models = {**trainer.models(), "ref_policy": ref_policy, "reward_model": reward_model}
+    rows = _first_rows(config, layout, models, train, held_out, trainer, pretrain)
+    return _train(trainer, config, layout, progress, tokenizer_dir, directory, rows)
+
+
+def _first_rows(
+    config: TrainConfig,
+    layout: ParallelLayout,
+    models: Mapping[str, MegatronModel],
+    train: Any,
+    held_out: Any,
+    trainer: Trainer,
+    pretrain: Any = None,
+) -> list[FirstRow]:
+    length = f"{trainer.num_iterations:,} updates of {config.batch.global_size} rows"
+    if isinstance(config, PpoConfig):
+        replies = f" x {config.ppo.responses_per_prompt} replies" * (config.ppo.responses_per_prompt > 1)
+        length = f"{trainer.num_iterations:,} iterations of {config.ppo.prompts} prompts{replies}"
+    data = {"data.train": train, "data.eval": held_out, "data.pretrain": pretrain}
+    return first_rows(config, layout, where=Path(config.run.dir), models=models, data=data, length=length)
 
 
 def _train(
@@ -248,8 +299,10 @@ def _train(
     progress: Progress,
     tokenizer_dir: Path,
     taken: RunDirectory | None,
+    rows: Sequence[FirstRow],
 ) -> int:
-    """Resume from the newest good checkpoint where there is one, then loop."""
+    """Say what begins; resume from the newest good checkpoint where there is one, then loop."""
+    print_rows(rows, layout)
     directory = Path(config.run.dir)
     store = CheckpointStore(directory / "checkpoints", layout, config.checkpoint, tokenizer_dir=tokenizer_dir)
     loop = TrainingLoop(trainer, config, layout=layout, directory=directory, checkpoints=store, progress=progress)

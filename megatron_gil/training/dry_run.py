@@ -1,5 +1,5 @@
-"""`--dry-run` of the training commands: config, data, layout and memory are resolved on a machine without a GPU, with
-neither megatron nor a process group, and every rank's share is printed."""
+"""`--dry-run`: config, data, layout and memory are resolved on a machine without a GPU, with neither megatron nor a
+process group, and every rank's share is printed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_gil.config import BatchPlan, ConfigError, PpoConfig, TrainConfig
+from megatron_gil.config import (
+    BatchPlan,
+    CommandConfig,
+    ConfigError,
+    GenerateConfig,
+    PpoConfig,
+    ScoreConfig,
+    TrainConfig,
+    data_parallel_size,
+)
 from megatron_gil.config_files import dump_config
 from megatron_gil.models.llama import LlamaSpec, check_layout
 from megatron_gil.planning.command import memory_table, wide_console
 from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.workload import Workload, read_workload
+from megatron_gil.training.best import check_keep_best
+from megatron_gil.training.output import new_file
 
 ROLES = {
     "sft": ("policy",),
@@ -29,6 +40,7 @@ FALLBACKS = {"ref_policy": "policy", "critic": "reward_model"}
 def dry_run(command: str, config: TrainConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
     """0: the run can start as it is. ConfigError (exit code 2): it cannot."""
     console = console or wide_console()
+    check_keep_best(config)
     parallel = config.parallel
     num_gpus = arguments.gpus or parallel.tensor_size * parallel.pipeline_size
     plan = BatchPlan.of(num_gpus, parallel, config.batch)
@@ -56,8 +68,49 @@ def dry_run(command: str, config: TrainConfig, arguments: argparse.Namespace, co
     return 0
 
 
+def dry_run_answers(config: GenerateConfig | ScoreConfig, arguments: argparse.Namespace) -> int:
+    """The same for generate and score, without the memory. What an earlier stage has yet to write may be absent where
+    --sizes-from stands for it."""
+    role = "policy" if isinstance(config, GenerateConfig) else "reward_model"
+    console, parallel, sizes_from = wide_console(), config.parallel, arguments.sizes_from
+    dp_size = data_parallel_size(arguments.gpus or parallel.tensor_size * parallel.pipeline_size, parallel)
+    directories, notes = _find_models(config, (role,), sizes_from)
+    spec = LlamaSpec.read(directories[role])
+    check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
+    new_file(config.output, may_lack_directory=sizes_from is not None)
+    if sizes_from is not None and config.data.train and not Path(config.data.train).exists():
+        notes.append(f"data.train={config.data.train} is not there yet")
+    else:
+        notes.append(_read_questions(config, role, directories[role]))
+    console.print(dump_config(config), markup=False)
+    notes.append(f"{dp_size} data-parallel rank(s); rows to {config.output}")
+    for line in notes:
+        console.print(line, markup=False)
+    return 0
+
+
+def _read_questions(config: GenerateConfig | ScoreConfig, role: str, model_dir: Path) -> str:
+    """What is answered or scored, read as the command would; a line about it."""
+    from megatron_gil.data.demonstrations import ResponseDataset
+    from megatron_gil.data.prompts import PromptDataset
+    from megatron_gil.data.tokenizer import Tokenizer
+
+    data = config.data
+    if not data.train:
+        raise ConfigError("data.train is not set: it is what the command reads; give a file as data.train=PATH")
+    tokenizer = Tokenizer.read(Path(data.tokenizer) if data.tokenizer else model_dir)
+    rows: Any = (
+        PromptDataset(data.train, tokenizer, max_prompt_tokens=data.max_prompt_tokens)
+        if role == "policy"
+        else ResponseDataset(
+            data.train, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens
+        )
+    )
+    return f"data.train={data.train}: {len(rows):,} rows"
+
+
 def _find_models(
-    config: TrainConfig, roles: tuple[str, ...], sizes_from: Path | None
+    config: CommandConfig, roles: tuple[str, ...], sizes_from: Path | None
 ) -> tuple[dict[str, Path], list[str]]:
     """The directory of each role's sizes, and a note for each model that does not exist yet."""
     directories, notes = {}, []
@@ -75,7 +128,9 @@ def _find_models(
             directories[role] = sizes_from
             notes.append(f"models.{role}={value} is not there yet: sizes of {sizes_from}")
         else:
-            _check_weights(role, Path(value), scored=role == "reward_model" and isinstance(config, PpoConfig))
+            _check_weights(
+                role, Path(value), scored=role == "reward_model" and isinstance(config, PpoConfig | ScoreConfig)
+            )
     return directories, notes
 
 

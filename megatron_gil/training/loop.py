@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_gil.config import TrainConfig
+from megatron_gil.config import PpoConfig, TrainConfig
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.parallel.collectives import broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.training.best import Best, find_best
 from megatron_gil.training.metrics import RunLog
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.signals import EXIT_STOPPED, StopRequested
@@ -36,7 +37,7 @@ class Trainer(Protocol):
         ...
 
     def samples(self, count: int) -> list[dict[str, Any]]:
-        """Rows of the last iteration that a person can read, on rank 0."""
+        """Rows of the last iteration that a person can read. Collective; rank 0's are written."""
         ...
 
     def models(self) -> dict[str, TrainableModel]: ...
@@ -60,6 +61,13 @@ class LoopState:
     """Updates skipped for NaN or Inf."""
     unlogged: dict[str, float] | None = None
     """Metrics of the last iteration, where a stop came before its evaluation had ended."""
+    best: Best | None = None
+    """By checkpoint.keep_best."""
+
+    @classmethod
+    def read(cls, content: dict[str, Any]) -> LoopState:
+        best = content.get("best")  # absent before there was keep_best
+        return cls(**{**content, "best": best and Best(**best)})
 
 
 class TrainingLoop:
@@ -79,6 +87,7 @@ class TrainingLoop:
         self._directory, self._checkpoints = directory, checkpoints
         self._state = LoopState()
         self._saved: int | None = None  # iteration of the newest checkpoint, written or being written
+        self._best_before: Best | None = None  # the one before the last evaluation
 
     def resume(self) -> None:
         """Go to the newest good checkpoint; to the start where there is none."""
@@ -89,11 +98,21 @@ class TrainingLoop:
         self._progress.safe_point("loading a checkpoint")
         loaded = self._checkpoints.load(found, self._trainer.models())
         self._trainer.load_state(loaded.state["trainer"])
-        self._state = LoopState(**loaded.state["loop"])
+        self._state = LoopState.read(loaded.state["loop"])
         self._saved = loaded.iteration
         if self._layout.is_main:
-            text = f"resuming {self._directory} at iteration {loaded.iteration} of {self._trainer.num_iterations}"
-            print(text, file=sys.stderr)
+            print(self._resume_line(loaded.iteration, self._trainer.num_iterations), file=sys.stderr)
+
+    def _resume_line(self, done: int, wanted: int) -> str:
+        if done < wanted or self._state.unlogged is not None:
+            return f"resuming {self._directory} at iteration {done} of {wanted}"
+        if done == wanted:
+            return f"{self._directory} is finished: it has all {wanted} iterations; nothing to do"
+        keys = "ppo.iterations" if isinstance(self._config, PpoConfig) else "train.updates or train.epochs"
+        return (
+            f"{self._directory} has {done} iterations already, more than the {wanted} that {keys} asks for; nothing to "
+            "do: ask for more, or choose another run.dir"
+        )
 
     @property
     def iteration(self) -> int:
@@ -160,7 +179,7 @@ class TrainingLoop:
             self._log.note(f"iteration {state.iteration}: {text}")
         state.unlogged = metrics
         last = state.iteration == trainer.num_iterations
-        if self._layout.is_main and (last or (log.samples_every and state.iteration % log.samples_every == 0)):
+        if last or (log.samples_every and state.iteration % log.samples_every == 0):
             self._log.samples(state.iteration - 1, trainer.samples(log.samples))
         self._finish_iteration(metrics)
 
@@ -172,14 +191,30 @@ class TrainingLoop:
             metrics = {**metrics, **self._trainer.evaluate()}
         self._log.iteration(state.iteration - 1, metrics)
         state.unlogged = None
+        is_best = self._take_best(metrics)
         if state.num_skipped > limit:
             raise RunFailed(
                 f"{state.num_skipped} updates were skipped for NaN or Inf, more than run.max_skipped_updates={limit}; "
                 "lower the learning rate or see the lines above"
             )
-        if (last or state.iteration % config.checkpoint.every == 0) and self._saved != state.iteration:
+        if (last or is_best or state.iteration % config.checkpoint.every == 0) and self._saved != state.iteration:
             self._finish_save(wait=True)
             self._save()
+
+    def _take_best(self, metrics: Metrics) -> bool:
+        """Whether this iteration is the best so far; said, and remembered."""
+        state, before = self._state, self._state.best
+        state.best = find_best(metrics, state.iteration, self._config.checkpoint.keep_best, before)
+        if state.best is None or state.best == before:
+            return False
+        self._best_before = before
+        text = (
+            f"{state.best.metric.removeprefix('-')} {state.best.value:.4g} is the best so far: kept as checkpoints/best"
+        )
+        self._log.note(f"iteration {state.iteration}: {text}")
+        if self._saved == state.iteration:  # by a stop that came before the evaluation
+            self._checkpoints.mark_best(state.iteration)
+        return True
 
     def _report_skipped(self) -> int:
         """Say what stopped each skipped update of this iteration; how many there were."""
@@ -197,8 +232,8 @@ class TrainingLoop:
         try:
             if reason := broadcast_object(self._log.sync(), self._layout):
                 raise CheckpointError(f"iteration {self._state.iteration} cannot be saved: {reason}")
-            self._checkpoints.begin(self._state.iteration, self._trainer.models(), content)
-            self._saved = self._state.iteration
+            self._saved, best = self._state.iteration, self._state.best and self._state.best.iteration
+            self._checkpoints.begin(self._state.iteration, self._trainer.models(), content, best=best)
         except CheckpointError as error:
             self._save_failed(error)
         if not self._config.checkpoint.background:
@@ -214,6 +249,10 @@ class TrainingLoop:
             self._save_failed(error)
 
     def _save_failed(self, error: CheckpointError) -> None:
+        if self._best_before is not None and self._best_before.iteration == self._saved:
+            self._best_before = None
+        if self._state.best is not None and self._state.best.iteration == self._saved:
+            self._state.best = self._best_before  # whose checkpoint is still there
         self._saved = None
         if self._config.checkpoint.on_error == "stop":
             raise RunFailed(f"{error}; older checkpoints are untouched. Make room, then start again")

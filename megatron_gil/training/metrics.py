@@ -15,6 +15,17 @@ from torch import Tensor
 from megatron_gil.training.rows import RowFile, keep_iterations_below
 from megatron_gil.types import AllSum, Metrics
 
+WIDTH = 80
+"""Columns of a line on the console."""
+LABELS = {
+    "reward/score_mean": "score",
+    "policy/kl_sequence": "KL",
+    "group/return_variance": "variance",
+    "time/iteration_s": "s",
+    "time/tokens_per_s": "tokens/s",
+}
+"""Short names of metrics on the console; the others go by the last part of theirs."""
+
 
 class Means:
     """Weighted means over all data-parallel ranks, in one all-reduce. The names must be the same on every rank."""
@@ -114,11 +125,16 @@ class RunLog:
             self.note(f"no more TensorBoard events in this run: {error}")
 
     def _console_line(self, iteration: int, metrics: Metrics) -> str:
+        """At most 80 columns: what is left over is in metrics.jsonl."""
         done = iteration + 1 - self._start
         left = (time.monotonic() - self._started) / done * (self._num_iterations - iteration - 1)
         width = len(str(self._num_iterations))
-        shown = [f"{name.rpartition('/')[2]} {metrics[name]:.4g}" for name in self._line if name in metrics]
-        return f"{iteration + 1:>{width}}/{self._num_iterations}  {'  '.join(shown)}  left {_clock(left)}"
+        line, end = f"{iteration + 1:>{width}}/{self._num_iterations}", f"  left {clock_text(left)}"
+        for name in self._line:
+            part = f"  {LABELS.get(name, name.rpartition('/')[2])} {short(metrics[name])}" if name in metrics else ""
+            if len(line) + len(part) + len(end) <= WIDTH:
+                line += part
+        return line + end
 
     def close(self) -> None:
         if self._directory is not None:
@@ -137,7 +153,16 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _clock(seconds: float) -> str:
+def short(value: float) -> str:
+    """Two or three digits, in thousands (k) or millions (M) where it is large."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if size <= abs(value) < 1e9:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}" if abs(value) >= 0.01 else f"{value:.2g}"
+
+
+def clock_text(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

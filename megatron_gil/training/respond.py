@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from functools import partial
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
-from typing import Any
 
-from megatron_gil.config import GenerateConfig, ScoreConfig
+from megatron_gil.config import CommandConfig, GenerateConfig, ScoreConfig
 from megatron_gil.data.demonstrations import ResponseDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
-from megatron_gil.engine.files import reason, write_text
 from megatron_gil.engine.generation import Generator
-from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
+from megatron_gil.engine.megatron import MegatronModel
+from megatron_gil.parallel.collectives import agree, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.training.answers import AnswerFile, what_rows_depend_on
 from megatron_gil.training.build import build_frozen, check_model
-from megatron_gil.training.checks import limits, new_file, read_tokenizer, require, take_output
+from megatron_gil.training.checks import limits, read_tokenizer, require, take_output
+from megatron_gil.training.first_lines import first_rows, print_rows
 from megatron_gil.training.loop import RunFailed
+from megatron_gil.training.output import new_file
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
+from megatron_gil.training.signals import EXIT_STOPPED, StopRequested
 from megatron_gil.training.sources import PromptSource, RowSource
 
 
@@ -36,23 +37,31 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
         return prompts, tokenizer, new_file(config.output)
 
     prompts, tokenizer, output = agree(layout, check)
+    depends_on = what_rows_depend_on(config, "models.policy", "data.train", "data.tokenizer")
     take_output(config, layout, progress)
-    progress.safe_point("building policy")
-    policy = build_frozen(config, "policy", "lm", layout)
-    generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
-    rows = {}
-    before_batch = partial(progress.safe_point, "rollout")
-    source = PromptSource(prompts, None, layout, len(prompts))
-    for batch in source.all_batches(config.sampling.micro_size, before_batch):
-        progress.enter("rollout", batch)
-        rollout = generator.sample(batch)
-        for row_id, group, text in zip(
-            batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
-        ):
-            label = {"group": prompts.group_names[group]} if group >= 0 else {}
-            rows[row_id] = {"prompt": prompts.text(row_id), "response": text["response"], **label}
-    _write_rows(rows, output, layout)
-    return 0
+    answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(prompts))
+
+    def answer_all() -> None:
+        progress.safe_point("building policy")
+        policy = build_frozen(config, "policy", "lm", layout)
+        generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+        _say_first(config, layout, answers, {"policy": policy}, prompts)
+
+        def before_batch() -> None:
+            answers.flush()
+            progress.safe_point("rollout")
+
+        source = PromptSource(prompts, None, layout, len(prompts))
+        for batch in source.all_batches(config.sampling.micro_size, before_batch, done=answers.done):
+            progress.enter("rollout", batch)
+            rollout = generator.sample(batch)
+            for row_id, group, text in zip(
+                batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
+            ):
+                label = {"group": prompts.group_names[group]} if group >= 0 else {}
+                answers.add({row_id: {"prompt": prompts.text(row_id), "response": text["response"], **label}})
+
+    return _collect(answers, answer_all, progress)
 
 
 def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> int:
@@ -65,45 +74,60 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
         return ResponseDataset(path, tokenizer, **limits(config)), new_file(config.output)
 
     responses, output = agree(layout, check)
+    depends_on = what_rows_depend_on(config, "models.reward_model", "data.train", "data.tokenizer")
     take_output(config, layout, progress)
-    progress.safe_point("building reward_model")
-    model = build_frozen(config, "reward_model", "score", layout)
-    rows = {}
-    before_batch = partial(progress.safe_point, "scoring")
-    for batch in RowSource(responses, None, layout, config.batch.micro_size).all_batches(before_batch):
-        progress.enter("scoring", batch)
-        for row_id, value in zip(batch.row_ids.tolist(), model.evaluate(batch).scores.tolist(), strict=True):
-            prompt, response = responses.text(row_id)
-            group = responses.known_groups([row_id])[0]
-            label = {"group": responses.group_names[group]} if group >= 0 else {}
-            rows[row_id] = {"prompt": prompt, "response": response, "score": value, **label}
-    _check_scores({row_id: row["score"] for row_id, row in rows.items()}, config, layout)
-    _write_rows(rows, output, layout)
-    return 0
+    answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(responses))
+
+    def answer_all() -> None:
+        progress.safe_point("building reward_model")
+        model = build_frozen(config, "reward_model", "score", layout)
+        _say_first(config, layout, answers, {"reward_model": model}, responses)
+
+        def before_batch() -> None:
+            answers.flush()
+            progress.safe_point("scoring")
+
+        without: dict[int, float] = {}
+        source = RowSource(responses, None, layout, config.batch.micro_size)
+        for batch in source.all_batches(before_batch, done=answers.done):
+            progress.enter("scoring", batch)
+            for row_id, value in zip(batch.row_ids.tolist(), model.evaluate(batch).scores.tolist(), strict=True):
+                if not math.isfinite(value):
+                    without[row_id] = value
+                    continue
+                prompt, response = responses.text(row_id)
+                group = responses.known_groups([row_id])[0]
+                label = {"group": responses.group_names[group]} if group >= 0 else {}
+                answers.add({row_id: {"prompt": prompt, "response": response, "score": value, **label}})
+        _check_scores(without, config, layout)
+
+    return _collect(answers, answer_all, progress)
 
 
-def _check_scores(scores: dict[int, float], config: ScoreConfig, layout: ParallelLayout) -> None:
+def _check_scores(without: dict[int, float], config: ScoreConfig, layout: ParallelLayout) -> None:
     """A NaN is a broken model, and would lose against every score it is compared with."""
-    bad = [pair for part in gather_objects(scores, layout) for pair in part.items() if not math.isfinite(pair[1])]
+    bad = [pair for part in gather_objects(without, layout) for pair in part.items()]
     if bad:
         row_id, value = min(bad)
         raise RunFailed(
-            f"models.reward_model={config.models.reward_model} gives {len(bad)} rows no score (the first: row "
+            f"models.reward_model={config.models.reward_model} gives {len(dict(bad))} rows no score (the first: row "
             f"{row_id + 1} of {config.data.train}, {value}); no output is written"
         )
 
 
-def _write_rows(rows: dict[int, dict[str, Any]], output: Path, layout: ParallelLayout) -> None:
-    """All ranks' rows in the order of their ids, written beside and renamed."""
-    error = ""
-    parts = gather_objects(rows if layout.tp_rank == layout.pp_rank == 0 else {}, layout)
-    if layout.is_main:
-        merged = {row_id: row for part in parts for row_id, row in part.items()}
-        lines = [json.dumps(merged[row_id], ensure_ascii=False) + "\n" for row_id in sorted(merged)]
-        try:
-            write_text(output, "".join(lines))
-            print(f"{len(lines)} rows in {output}", file=sys.stderr)
-        except OSError as refused:
-            error = f"{output} cannot be written: {reason(refused)}"
-    if error := broadcast_object(error, layout):
-        raise RunFailed(error)
+def _say_first(
+    config: CommandConfig, layout: ParallelLayout, answers: AnswerFile, models: Mapping[str, MegatronModel], rows: Sized
+) -> None:
+    length, data = f"{len(rows) - len(answers.done):,} rows", {"data.train": rows}
+    print_rows(first_rows(config, layout, where=answers.output, models=models, data=data, length=length), layout)
+
+
+def _collect(answers: AnswerFile, answer_all: Callable[[], None], progress: Progress) -> int:
+    """Exit code 0 with the whole file, or 75 with what is kept of it."""
+    try:
+        answer_all()
+    except StopRequested as stopped:
+        answers.stop(stopped, progress.where.phase)
+        return EXIT_STOPPED
+    answers.finish()
+    return 0

@@ -5,7 +5,7 @@ What iteration k gets is a pure function of (seed, k): no position is kept, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -35,9 +35,10 @@ class RowSource:
         row_ids, _ = self.sampler.next(update * self.sampler.batch_size)
         return to_device(self.dataset.collate(row_ids), self.layout)
 
-    def all_batches(self, before_batch: Callable[[], None]) -> Iterator[Any]:
-        """Every row of the data set once, over all data-parallel ranks; `before_batch` is called as often on each."""
-        for row_ids in _deal(len(self.dataset), self.micro_size, self.layout):
+    def all_batches(self, before_batch: Callable[[], None], *, done: Collection[int] = ()) -> Iterator[Any]:
+        """Every row of the data set that is not `done` once, over all data-parallel ranks; `before_batch` is called as
+        often on each."""
+        for row_ids in _deal(len(self.dataset), self.micro_size, self.layout, done):
             before_batch()
             if row_ids:
                 yield to_device(self.dataset.collate(row_ids), self.layout)
@@ -61,22 +62,25 @@ class PromptSource:
         sample_ids = [iteration * self.num_rows + place for place in places]
         return to_device(self.dataset.collate(row_ids, sample_ids), self.layout)
 
-    def all_batches(self, size: int, before_batch: Callable[[], None]) -> Iterator[PromptBatch]:
-        """Every prompt once, over all data-parallel ranks; sample ids apart from those of training.
+    def all_batches(
+        self, size: int, before_batch: Callable[[], None], *, done: Collection[int] = ()
+    ) -> Iterator[PromptBatch]:
+        """Every prompt that is not `done` once, over all data-parallel ranks; sample ids apart from those of training.
 
         `before_batch` is called as often on each rank.
         """
-        for row_ids in _deal(len(self.dataset), size, self.layout):
+        for row_ids in _deal(len(self.dataset), size, self.layout, done):
             before_batch()
             if row_ids:
                 yield to_device(self.dataset.collate(row_ids, [EVALUATION + i for i in row_ids]), self.layout)
 
 
-def _deal(num_rows: int, size: int, layout: ParallelLayout) -> list[list[int]]:
-    """This rank's rows in batches; as many batches on every rank, the last of which may be empty."""
-    mine = list(range(layout.dp_rank, num_rows, layout.dp_size))
-    most = -(-num_rows // layout.dp_size)
-    return [mine[start : start + size] for start in range(0, most, size)]
+def _deal(num_rows: int, size: int, layout: ParallelLayout, done: Collection[int] = ()) -> list[list[int]]:
+    """This rank's rows in batches; as many batches on every rank, some of which may be empty. Rows that are done leave
+    a gap, so that the others stay in the batches that they would be in without them."""
+    step = size * layout.dp_size
+    left = [[row for row in range(i, min(i + step, num_rows)) if row not in done] for i in range(0, num_rows, step)]
+    return [[row for row in rows if row % layout.dp_size == layout.dp_rank] for rows in left if rows]
 
 
 def to_device(batch: Rows, layout: ParallelLayout) -> Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,25 @@ import torch
 from megatron_gil.algo.likelihood import token_nll
 from megatron_gil.algo.preference import dpo_loss, pairwise_loss
 from megatron_gil.config import DpoSection, OptimizerSection, RewardSection
+from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import LossFn, Part
+from megatron_gil.parallel.collectives import share_from_last_pp_stage
 from megatron_gil.training.metrics import Means
 from megatron_gil.training.progress import Progress
+from megatron_gil.training.samples import row_samples
 from megatron_gil.training.sources import RowSource
 from megatron_gil.types import AllSum, LossSum, Metrics, PreferenceBatch, Readout, TokenBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowNumbers:
+    """What samples.jsonl says of a row beside its text."""
+
+    names: tuple[str, ...]
+    read: Callable[[Readout, Any], torch.Tensor]
+    """(readout, rows) -> [B, names]."""
 
 
 class SupervisedTrainer:
@@ -38,12 +50,18 @@ class SupervisedTrainer:
         all_sum: AllSum,
         line: tuple[str, ...],
         progress: Progress,
+        tokenizer: Tokenizer,
+        numbers: RowNumbers,
         prepare: Callable[[Any], Any] = lambda batch: batch,
     ) -> None:
-        """role: the model's name in a checkpoint. prepare: what a batch needs before it meets the loss."""
+        """role: the model's name in a checkpoint. numbers: what samples.jsonl says of a row. prepare: what a batch
+        needs before it meets the loss."""
         self.num_iterations, self.line, self._progress = num_iterations, line, progress
         self._role, self._model, self._loss_fn, self._optimizer = role, model, loss_fn, optimizer
         self._rows, self._eval_rows, self._all_sum, self._prepare = rows, eval_rows, all_sum, prepare
+        self._tokenizer, self._numbers = tokenizer, numbers
+        self._last_batch: Any = None
+        self._last_numbers: list[torch.Tensor] = []  # of its microbatches; on the last pipeline rank alone
 
     def iterate(self, iteration: int) -> Metrics:
         started = time.perf_counter()
@@ -53,7 +71,8 @@ class SupervisedTrainer:
         loaded = time.perf_counter()
         lr = learning_rate(self._optimizer, update=iteration, num_updates=self.num_iterations)
         self._progress.safe_point(f"{self._role} update", batch)
-        metrics = self._model.update(Part(batch, self._loss_fn), lr=lr)
+        self._last_batch, self._last_numbers = batch, []
+        metrics = self._model.update(Part(batch, self._noted_loss), lr=lr)
         num_tokens = float(self._all_sum(batch.lengths.sum()))
         seconds = time.perf_counter() - started
         own = {name if "/" in name else f"{self._role}/{name}": value for name, value in metrics.items()}
@@ -82,7 +101,18 @@ class SupervisedTrainer:
         return means.reduce(self._all_sum)
 
     def samples(self, count: int) -> list[dict[str, Any]]:
-        return []
+        """Rows of the last update with what the model said of them before it."""
+        batch, names = self._last_batch, self._numbers.names
+        found = torch.cat(self._last_numbers) if self._last_numbers else None
+        shape = (len(batch.tokens), len(names))
+        values = share_from_last_pp_stage(found, shape, torch.float32, self._model.layout)
+        return row_samples(batch, values, names, self._tokenizer, count)
+
+    def _noted_loss(self, readout: Readout, rows: Any) -> LossSum:
+        """The loss; the rows' numbers are kept on the device, for no update waits for them."""
+        with torch.no_grad():
+            self._last_numbers.append(self._numbers.read(readout, rows).float())
+        return self._loss_fn(readout, rows)
 
     def models(self) -> dict[str, TrainableModel]:
         return {self._role: self._model}
@@ -95,6 +125,25 @@ class SupervisedTrainer:
 
     def take_warnings(self) -> list[str]:
         return []
+
+
+def _row_loss(readout: Readout, rows: TokenBatch) -> torch.Tensor:
+    count = rows.response_mask.sum(1).clamp(min=1)
+    return (-torch.where(rows.response_mask, readout.log_probs, 0).sum(1) / count)[:, None]
+
+
+SFT_NUMBERS = RowNumbers(names=("loss",), read=_row_loss)
+"""Nats a token of the target."""
+REWARD_NUMBERS = RowNumbers(names=("score_chosen", "score_rejected"), read=lambda readout, rows: readout.scores)
+
+
+def dpo_numbers(section: DpoSection) -> RowNumbers:
+    """The implicit rewards, beta (log pi - log pi_ref)."""
+
+    def read(readout: Readout, rows: PreferenceBatch) -> torch.Tensor:
+        return section.beta * (response_log_probs(readout, rows) - rows.ref_log_probs)
+
+    return RowNumbers(names=("reward_chosen", "reward_rejected"), read=read)
 
 
 def sft_loss(readout: Readout, rows: TokenBatch) -> LossSum:

@@ -1,27 +1,36 @@
-"""tools/convert_hf.py as a user runs it: exit codes, one line, signals."""
+"""`megatron-gil convert` as a user runs it, by both of its names: exit codes, one line, signals."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.convert.directories import assert_equal_bits, copy_as, edit_config, files_under, read_tensors
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/convert_hf.py"
+COMMAND = ("-m", "megatron_gil", "convert")
+DOOR = ("tools/convert_hf.py",)
 
 
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+def _run(*arguments: object, by: tuple[str, ...] = COMMAND) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *by, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def test_in_and_out(world: Path, tmp_path: Path) -> None:
-    done = _run("import", world / "policy", tmp_path / "imported")
+@pytest.mark.parametrize("by", [COMMAND, DOOR], ids=["command", "tool"])
+def test_in_and_out(by: tuple[str, ...], world: Path, tmp_path: Path) -> None:
+    done = _run("import", world / "policy", tmp_path / "imported", by=by)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{world / 'policy'} -> {tmp_path / 'imported'}: 21 tensors, ")
-    done = _run("export", tmp_path / "imported", tmp_path / "exported", "--role", "policy", "--dtype", "bfloat16")
+    done = _run(
+        "export", tmp_path / "imported", tmp_path / "exported", "--role", "policy", "--dtype", "bfloat16", by=by
+    )
     assert (done.returncode, done.stderr) == (0, "")
     expected = {name: tensor.bfloat16() for name, tensor in read_tensors(world / "policy").items()}
     assert_equal_bits(read_tensors(tmp_path / "exported"), expected)
@@ -32,22 +41,20 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) 
     edit_config(source, model_type="qwen2")
     done = _run("import", source, tmp_path / "imported")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"convert_hf import: {source / 'config.json'}: model_type is 'qwen2'")
+    assert done.stderr.startswith(f"megatron-gil convert import: {source / 'config.json'}: model_type is 'qwen2'")
     assert done.stderr.count("\n") == 1
     assert files_under(tmp_path) == ["source"]
 
 
 def test_neither_import_nor_export_loads_torch() -> None:
-    check = "import sys; sys.argv = ['convert_hf.py', '--help']; sys.path.insert(0, 'tools'); import convert_hf; "
-    check += "sys.exit('torch' in sys.modules)"
+    check = "import sys, megatron_gil.models.convert.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
 # The copy of the weights announces itself and then takes for ever.
 SLOW = """
 import shutil, sys, time
-sys.path.insert(0, "tools")
-import convert_hf
+from megatron_gil.cli import main
 from megatron_gil.models.convert import copy
 
 def copyfile(source, target):
@@ -56,7 +63,7 @@ def copyfile(source, target):
     time.sleep(60)
 
 copy.shutil.copyfile = copyfile
-sys.exit(convert_hf.main(sys.argv[1:]))
+sys.exit(main(["convert", *sys.argv[1:]]))
 """
 
 

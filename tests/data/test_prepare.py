@@ -199,15 +199,18 @@ def test_options_limit_and_group(write_rows: Callable[..., Path], tmp_path: Path
     assert rows_of(tmp_path / "out", "prompts") == [{"prompt": str(i), "group": "mine"} for i in range(3)]
 
 
-def test_the_tool_answers_in_one_line_and_exit_codes(write_rows: Callable[..., Path], tmp_path: Path):
-    command = [sys.executable, str(TOOL), "jsonl", "--input", str(write_rows([{"prompt": "a"}])), "--output"]
+@pytest.mark.parametrize("by", [("-m", "megatron_gil", "prepare-data"), (str(TOOL),)], ids=["command", "tool"])
+def test_the_command_answers_in_one_line_and_exit_codes(
+    by: tuple[str, ...], write_rows: Callable[..., Path], tmp_path: Path
+):
+    command = [sys.executable, *by, "jsonl", "--input", str(write_rows([{"prompt": "a"}])), "--output"]
     for expected in (0, 2):  # the second finds the first one's output
         done = subprocess.run(
             [*command, str(tmp_path / "out")],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOL.parents[1])},
         )
         assert done.returncode == expected, done.stderr
-    assert done.stderr == f"{tmp_path / 'out'}: exists; name another --output or remove it\n"
+    assert done.stderr == f"megatron-gil prepare-data: {tmp_path / 'out'}: exists; name another --output or remove it\n"
     assert (tmp_path / "out" / "train" / "prompts.jsonl").read_text() == '{"prompt": "a"}\n'

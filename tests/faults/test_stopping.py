@@ -1,4 +1,4 @@
-"""Signals in start-up, a second signal, the time budget, generate and score, and torchrun's own restart."""
+"""Signals in start-up, a second signal, the time budget, and torchrun's own restart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from tests.faults.processes import Ranks
-from tests.faults.running import Call, Interruption, arguments, call_all, check_equal
+from tests.faults.running import Call, arguments, call_all, check_equal
 from tests.ranks import run_ranks
 
 PACKAGE = Path(__file__).parents[2]
@@ -80,30 +80,6 @@ def test_the_time_budget_stops_as_a_signal_does(world: Path, tmp_path: Path) -> 
     assert (stopped.code, resumed.code, uninterrupted.code) == (75, 0, 0)
     assert "stopped by run.max_minutes" in stopped.stderr
     check_equal(tmp_path / "run", tmp_path / "whole")
-
-
-def test_generate_and_score_leave_no_part_of_their_output(world: Path, tmp_path: Path) -> None:
-    responses, scores = tmp_path / "responses.jsonl", tmp_path / "scores.jsonl"
-    sizes = ["batch.micro_size=2", "batch.global_size=5"]  # which no ranks divide, and which does not matter
-    generate = ["generate", f"models.policy={world / 'policy'}", f"data.train={world / 'prompts.jsonl'}", *sizes]
-    generate += ["sampling.max_new_tokens=4", "sampling.micro_size=5", f"output={responses}"]
-    score = ["score", f"models.reward_model={world / 'reward_model'}", f"data.train={responses}", *sizes]
-    score += [f"output={scores}"]
-    answers = run_ranks(
-        call_all,
-        2,
-        [
-            Call(generate, Interruption("rollout", 3, signal.SIGTERM, rank=1)),
-            Call(score),  # there is nothing to score yet
-            Call(generate),
-            Call(score, Interruption("scoring", 3, signal.SIGUSR1, rank=0)),
-        ],
-        world,
-    )
-    assert [[answer.code for answer in rank] for rank in answers] == [[75, 2, 0, 75]] * 2, answers[0]
-    assert "stopped by SIGTERM in rollout, with nothing to save" in answers[0][0].stderr
-    assert len(responses.read_text().splitlines()) == 24
-    assert [path.name for path in tmp_path.iterdir()] == [responses.name]
 
 
 @pytest.mark.long

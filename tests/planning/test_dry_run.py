@@ -116,3 +116,26 @@ def test_megatron_is_not_imported(world: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_answers_can_be_checked_before_the_model_is_trained(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = tmp_path / "run" / "policy"
+    generate = ["generate", f"models.policy={later}", f"data.train={world / 'prompts.jsonl'}", "--dry-run"]
+    score = ["score", f"models.reward_model={later}", f"data.train={tmp_path / 'later.jsonl'}", "--dry-run"]
+    output = f"output={tmp_path / 'later' / 'rows.jsonl'}"
+    sizes = ["--sizes-from", str(world / "policy")]
+    assert main([*generate, output, *sizes]) == 0
+    assert "prompts.jsonl: 24 rows" in capsys.readouterr().out
+    assert main([*score, output, *sizes]) == 0
+    assert "later.jsonl is not there yet" in capsys.readouterr().out
+    for wrong, message in (
+        ([*generate, output], "is not a directory; where an earlier stage has yet to write it"),
+        ([*generate, output, *sizes, "checkpoint.every=2"], "unknown key checkpoint"),
+        ([*generate, f"output={tmp_path / 'x.out'}", *sizes], "must end in .jsonl"),
+        ([*score, output, *sizes, "parallel.tensor_size=3"], "num_attention_heads=4 cannot be divided"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_gil.cli import main
 from megatron_gil.config import ConfigError
@@ -29,7 +31,9 @@ def plans(size: str, num_gpus: int, memory_gib: int = 80) -> list[Plan]:
     return find_plans(ppo_workload(size), num_gpus, memory_gib * GIB, A100, ASSUME)
 
 
-@pytest.mark.parametrize(("size", "published"), [("7b", 6.738e9), ("13b", 13.016e9), ("70b", 68.977e9)])
+@pytest.mark.parametrize(
+    ("size", "published"), [("7b", 6.738e9), ("8b", 8.030e9), ("13b", 13.016e9), ("70b", 68.977e9)]
+)
 def test_presets_have_the_published_number_of_parameters(size: str, published: float) -> None:
     model = ModelUse(role="policy", spec=SPECS[size], head="lm", trained=False)
     assert num_parameters(model, Cut(), 0) == pytest.approx(published, rel=1e-3)
@@ -77,9 +81,35 @@ def test_what_breaks_first_at_70b_on_1024_gpus() -> None:
     assert any("checkpoint" in line for line in rest)
 
 
-def test_more_gpus_than_rows_are_no_layout() -> None:
-    with pytest.raises(ConfigError, match="power of two"):
-        plans("7b", 7)
+@pytest.mark.parametrize("num_gpus", [1, 3, 6, 7, 12, 24, 96, 100, 144])
+def test_any_number_of_gpus_has_a_plan(num_gpus: int) -> None:
+    found = plans("8b", num_gpus)
+    assert found
+    for each in found:
+        assert each.cut.num_gpus == num_gpus
+        assert each.workload.global_size % (each.cut.dp_size * each.workload.micro_size) == 0
+        assert 32 <= each.workload.global_size < 32 + each.cut.dp_size
+        assert each.workload.rollout is not None
+        assert each.workload.rollout.num_rows == 4 * each.workload.global_size
+        if num_gpus > 8:
+            assert 8 % each.cut.tp_size == 0, "tensor parallelism stays in a node"
+
+
+def test_a_batch_that_can_be_shared_is_left_alone() -> None:
+    assert {each.workload.global_size for each in plans("7b", 12)} == {32, 33, 36}
+    assert {each.workload.global_size for each in plans("7b", 24) if each.cut.dp_size in (1, 2, 4, 8)} == {32}
+    assert {each.workload.global_size for each in plans("7b", 16)} == {32}
+
+
+def test_plans_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_gil.planning.command.wide_console", lambda: Console(width=80, soft_wrap=True))
+    assert main(["plan", "--model", "8b", "--gpus", "7"]) == 0
+    shown = capsys.readouterr().out
+    assert "1/35" in shown, "seven replicas share 35 rows"
+    tables = [line for line in shown.splitlines() if re.match(r" +(\d+ x |\+ |policy|peak|layout)", line)]
+    assert len(tables) > 8
+    assert max(map(len, tables)) <= 80
+    assert "…" not in shown
 
 
 def test_sizes_from_a_config_file_and_a_name_that_is_none(tmp_path: Path) -> None:
