@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_gil.config import ConfigError
+from megatron_gil.jsonl import iter_jsonl
 
 Json = dict[str, Any]
 
@@ -97,12 +97,4 @@ def _flatten(tree: dict[Any, Any], prefix: str) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> list[Json]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows: list[Json] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ConfigError(f"{path}: line {number} is not JSON; the file is damaged") from None
-    return rows
+    return [row for _, row in iter_jsonl(path, growing=True)]

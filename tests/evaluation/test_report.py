@@ -108,7 +108,7 @@ def test_damaged_and_foreign_directories_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
         read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 0\n{"iteration": 1}\n')
-    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: not valid JSON"):
         read_run(tmp_path)
 
 
@@ -180,7 +180,7 @@ def test_evaluate_names_file_line_and_field(tmp_path: Path) -> None:
     ours = _replies(tmp_path / "ours.jsonl", "a")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p0"}\n')
-    with pytest.raises(ConfigError, match=r'bad\.jsonl: line 1 has no text "response"'):
+    with pytest.raises(ConfigError, match=r'bad\.jsonl:1: no text "response"'):
         evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
     with pytest.raises(ConfigError, match=r"absent\.jsonl: cannot be read"):
         evaluate(_arguments(ours=ours, theirs=[tmp_path / "absent.jsonl"]), gold_score=lambda p, r: 0.0)
