@@ -4,7 +4,7 @@
 |---|---|---|
 | prompts | prompt, or messages | group |
 | demonstrations | prompt and completion, or messages that end in an assistant's turn | group |
-| responses | prompt and response (the one text that may be empty) | group |
+| responses | prompt and response (the one text that may be empty) | messages (the same prompt), group |
 | preferences | prompt, chosen, rejected | group |
 | texts | text, or what demonstrations have | group |
 
@@ -13,11 +13,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.chat import ROLES
+from megatron_gil.data.chat import ROLES, format_dialogue
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "text", "messages", "group")
 
@@ -36,6 +36,12 @@ def check_record(record: Any, kind: str, where: str) -> Row:
     return row
 
 
+def iter_texts(row: Row) -> Iterator[str]:
+    """Every text of a checked row, its label left out."""
+    yield from (row[name] for name in COLUMNS if name not in ("messages", "group") and row[name] is not None)
+    yield from (message["content"] for message in row["messages"] or ())
+
+
 def _check_prompt_row(record: Mapping[str, Any], where: str) -> Row:
     if _has_messages(record):
         return {"messages": _check_messages(record, where)}
@@ -52,7 +58,11 @@ def _check_demonstration(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _check_response(record: Mapping[str, Any], where: str) -> Row:
-    row = _check_texts(record, ("prompt",), where)
+    row: Row = _check_texts(record, ("prompt",), where)
+    if record.get("messages") is not None:
+        messages = _check_messages(record, where)
+        if format_dialogue(messages) == row["prompt"]:  # else it is another program's field, and not the prompt
+            row["messages"] = messages
     return {**row, "completion": _check_text(record.get("response"), "response", where, empty=True)}
 
 

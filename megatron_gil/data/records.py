@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_CACHE_VERSION = "1"  # to be raised with every change of what `check_record` accepts or returns
+_CACHE_VERSION = "2"  # to be raised with every change of what `check_record` accepts or returns
 
 
 def read_records(path: str | Path, kind: str) -> Dataset:

@@ -48,7 +48,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
             batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
         ):
             label = {"group": prompts.group_names[group]} if group >= 0 else {}
-            rows[row_id] = {"prompt": prompts.text(row_id), "response": text["response"], **label}
+            rows[row_id] = {**prompts.fields(row_id), "response": text["response"], **label}
     _write_rows(rows, output, layout)
     return 0
 
@@ -70,10 +70,9 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
     for batch in RowSource(responses, None, layout, config.batch.micro_size).all_batches(before_batch):
         progress.enter("scoring", batch)
         for row_id, value in zip(batch.row_ids.tolist(), model.evaluate(batch).scores.tolist(), strict=True):
-            prompt, response = responses.text(row_id)
             group = responses.known_groups([row_id])[0]
             label = {"group": responses.group_names[group]} if group >= 0 else {}
-            rows[row_id] = {"prompt": prompt, "response": response, "score": value, **label}
+            rows[row_id] = {**responses.fields(row_id), "score": value, **label}
     _write_rows(rows, output, layout)
     return 0
 
