@@ -19,6 +19,7 @@ FLOORS = {
     "config_files": 0,
     "ranges": 0,
     "paths": 0,
+    "jsonl": 0,
     "__init__": 0,
     "algo": 1,
     "data": 1,
@@ -33,6 +34,17 @@ FLOORS = {
     "__main__": 6,
 }
 FORBIDDEN_NAMES = ("utils", "util", "helpers", "helper", "misc", "common")
+CUT_MESSAGES = (
+    "config",
+    "config_files",
+    "evaluation/llm_judge",
+    "evaluation/page",
+    "models/convert/bin_files",
+    "parallel/layout",
+    "parallel/watchdog",
+    "training/lock",  # of the kernel's table of a process
+    "jsonl",  # names it
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 LONGER_FILES = {"megatron_gil/config.py": 560}  # half of it explains the keys, each under its own
 
@@ -128,6 +140,12 @@ def test_files_and_functions_are_small(path: Path) -> None:
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
             assert length <= MAX_FUNCTION_LINES, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+def test_files_are_not_cut_at_unicode_line_ends() -> None:
+    """str.splitlines() cuts inside of JSON text; `jsonl.iter_jsonl` reads files. Here it cuts messages and answers."""
+    cutters = {_name(path) for path in FILES if ".splitlines(" in path.read_text(encoding="utf-8")}
+    assert cutters <= {f"megatron_gil/{name}.py" for name in CUT_MESSAGES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_gil.demo.tiny_llama import llama_config, llama_weights
+from megatron_gil.jsonl import iter_jsonl
 
 WARM_UP = 3  # first iterations, left out
 LR, KL_COEF = 1e-6, 0.05
@@ -126,7 +127,7 @@ def run_trl(turns: Turns, root: Path, sizes: Sizes, num_steps: int) -> None:
         kl_coef=KL_COEF,
     )
     tokenizer = AutoTokenizer.from_pretrained(root / "policy")
-    prompts = [json.loads(line)["prompt"] for line in (root / "prompts.jsonl").read_text().splitlines()]
+    prompts = [row["prompt"] for _, row in iter_jsonl(root / "prompts.jsonl")]
     rows = Dataset.from_list([{"input_ids": tokenizer(prompt)["input_ids"]} for prompt in prompts])
     trainer = PPOTrainer(
         args=args,

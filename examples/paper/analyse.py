@@ -6,7 +6,6 @@ Writes results.csv (one row per run and metric), wins.csv, curves.csv, tables.md
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pictures import write_pictures
 from tables import Numbers, markdown, tables, win_rows, win_table
 
 from megatron_gil.evaluation.runs import Json, Run, read_run
+from megatron_gil.jsonl import iter_jsonl
 
 Curves = dict[str, dict[str, dict[int, list[float]]]]
 """method -> metric -> iteration -> a value per seed."""
@@ -101,7 +101,7 @@ def _mean_rows(curves: Curves) -> list[Json]:
 
 
 def _read(path: Path) -> list[Json]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in iter_jsonl(path)]
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Json]) -> None:

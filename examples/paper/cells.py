@@ -15,6 +15,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.demo.pipeline import HELD_OUT_PROMPTS, RECIPES
 from megatron_gil.demo.world import World, world_at, write_world
 from megatron_gil.evaluation.runs import Json
+from megatron_gil.jsonl import iter_jsonl
 
 GRID = Path(__file__).with_name("grid.yaml")
 EASY = ("greet", "refuse")
@@ -137,8 +138,8 @@ def write_longer_chosen(seed_dir: Path) -> None:
 
 def _rewrite_rows(source: Path, target: Path, change: Callable[[Json], Json]) -> None:
     with target.open("w", encoding="utf-8") as file:
-        for line in source.read_text(encoding="utf-8").splitlines():
-            file.write(json.dumps(change(json.loads(line))) + "\n")
+        for _, row in iter_jsonl(source):
+            file.write(json.dumps(change(row)) + "\n")
 
 
 def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_gil.demo.gold import count_flattery, gold_score
 from megatron_gil.evaluation.agreement import adjusted_mutual_information, roc_auc
 from megatron_gil.evaluation.runs import Json, Run, read_run
 from megatron_gil.evaluation.statistics import skewness, tail_mass
+from megatron_gil.jsonl import iter_jsonl
 
 HARD = tuple(domain for domain in TRAINING_DOMAINS if domain not in EASY)
 LAST = 10
@@ -25,8 +25,7 @@ def measure(run_dir: Path, replies: Path) -> dict[str, float]:
     """metric -> value; a metric that the cell does not have is left out."""
     numbers: dict[str, float] = {}
     if replies.exists():
-        rows = [json.loads(line) for line in replies.read_text(encoding="utf-8").splitlines()]
-        numbers |= of_replies(rows)
+        numbers |= of_replies([row for _, row in iter_jsonl(replies)])
     if not run_dir.exists():
         return numbers
     run = read_run(run_dir)

@@ -11,7 +11,8 @@ and a reply is written with the space that follows the colon.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +24,7 @@ ROLES = ("system", "user", "assistant")
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER_OF = {"user": "Human", "assistant": "Assistant"}
+_MARK = "\ufdd0"  # no character: no text is meant to hold it
 
 
 def split_turns(text: str) -> tuple[str, list[tuple[str, str]]]:
@@ -73,23 +75,83 @@ def split_exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[li
     return list(messages[:num_system]), exchanges
 
 
-def render_template(
-    template: str, messages: Sequence[Message], special_tokens: Mapping[str, str], *, open_reply: bool
-) -> str:
-    """The messages as the chat template writes them; `open_reply` adds what precedes the assistant's next reply.
+@dataclass(frozen=True, slots=True)
+class ChatText:
+    """Text of which some spans are control tokens: what a chat template wrote itself, never what it was given."""
 
-    The template runs in transformers' jinja sandbox. ConfigError where the template refuses the conversation.
+    text: str
+    controls: tuple[tuple[int, int], ...] = ()  # (start, end) of each in the text, in order
+
+    def parts(self) -> Iterator[tuple[str, bool]]:
+        """(text, False) and (control token, True) in turn; the texts may be empty."""
+        end = 0
+        for start, stop in self.controls:
+            yield self.text[end:start], False
+            yield self.text[start:stop], True
+            end = stop
+        yield self.text[end:], False
+
+    def begins_with(self, other: ChatText) -> bool:
+        own = tuple(span for span in self.controls if span[0] < len(other.text))
+        return self.text.startswith(other.text) and own == other.controls
+
+    def after(self, length: int) -> ChatText:
+        """What follows the first `length` characters."""
+        spans = tuple((start - length, end - length) for start, end in self.controls if start >= length)
+        return ChatText(self.text[length:], spans)
+
+
+class ChatTemplate:
+    """A tokenizer's own form of a conversation, in transformers' jinja sandbox.
+
+    A control token that stands in a message is text, and one that the template writes is not. So that the two can be
+    told apart in what was rendered, the template is given messages with a mark inside every such token and at both
+    ends of their text.
     """
-    from jinja2.exceptions import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
 
-    conversation = [dict(message) for message in merge_neighbours(messages)]
-    variables: dict[str, Any] = dict(special_tokens)
-    try:
-        rendered, _ = render_jinja_template(
-            [conversation], chat_template=template, add_generation_prompt=open_reply, **variables
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"the tokenizer's chat template refuses this conversation: {reason}") from None
-    return rendered[0]
+    def __init__(self, source: str, special_tokens: Mapping[str, str], control_tokens: Collection[str]) -> None:
+        """special_tokens: what the template may name, as bos_token."""
+        self._source, self._special_tokens = source, special_tokens
+        any_token = "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or r"(?!)"
+        self._control_token = re.compile(f"({any_token})")
+        self._first_of_token = re.compile(f"(?=(?:{any_token}))(.)", re.DOTALL)
+
+    def render(self, messages: Sequence[Message], *, open_reply: bool) -> ChatText:
+        """The messages as the template writes them; `open_reply` adds what precedes the assistant's next reply.
+        ConfigError where the template refuses the conversation."""
+        messages = merge_neighbours(messages)
+        mark = _MARK
+        while any(mark in message["content"] for message in messages):
+            mark += _MARK
+        broken = [{**m, "content": self._first_of_token.sub(rf"\1{mark}", m["content"])} for m in messages]
+        rendered = self._render(broken, open_reply)
+        fenced = self._render([{**m, "content": _fence(m["content"], mark)} for m in broken], open_reply)
+        if fenced.replace(mark, "") == rendered.replace(mark, ""):  # else the template reads what it is given
+            rendered = fenced
+        text, spans = "", []
+        for i, part in enumerate(self._control_token.split(rendered)):
+            written = part.replace(mark, "")
+            if i % 2:
+                spans.append((len(text), len(text) + len(written)))
+            text += written
+        return ChatText(text, tuple(spans))
+
+    def _render(self, messages: Sequence[Message], open_reply: bool) -> str:
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        conversation, variables = [dict(message) for message in messages], dict[str, Any](self._special_tokens)
+        try:
+            rendered, _ = render_jinja_template(
+                [conversation], chat_template=self._source, add_generation_prompt=open_reply, **variables
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"the tokenizer's chat template refuses this conversation: {reason}") from None
+        return rendered[0]
+
+
+def _fence(content: str, mark: str) -> str:
+    """With a mark at both ends of its text; templates strip the spaces around it."""
+    text = content.strip()
+    return content.replace(text, f"{mark}{text}{mark}", 1) if text else content

@@ -4,7 +4,7 @@
 |---|---|---|
 | prompts | prompt, or messages | group |
 | demonstrations | prompt and completion, or messages that end in an assistant's turn | group |
-| responses | prompt and response (the one text that may be empty) | group |
+| responses | prompt and response (the one text that may be empty) | messages (the same prompt), group |
 | preferences | prompt, chosen, rejected | group |
 | texts | text, or what demonstrations have | group |
 
@@ -13,14 +13,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.chat import ROLES
+from megatron_gil.data.chat import ROLES, format_dialogue
+from megatron_gil.jsonl import LONGEST_ROW
 
-LONGEST_ROW = 8 << 20
-"""Bytes of a line, or characters of one text; far more than any model reads, and 2 s of tokenizing."""
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "text", "messages", "group")
 
 Row = dict[str, Any]
@@ -36,6 +35,12 @@ def check_record(record: Any, kind: str, where: str) -> Row:
     row: Row = dict.fromkeys(COLUMNS)
     row.update(_CHECKS[kind](record, where), group=_check_group(record, where))
     return row
+
+
+def iter_texts(row: Row) -> Iterator[str]:
+    """Every text of a checked row, its label left out."""
+    yield from (row[name] for name in COLUMNS if name not in ("messages", "group") and row[name] is not None)
+    yield from (message["content"] for message in row["messages"] or ())
 
 
 def _check_prompt_row(record: Mapping[str, Any], where: str) -> Row:
@@ -54,7 +59,11 @@ def _check_demonstration(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _check_response(record: Mapping[str, Any], where: str) -> Row:
-    row = _check_texts(record, ("prompt",), where)
+    row: Row = _check_texts(record, ("prompt",), where)
+    if record.get("messages") is not None:
+        messages = _check_messages(record, where)
+        if format_dialogue(messages) == row["prompt"]:  # else it is another program's field, and not the prompt
+            row["messages"] = messages
     return {**row, "completion": _check_text(record.get("response"), "response", where, empty=True)}
 
 

@@ -9,32 +9,23 @@ from pathlib import Path
 import torch
 
 from megatron_gil.data.collate import pad_response_mask, pad_tokens
+from megatron_gil.data.dataset import RowDataset
 from megatron_gil.data.demonstrations import check_lengths
 from megatron_gil.data.encoding import EncodedRow, encode_replies, prompt_text
-from megatron_gil.data.prompts import number_groups
-from megatron_gil.data.records import read_records
+from megatron_gil.data.fields import Row
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.types import PreferenceBatch
 
 
-class PreferenceDataset:
-    """Rows of {"prompt", "chosen", "rejected"}, tokenised as they are asked for."""
+class PreferenceDataset(RowDataset[list[EncodedRow]]):
+    """Rows of {"prompt", "chosen", "rejected"}."""
+
+    kind = "preferences"
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_tokens: int, max_prompt_tokens: int) -> None:
         check_lengths(max_tokens, max_prompt_tokens)
-        self._records = read_records(path, "preferences")
-        self._tokenizer = tokenizer
+        super().__init__(path, tokenizer)
         self._limits = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
-        self._cut_rows: set[int] = set()
-        self.group_names, self._group_ids = number_groups(list(self._records["group"]))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @property
-    def num_truncated(self) -> int:
-        """Pairs of which the prompt or a reply was cut to fit, among those asked for so far."""
-        return len(self._cut_rows)
 
     def collate(self, row_ids: Sequence[int], *, pad_to_multiple: int = 1) -> PreferenceBatch:
         """The pairs, in that order; both replies follow the same prompt and end in an end-of-sequence token."""
@@ -50,18 +41,13 @@ class PreferenceDataset:
             ref_log_probs=torch.zeros(len(pairs), 2),
         )
 
-    def known_groups(self, row_ids: Sequence[int]) -> list[int]:
-        """Index into `group_names` of each row's label, -1 without one."""
-        return self._group_ids[list(row_ids)].tolist()
-
     def text(self, row_id: int) -> tuple[str, str, str]:
         """The prompt as the model reads it, the chosen and the rejected reply, before any cut."""
         row = self._records[int(row_id)]
-        return prompt_text(self._tokenizer, row["prompt"]), row["chosen"], row["rejected"]
+        return prompt_text(self._tokenizer, row["prompt"]).text, row["chosen"], row["rejected"]
 
-    def _encode(self, row_id: int) -> list[EncodedRow]:
-        row = self._records[int(row_id)]
-        pair = encode_replies(self._tokenizer, row["prompt"], [row["chosen"], row["rejected"]], **self._limits)
-        if any(side.prompt_cut or side.reply_cut for side in pair):
-            self._cut_rows.add(row_id)
-        return pair
+    def _encode_row(self, row: Row) -> list[EncodedRow]:
+        return encode_replies(self._tokenizer, row["prompt"], [row["chosen"], row["rejected"]], **self._limits)
+
+    def _measure(self, encoded: list[EncodedRow]) -> tuple[int, bool]:
+        return max(side.num_tokens for side in encoded), any(side.prompt_cut or side.reply_cut for side in encoded)

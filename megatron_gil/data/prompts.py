@@ -4,34 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
+from megatron_gil.data.chat import format_dialogue
 from megatron_gil.data.collate import pad_tokens
-from megatron_gil.data.encoding import Prompt, encode_prompt, prompt_text
-from megatron_gil.data.records import read_records
+from megatron_gil.data.dataset import RowDataset
+from megatron_gil.data.encoding import EncodedPrompt, Prompt, encode_prompt, prompt_text
+from megatron_gil.data.fields import Row
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.types import PromptBatch
 
 
-class PromptDataset:
-    """Rows of {"prompt"} or {"messages"}, tokenised as they are asked for."""
+class PromptDataset(RowDataset[EncodedPrompt]):
+    """Rows of {"prompt"} or {"messages"}."""
+
+    kind = "prompts"
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_prompt_tokens: int) -> None:
-        self._records = read_records(path, "prompts")
-        self._tokenizer = tokenizer
+        super().__init__(path, tokenizer)
         self._max_prompt_tokens = max_prompt_tokens
-        self._cut_rows: set[int] = set()
-        self.group_names, self._group_ids = number_groups(list(self._records["group"]))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    @property
-    def num_truncated(self) -> int:
-        """Prompts cut to fit, among those asked for so far."""
-        return len(self._cut_rows)
 
     @property
     def num_labelled(self) -> int:
@@ -40,7 +33,7 @@ class PromptDataset:
 
     def collate(self, row_ids: Sequence[int], sample_ids: Sequence[int], *, pad_to_multiple: int = 1) -> PromptBatch:
         """The prompts of the rows, in that order; a row may be asked for several times."""
-        encoded = {row_id: self._encode(row_id) for row_id in dict.fromkeys(row_ids)}
+        encoded = {row_id: self._encode(row_id).tokens for row_id in dict.fromkeys(row_ids)}
         tokens, lengths = pad_tokens([encoded[i] for i in row_ids], self._tokenizer.pad_id, pad_to_multiple)
         rows = torch.tensor(row_ids, dtype=torch.int64)
         return PromptBatch(
@@ -52,24 +45,26 @@ class PromptDataset:
         )
 
     def text(self, row_id: int) -> str:
-        """The prompt as the model reads it, before any cut."""
-        return prompt_text(self._tokenizer, self._prompt(row_id))
+        """The prompt as the model would read it without any cut, control tokens written out."""
+        return prompt_text(self._tokenizer, _prompt_of(self._records[int(row_id)])).text
 
-    def _prompt(self, row_id: int) -> Prompt:
-        row = self._records[int(row_id)]
-        return row["messages"] if row["prompt"] is None else row["prompt"]
+    def read_prompt(self, row_id: int) -> Prompt:
+        """What the model reads of the prompt, in the form that the row has."""
+        return self._encode(row_id).read
 
-    def _encode(self, row_id: int) -> list[int]:
-        ids, cut = encode_prompt(self._tokenizer, self._prompt(row_id), self._max_prompt_tokens)
-        if cut:
-            self._cut_rows.add(row_id)
-        return ids
+    def fields(self, row_id: int) -> dict[str, Any]:
+        """The prompt under the names of data files: as text, and as messages where it came as such."""
+        prompt = _prompt_of(self._records[int(row_id)])
+        if isinstance(prompt, str):
+            return {"prompt": prompt}
+        return {"prompt": format_dialogue(prompt), "messages": prompt}
+
+    def _encode_row(self, row: Row) -> EncodedPrompt:
+        return encode_prompt(self._tokenizer, _prompt_of(row), self._max_prompt_tokens)
+
+    def _measure(self, encoded: EncodedPrompt) -> tuple[int, bool]:
+        return encoded.num_tokens, encoded.cut
 
 
-def number_groups(labels: Sequence[str | None]) -> tuple[tuple[str, ...], np.ndarray]:
-    """The distinct labels, sorted (as numbers where all are whole numbers), and the index of each row's, -1 without."""
-    distinct = {label for label in labels if label is not None}
-    numeric = all(label.removeprefix("-").isdecimal() for label in distinct)
-    names = tuple(sorted(distinct, key=lambda label: (int(label) if numeric else 0, label)))
-    number_of = {name: i for i, name in enumerate(names)}
-    return names, np.array([-1 if label is None else number_of[label] for label in labels], dtype=np.int64)
+def _prompt_of(row: Row) -> Prompt:
+    return row["messages"] if row["prompt"] is None else row["prompt"]

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.fields import COLUMNS, LONGEST_ROW, Row, check_record
+from megatron_gil.data.fields import COLUMNS, Row, check_record
+from megatron_gil.jsonl import iter_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_CACHE_VERSION = "1"  # to be raised with every change of what `check_record` accepts or returns
+_CACHE_VERSION = "2"  # to be raised with every change of what `check_record` accepts or returns
 
 
 def read_records(path: str | Path, kind: str) -> Dataset:
@@ -54,34 +51,6 @@ def _memory_map(files: list[str], kind: str, key: str) -> Dataset:
             datasets.enable_progress_bars()
     assert isinstance(mapped, datasets.Dataset)
     return mapped
-
-
-def iter_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every line that is not blank. ConfigError for a line that is not UTF-8 or not JSON."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), start=1):
-                if len(line) > LONGEST_ROW:
-                    raise ConfigError(
-                        f"{path}:{number}: a row of more than {LONGEST_ROW >> 20} MiB; cut it into several"
-                    )
-                if line.strip():
-                    yield number, _parse_line(line, f"{path}:{number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-
-
-def _parse_line(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: not UTF-8 at byte {error.start + 1} of the line") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: JSON nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise ConfigError(f"{where}: not valid JSON: {error}") from None
 
 
 def _iter_files(files: list[str], kind: str) -> Iterator[Row]:

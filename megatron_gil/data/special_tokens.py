@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,22 @@ class SpecialTokens:
     tokens: Mapping[str, str]  # "bos_token", "eos_token", "pad_token", "unk_token" -> token, where one is named
     ids: Mapping[str, tuple[int, ...]]  # "bos", "eos", "pad" -> ids the model's configs name, most specific file first
     added_tokens: Mapping[str, int]
+    added_are_special: Mapping[str, bool]  # of those tokens of which tokenizer_config.json says it
+    named: frozenset[str]  # every token that a file gives a role: `tokens` and additional_special_tokens
     add_bos: bool | None  # add_bos_token, where tokenizer_config.json says it
     chat_template: str | None
     embedding_size: int | None  # vocab_size of config.json
+
+    def is_control(self, token: str, *, is_special: bool, beside: Collection[str]) -> bool:
+        """Whether an added token is one that text never makes, and that is left out of text: one that its tokenizer
+        calls special, one with a role, and one that the chat template writes. Of the last a pair like <think> and
+        </think> is text all the same: it stands inside of a reply.
+
+        beside: all the added tokens.
+        """
+        if is_special or token in self.named:
+            return True
+        return token in (self.chat_template or "") and not _is_tag(token, beside)
 
 
 def read_special_tokens(directory: str, files: Mapping[str, bytes]) -> SpecialTokens:
@@ -43,12 +56,16 @@ def read_special_tokens(directory: str, files: Mapping[str, bytes]) -> SpecialTo
     model_configs = [parsed["generation_config.json"], parsed["config.json"]]
     decoder = tokenizer_config.get("added_tokens_decoder") or {}
     added = {_content(token): int(i) for i, token in decoder.items()}
+    flags = {_content(t): t["special"] for t in decoder.values() if isinstance(t, dict) and "special" in t}
     added |= parsed["added_tokens.json"]
+    listed = [*_list(tokenizer_config), *_list(special_map)]
     add_bos = tokenizer_config.get("add_bos_token")
     return SpecialTokens(
         tokens=tokens,
         ids={name: _ids(model_configs, f"{name}_token_id") for name in ("bos", "eos", "pad")},
         added_tokens={token: i for token, i in added.items() if token},
+        added_are_special={token: bool(special) for token, special in flags.items() if token},
+        named=frozenset([*tokens.values(), *(token for token in map(_content, listed) if token)]),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         chat_template=_chat_template(tokenizer_config, files),
         embedding_size=parsed["config.json"].get("vocab_size"),
@@ -72,6 +89,16 @@ def _content(token: Any) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) and token else None
+
+
+def _list(config: dict[str, Any]) -> list[Any]:
+    tokens = config.get("additional_special_tokens") or config.get("extra_special_tokens")
+    return tokens if isinstance(tokens, list) else []
+
+
+def _is_tag(token: str, tokens: Collection[str]) -> bool:
+    name = token.removeprefix("<").removeprefix("/").removesuffix(">")
+    return name.isidentifier() and {f"<{name}>", f"</{name}>"} <= set(tokens)
 
 
 def _ids(configs: list[dict[str, Any]], key: str) -> tuple[int, ...]:

@@ -1,28 +1,44 @@
-"""The two libraries that turn text into token ids, behind one interface."""
+"""The two libraries that turn text into token ids, behind one interface.
+
+Text makes no control ids: a control token that is written in it is encoded as any other characters are.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol
 
 from megatron_gil.config import ConfigError
+from megatron_gil.data.special_tokens import SpecialTokens
+
+
+class ControlToken(NamedTuple):
+    id: int
+    strips_left: bool = False  # takes the spaces before it away
+    strips_right: bool = False
 
 
 class Subwords(Protocol):
     vocab_size: int
+    control: Mapping[str, ControlToken]
 
     def encode(self, text: str) -> list[int]:
-        """Ids as the library gives them, special tokens written in the text recognised, none added."""
+        """Ids as the library gives them, none added."""
         ...
 
     def encode_continuation(self, text: str) -> list[int]:
         """The same for text that continues a row: no space is put before it."""
         ...
 
+    def encode_after_control(self, text: str) -> list[int]:
+        """The same for text that follows a control token."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Text without control tokens."""
         ...
 
     def id_of(self, token: str) -> int | None: ...
@@ -31,64 +47,81 @@ class Subwords(Protocol):
 
 
 class SentencePieceModel:
-    """`tokenizer.model`. Ids are sentencepiece's own; as in transformers' LlamaTokenizer, special tokens written in
-    the text are recognised, and the dummy prefix stands at the start of the text only, not after a special token."""
+    """`tokenizer.model`. Ids are sentencepiece's own; the dummy prefix stands at the start of the text only, not after
+    a control token."""
 
-    def __init__(self, source: str, proto: bytes, added_tokens: Mapping[str, int]) -> None:
+    def __init__(self, source: str, proto: bytes, special: SpecialTokens) -> None:
         from google.protobuf.message import DecodeError
-        from sentencepiece import SentencePieceProcessor
+        from sentencepiece import SentencePieceNormalizer, SentencePieceProcessor
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
         try:
             parsed = ModelProto.FromString(proto)
-            self._model = SentencePieceProcessor()
-            self._model.LoadFromSerializedProto(proto)  # the constructor would take no bytes for no model
+            SentencePieceProcessor().LoadFromSerializedProto(proto)  # the constructor would take no bytes for no model
         except (RuntimeError, DecodeError):
             raise ConfigError(
                 f"{source}: not a sentencepiece model; for Llama 3, whose original tokenizer.model is in another "
                 "format, take the directory in Hugging Face format with tokenizer.json"
             ) from None
+        pieces = control_pieces(parsed, special)
+        self._model = SentencePieceProcessor(model_proto=parsed.SerializeToString())
         self._collapses_spaces = parsed.normalizer_spec.add_dummy_prefix and (
             parsed.normalizer_spec.remove_extra_whitespaces
         )
         parsed.normalizer_spec.add_dummy_prefix = False
         self._model_without_prefix = SentencePieceProcessor(model_proto=parsed.SerializeToString())
-        pieces = range(self._model.vocab_size())
-        self._special = {
-            self._model.id_to_piece(i): i for i in pieces if self._model.is_control(i) or self._model.is_unknown(i)
-        } | {token: i for token, i in added_tokens.items() if i >= len(pieces)}
-        self._token_of = {i: token for token, i in self._special.items()}
-        self._special_pattern = _any_of(self._special)
-        self.vocab_size = max([len(pieces), *(i + 1 for i in self._token_of)])
+        parsed.normalizer_spec.remove_extra_whitespaces = False
+        self._normalizer = SentencePieceNormalizer(model_proto=parsed.SerializeToString())
+        added = {token: i for token, i in special.added_tokens.items() if i >= len(parsed.pieces)}
+        control = added_control(special, len(parsed.pieces))
+        self.control = {token: ControlToken(i) for token, i in pieces.items()}
+        self.control |= {token: ControlToken(added[token]) for token in control}
+        self._text_tokens = {token: i for token, i in added.items() if token not in control}
+        self._text_token = _any_of(self._text_tokens)
+        self._added_token_of = {i: token for token, i in added.items()}
+        self._control_ids = {token.id for token in self.control.values()}
+        self.vocab_size = max([len(parsed.pieces), *(i + 1 for i in added.values())])
 
     def encode(self, text: str) -> list[int]:
-        first, *rest = self._special_pattern.split(text)
+        first, *rest = self._text_token.split(text)
         return self._model.encode(first) + self._encode_parts(rest)
 
     def encode_continuation(self, text: str) -> list[int]:
-        return self._encode_parts(self._special_pattern.split(text))
+        return self._encode_parts(self._text_token.split(text))
+
+    encode_after_control = encode_continuation
 
     def _encode_parts(self, parts: Sequence[str]) -> list[int]:
-        return [i for part in parts for i in ([self._special[part]] if part in self._special else self._rest(part))]
+        own = self._text_tokens
+        return [i for part in parts for i in ([own[part]] if part in own else self._rest(part))]
 
     def _rest(self, text: str) -> list[int]:
         # A model that strips spaces at the start would lose the one that separates this text from what precedes it;
-        # the dummy prefix of the full model is exactly that one space.
-        if self._collapses_spaces and text.startswith(" "):
+        # the dummy prefix of the full model is exactly that one space. (A line end may be one too.)
+        if self._collapses_spaces and self._normalizer.normalize(text).startswith("\u2581"):
             return self._model.encode(text)
         return self._model_without_prefix.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([i for i in ids if i not in self._token_of])
+        ids = [i for i in ids if i not in self._control_ids]
+        text, model = "", self._model
+        for is_added, run in groupby(ids, key=self._added_token_of.__contains__):
+            found = list(run)
+            text += "".join(map(self.token_of, found)) if is_added else model.decode(found)
+            model = self._model_without_prefix
+        return text
 
     def id_of(self, token: str) -> int | None:
-        if token in self._special:
-            return self._special[token]
+        if token in self.control:
+            return self.control[token].id
+        if token in self._text_tokens:
+            return self._text_tokens[token]
         token_id = self._model.piece_to_id(token)
         return None if token_id == self._model.unk_id() else token_id
 
     def token_of(self, token_id: int) -> str:
-        return self._token_of[token_id] if token_id in self._token_of else self._model.id_to_piece(token_id)
+        added = self._added_token_of.get(token_id)
+        return self._model.id_to_piece(token_id) if added is None else added
 
     @property
     def bos_id(self) -> int | None:
@@ -99,27 +132,79 @@ class SentencePieceModel:
         return None if self._model.eos_id() < 0 else self._model.eos_id()
 
 
-class FastModel:
-    """`tokenizer.json`, read by the tokenizers library; its own truncation and padding are switched off."""
+def control_pieces(model: Any, special: SpecialTokens) -> dict[str, int]:
+    """Control token -> id of the pieces of a sentencepiece model; those that it calls pieces of text (user defined, or
+    normal where a file gives them a role) are made control pieces in place."""
+    found = {}
+    own_text = {piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED}
+    for i, piece in enumerate(model.pieces):
+        own = piece.type in (piece.CONTROL, piece.UNKNOWN)
+        text = piece.type == piece.USER_DEFINED or (piece.type == piece.NORMAL and piece.piece in special.named)
+        if own or (text and special.is_control(piece.piece, is_special=False, beside=own_text)):
+            found[piece.piece] = i
+            if not own:
+                piece.type = piece.CONTROL
+    return found
 
-    def __init__(self, source: str, text: bytes, special_tokens: Collection[str]) -> None:
+
+def added_control(special: SpecialTokens, first_id: int) -> set[str]:
+    """The control tokens of those added to a sentencepiece model; one of which no file says anything is special."""
+    return {
+        token
+        for token, i in special.added_tokens.items()
+        if i >= first_id
+        and special.is_control(
+            token, is_special=special.added_are_special.get(token, True), beside=special.added_tokens
+        )
+    }
+
+
+class FastModel:
+    """`tokenizer.json`, read by the tokenizers library; its own truncation and padding are switched off.
+
+    json: the file with the tokens that only other files name.
+    """
+
+    def __init__(self, source: str, text: bytes, special: SpecialTokens) -> None:
         try:
             specification = json.loads(text)
+            num_own = len(specification.get("added_tokens") or [])
+            entries = _added_tokens(specification, special)
+            self.json = text if len(entries) == num_own else json.dumps(specification, ensure_ascii=False).encode()
             self._model = _read_fast(specification)
         except Exception as error:  # the tokenizers library raises plain Exception
             raise ConfigError(f"{source}: not a tokenizer of the tokenizers library: {error}") from None
-        changed = _drop_dummy_prefix(specification)
-        self._model_without_prefix = _read_fast(specification) if changed else self._model
-        # transformers makes the tokens that tokenizer_config.json names special, whatever tokenizer.json says
-        for model in (self._model, self._model_without_prefix):
-            model.add_special_tokens([token for token in special_tokens if model.token_to_id(token) is not None])
+        self.control = {
+            entry["content"]: ControlToken(
+                self._model.token_to_id(entry["content"]), bool(entry.get("lstrip")), bool(entry.get("rstrip"))
+            )
+            for entry in entries
+            if entry["special"]
+        }
+        self._model_after_control = _read_fast(specification) if _keep_prefix_at_start(specification) else self._model
+        changed = _drop_prefix(specification)
+        self._model_without_prefix = _read_fast(specification) if changed else self._model_after_control
+        unknown = specification["model"].get("unk_token")  # which characters outside of the vocabulary make
+        self._no_text_ids = {token.id for name, token in self.control.items() if name != unknown}
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text, add_special_tokens=False).ids
+        return self._encode(text, self._model)
 
     def encode_continuation(self, text: str) -> list[int]:
-        return self._model_without_prefix.encode(text, add_special_tokens=False).ids
+        return self._encode(text, self._model_without_prefix)
+
+    def encode_after_control(self, text: str) -> list[int]:
+        return self._encode(text, self._model_after_control)
+
+    def _encode(self, text: str, model: Any) -> list[int]:
+        ids = model.encode(text, add_special_tokens=False).ids
+        if self._no_text_ids.isdisjoint(ids):
+            return ids
+        # A model that looks words up whole finds its control tokens too. One character is none.
+        parts = [model, *[self._model_without_prefix] * (len(text) - 1)]
+        single = [part.encode(c, add_special_tokens=False).ids for part, c in zip(parts, text, strict=True)]
+        return [i for found in single for i in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(ids), skip_special_tokens=True)
@@ -141,13 +226,44 @@ def _read_fast(specification: Any) -> Any:
     model = Tokenizer.from_str(json.dumps(specification))
     model.no_truncation()
     model.no_padding()
+    model.encode_special_tokens = True  # as text
     return model
 
 
-def _drop_dummy_prefix(specification: dict[str, Any]) -> bool:
+def _added_tokens(specification: dict[str, Any], special: SpecialTokens) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json, in place: those that other files name are there too, as in transformers,
+    and every control token is special."""
+    vocabulary = specification["model"].get("vocab") or {}
+    ids = vocabulary if isinstance(vocabulary, dict) else {piece[0]: i for i, piece in enumerate(vocabulary)}
+    entries = specification["added_tokens"] = list(specification.get("added_tokens") or [])
+    known = {entry["content"] for entry in entries}
+    missing = {token: ids[token] for token in special.named if token in ids}
+    missing |= special.added_tokens
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for token, i in sorted(missing.items(), key=lambda item: item[1]):
+        if token not in known:
+            is_special = special.added_are_special.get(token, True)
+            entries.append({"id": i, "content": token, **plain, "special": is_special})
+    beside = {entry["content"] for entry in entries}
+    for entry in entries:
+        is_special = bool(entry.get("special"))
+        entry["special"] = special.is_control(entry["content"], is_special=is_special, beside=beside)
+    return entries
+
+
+def _keep_prefix_at_start(specification: dict[str, Any]) -> bool:
+    """Switch off, in place, what puts a space before the first text alone; whether there was any."""
+    parts = [p for p in _parts(specification, "pre_tokenizer", "pretokenizers") if p.get("prepend_scheme") == "first"]
+    for part in parts:
+        part["prepend_scheme"] = "never"
+        part["add_prefix_space"] = False
+    return bool(parts)
+
+
+def _drop_prefix(specification: dict[str, Any]) -> bool:
     """Switch off, in place, every part of a tokenizer.json that puts a space before a text; whether there was one."""
     normalizers = _parts(specification, "normalizer", "normalizers")
-    prefixes = [part for part in normalizers if part["type"] == "Prepend"]
+    prefixes = [part for part in normalizers if part["type"] == "Prepend" and part["prepend"]]
     for part in prefixes:
         part["prepend"] = ""
     spaced = [
@@ -169,6 +285,7 @@ def _parts(specification: dict[str, Any], key: str, list_key: str) -> list[dict[
     return part[list_key] if part["type"] == "Sequence" else [part]
 
 
-def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+def _any_of(tokens: Mapping[str, int]) -> re.Pattern[str]:
+    """Splits a text at these tokens, which are kept; at nothing where there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")

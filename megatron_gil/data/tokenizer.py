@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.chat import Message, format_dialogue, render_template
+from megatron_gil.data.chat import ChatTemplate, ChatText, Message, format_dialogue
 from megatron_gil.data.sentencepiece_json import as_tokenizer_json
 from megatron_gil.data.special_tokens import JSON_FILES, read_special_tokens
 from megatron_gil.data.subwords import FastModel, SentencePieceModel
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
+_TAKEN_AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _OWN_FILES = (*_VOCABULARY_FILES, *JSON_FILES[:3], "chat_template.jinja")
 
 
@@ -23,18 +24,17 @@ class Tokenizer:
     is put between the two, and where the reply brings one (" Sure") its first token is the one that a single encoding
     of prompt + reply has there. (The two differ only where the library would merge the last characters of the prompt
     with the first of the reply; at generation time the prompt's tokens are already settled, so here they are too.)
+
+    Text makes no control tokens, whatever is written in it: they come from the chat template alone (ChatText).
     """
 
     def __init__(self, directory: str, files: Mapping[str, bytes]) -> None:
         self._files = dict(files)
         self._special = read_special_tokens(directory, files)
         if "tokenizer.json" in files:
-            named = [*self._special.tokens.values(), *self._special.added_tokens]
-            self._subwords = FastModel(f"{directory}/tokenizer.json", files["tokenizer.json"], named)
+            self._subwords = FastModel(f"{directory}/tokenizer.json", files["tokenizer.json"], self._special)
         else:
-            self._subwords = SentencePieceModel(
-                f"{directory}/tokenizer.model", files["tokenizer.model"], self._special.added_tokens
-            )
+            self._subwords = SentencePieceModel(f"{directory}/tokenizer.model", files["tokenizer.model"], self._special)
         self.vocab_size = self._subwords.vocab_size
         self.bos_id = self._first_id("bos")
         self.eos_ids = self._read_eos_ids(directory)
@@ -43,6 +43,8 @@ class Tokenizer:
         # without a padding token (or with one outside its embedding) pads with eos; its embedding is never resized.
         self.pad_id = self._read_pad_id()
         self._add_bos = self._read_add_bos()
+        template, strings = self._special.chat_template, self._special_strings()
+        self._template = None if template is None else ChatTemplate(template, strings, self._subwords.control)
 
     @classmethod
     def read(cls, directory: str | Path) -> Tokenizer:
@@ -55,26 +57,47 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._special.chat_template is not None
+        return self._template is not None
 
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """The library's own ids. Special tokens written in the text are recognised.
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """What text never makes."""
+        return frozenset(self._subwords.control)
+
+    def encode(self, text: str | ChatText, *, bos: bool = False) -> list[int]:
+        """The library's own ids.
 
         `bos` puts the beginning-of-sequence token first where the model's tokenizer does so by itself; a text that
         already begins with it (a chat template may write it) gets no second one.
         """
-        ids = self._subwords.encode(text)
+        ids = self._encode(text, self._subwords.encode)
         if bos and self._add_bos and ids[:1] != [self.bos_id]:
             assert self.bos_id is not None
             return [self.bos_id, *ids]
         return ids
 
-    def encode_continuation(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str | ChatText) -> list[int]:
         """Ids of text that follows other text in a row: no beginning-of-sequence token, no space put before it."""
-        return self._subwords.encode_continuation(text)
+        return self._encode(text, self._subwords.encode_continuation)
+
+    def _encode(self, text: str | ChatText, encode_first: Callable[[str], list[int]]) -> list[int]:
+        if isinstance(text, str):
+            return encode_first(text)
+        ids: list[int] = []
+        parts, control = list(text.parts()), self._subwords.control
+        for i, (part, is_control) in enumerate(parts):
+            if is_control:
+                ids.append(control[part].id)
+                continue
+            if i and control[parts[i - 1][0]].strips_right:
+                part = part.lstrip()
+            if i + 1 < len(parts) and control[parts[i + 1][0]].strips_left:
+                part = part.rstrip()
+            ids += (self._subwords.encode_after_control if i else encode_first)(part)
+        return ids
 
     def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
-        """The text of the ids, special tokens left out.
+        """The text of the ids, control tokens left out.
 
         With `after`, the text that the ids add to it: a space that separates the two is kept, where decoding the ids
         alone would drop it.
@@ -89,43 +112,42 @@ class Tokenizer:
         """How the vocabulary spells one id, special or not."""
         return self._subwords.token_of(token_id)
 
-    def format_prompt(self, messages: Sequence[Message]) -> str:
+    def format_prompt(self, messages: Sequence[Message]) -> ChatText:
         """A conversation up to where the assistant's reply begins: in the model's chat template where it has one, in
         the Human/Assistant form of HH-RLHF otherwise."""
-        if self._special.chat_template is None:
-            return format_dialogue(messages)
-        return render_template(self._special.chat_template, messages, self._special_strings(), open_reply=True)
+        if self._template is None:
+            return ChatText(format_dialogue(messages))
+        return self._template.render(messages, open_reply=True)
 
-    def format_closed(self, messages: Sequence[Message]) -> str:
+    def format_closed(self, messages: Sequence[Message]) -> ChatText:
         """A conversation that ends in an assistant's turn, as the chat template writes it."""
-        assert self._special.chat_template is not None
-        return render_template(self._special.chat_template, messages, self._special_strings(), open_reply=False)
+        assert self._template is not None
+        return self._template.render(messages, open_reply=False)
+
+    def files(self) -> dict[str, bytes]:
+        """name -> content of what a model directory needs so that transformers reads as we do: the directory's own
+        files; for a tokenizer.model the same model as tokenizer.json; and a tokenizer_config.json by which transformers
+        takes tokenizer.json as it is, where for a Llama it would build another from its parts."""
+        files = {name: self._files[name] for name in _OWN_FILES if name in self._files}
+        if isinstance(self._subwords, FastModel):
+            files["tokenizer.json"] = self._subwords.json
+        config, strings = json.loads(files.get("tokenizer_config.json", b"{}")), self._special_strings()
+        if "tokenizer.json" in files and config.get("tokenizer_class") in _TAKEN_AS_IT_IS:
+            return files
+        if "tokenizer.json" not in files:
+            bos = strings["bos_token"] if self._add_bos else None
+            text = as_tokenizer_json(files["tokenizer.model"], self._special, bos=bos)
+            files |= {} if text is None else {"tokenizer.json": text.encode()}
+        name = _TAKEN_AS_IT_IS[0] if "tokenizer.json" in files else "LlamaTokenizer"
+        config = {**config, **strings, "tokenizer_class": name, "add_bos_token": self._add_bos, "add_eos_token": False}
+        return {**files, "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
     def save(self, directory: str | Path) -> None:
-        """Copy the tokenizer's files. A bare tokenizer.model gets a tokenizer_config.json beside it, without which
-        transformers would guess another encoding (no space before the first word)."""
+        """Write `files`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name in _OWN_FILES:
-            if name in self._files:
-                (directory / name).write_bytes(self._files[name])
-        if "tokenizer.json" not in self._files and "tokenizer_config.json" not in self._files:
-            config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": self._add_bos, "add_eos_token": False}
-            _write_json(directory / "tokenizer_config.json", {**config, **self._special_strings()})
-
-    def save_for_transformers(self, directory: str | Path) -> None:
-        """`save`, and where transformers would read tokenizer.model otherwise than sentencepiece, the tokenizer.json
-        that it reads alike."""
-        self.save(directory)
-        if "tokenizer.json" in self._files:
-            return
-        strings = self._special_strings()
-        text = as_tokenizer_json(self._files["tokenizer.model"], bos=strings["bos_token"] if self._add_bos else None)
-        if text is not None:
-            path = Path(directory) / "tokenizer_config.json"
-            config = json.loads(path.read_text(encoding="utf-8"))
-            (Path(directory) / "tokenizer.json").write_text(text, encoding="utf-8")
-            _write_json(path, {**config, **strings, "tokenizer_class": "PreTrainedTokenizerFast"})
+        for name, content in self.files().items():
+            (directory / name).write_bytes(content)
 
     def _first_id(self, name: str) -> int | None:
         """The token the tokenizer's files name, else the id the model's configs name, else sentencepiece's own."""
@@ -159,7 +181,3 @@ class Tokenizer:
         known = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         named = {name: self._subwords.token_of(i) for name, i in known.items() if i is not None}
         return {**named, **self._special.tokens}
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from megatron_gil.evaluation.report import write_report
 from megatron_gil.evaluation.runs import Run, read_run
 from megatron_gil.evaluation.statistics import bootstrap
 from megatron_gil.evaluation.winrate import HEADER, WinRate, table_rows, verdicts, win_rate
+from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.paths import write_whole
 
 METHODS: Mapping[str, str] = {
@@ -56,8 +57,7 @@ def read_results(output: Path) -> Results:
     """Everything the stages left in `output`."""
     replies = {}
     for method in METHODS:
-        lines = (output / "scores" / f"{method}.jsonl").read_text(encoding="utf-8").splitlines()
-        replies[method] = [_read_reply(json.loads(line)) for line in lines]
+        replies[method] = [_read_reply(row) for _, row in iter_jsonl(output / "scores" / f"{method}.jsonl")]
     names = {**METHODS, "reward": "reward model"}
     return Results(replies=replies, runs={name: read_run(output / name, name=names[name]) for name in names})
 

@@ -25,7 +25,7 @@ from typing import Any
 from megatron_gil.config import CheckpointSection
 from megatron_gil.engine.files import FileWriter, digest, read_manifest, reason, sync, write_manifest
 from megatron_gil.engine.megatron import TrainableModel
-from megatron_gil.engine.model_files import load_optimizer, save_model, save_optimizer
+from megatron_gil.engine.model_files import load_optimizer, save_model, save_optimizer, tokenizer_files
 from megatron_gil.engine.shards import Renames
 from megatron_gil.models.hf import load_weights
 from megatron_gil.parallel.collectives import all_agree, broadcast_object, gather_objects
@@ -59,7 +59,9 @@ class CheckpointStore:
     def __init__(
         self, directory: Path, layout: ParallelLayout, section: CheckpointSection, *, tokenizer_dir: Path
     ) -> None:
-        self._directory, self._layout, self._section, self._tokenizer_dir = directory, layout, section, tokenizer_dir
+        """tokenizer_dir: of the tokenizer that goes into every model's directory."""
+        self._directory, self._layout, self._section = directory, layout, section
+        self._small_files = tokenizer_files(tokenizer_dir) if layout.is_main else {}
         self._unfinished: _Unfinished | None = None
 
     def save(self, iteration: int, models: Mapping[str, TrainableModel], state: dict[str, Any]) -> None:
@@ -86,7 +88,7 @@ class CheckpointStore:
         self._on_main(iteration, lambda: self._make_directories(beside, models))
         files, renames = FileWriter(background=self._section.background), Renames()
         for role, model in models.items():
-            renames |= save_model(model, beside / role, self._tokenizer_dir, files)
+            renames |= save_model(model, beside / role, self._small_files, files)
             renames |= save_optimizer(model, beside / f"{role}.optimizer", files)
         if self._layout.is_main:
             steps = {role: model.num_steps for role, model in models.items()}

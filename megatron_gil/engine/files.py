@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +38,8 @@ class FileWriter:
     def text(self, path: Path, text: str) -> None:
         self._add(path, lambda where: where.write_text(text, encoding="utf-8"))
 
-    def copy(self, source: Path, path: Path) -> None:
-        self._add(path, lambda where: shutil.copyfile(source, where))
+    def content(self, path: Path, content: bytes) -> None:
+        self._add(path, lambda where: where.write_bytes(content))
 
     def start(self) -> None:
         """No more files come."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.files import FileWriter
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.optimizer import MOMENTS, Fragment
@@ -17,24 +19,21 @@ from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout
 
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
+    """name -> content of what goes into every model's directory beside its weights."""
+    files = Tokenizer.read(directory).files()
+    generation = directory / "generation_config.json"
+    return {**files, generation.name: generation.read_bytes()} if generation.is_file() else files
 
 
-def save_model(model: TrainableModel, directory: Path, tokenizer_dir: Path | None, files: FileWriter) -> Renames:
-    """The model as a Hugging Face directory, which exists. Collective."""
+def save_model(model: TrainableModel, directory: Path, small_files: Mapping[str, bytes], files: FileWriter) -> Renames:
+    """The model as a Hugging Face directory, which exists, with the small files on rank 0. Collective."""
     if model.layout.is_main:
         config = model.spec.hf_config(head=model.head, num_groups=model.num_groups, dtype=model.dtype)
         files.text(directory / "config.json", json.dumps(config | model.extra_config, indent=2))
-        for name in TOKENIZER_FILES:
-            if tokenizer_dir is not None and (tokenizer_dir / name).exists():
-                files.copy(tokenizer_dir / name, directory / name)
+        for name, content in small_files.items():
+            files.content(directory / name, content)
     weights = WeightMap(model.spec, model.module, model.layout)
     writer = ShardWriter(directory, model.layout, files)
     params = dict(model.module.named_parameters())

@@ -14,6 +14,7 @@ from rich.table import Table as ConsoleTable
 from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.judge import Judge, ScoreFn, ScoreJudge, is_comparable, recorded_scores
 from megatron_gil.evaluation.winrate import HEADER, WinRate, table_rows, verdicts, win_rate
+from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.paths import write_whole
 
 
@@ -52,28 +53,13 @@ def report(arguments: argparse.Namespace) -> int:
 
 def read_replies(path: Path) -> list[dict[str, str]]:
     """JSON Lines of {"prompt", "response"} and what else a row holds; ConfigError names file, line and field."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}: line {line} is not UTF-8; write the file again in that encoding") from None
     rows: list[dict[str, str]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}: line {number} is not JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a thousand brackets
-            raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
+    for number, row in iter_jsonl(path):
         for field in ("prompt", "response"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ConfigError(f'{path}: line {number} has no text "{field}"; `megatron-gil generate` writes one')
+                raise ConfigError(f'{path}:{number}: no text "{field}"; `megatron-gil generate` writes one')
         if not is_comparable(row.get("score")):
-            raise ConfigError(
-                f"{path}: line {number} has the score {row['score']}, which cannot be compared; score again"
-            )
+            raise ConfigError(f"{path}:{number}: the score {row['score']} cannot be compared; score again")
         rows.append(row)
     if not rows:
         raise ConfigError(f"{path}: holds no replies")

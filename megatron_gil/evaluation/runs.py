@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from omegaconf import OmegaConf
 
 from megatron_gil.config import ConfigError
 from megatron_gil.config_files import read_yaml
+from megatron_gil.jsonl import iter_jsonl
 
 Json = dict[str, Any]
 
@@ -104,20 +104,9 @@ def _read_rows(path: Path, check: Callable[[Json], Json]) -> list[Json]:
 
     check: the row as it is used; raises ValueError for one that no run writes.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     rows: list[Json] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _without_surrogates(json.loads(line))
-        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError too
-            if number < len(lines):
-                raise ConfigError(f"{path}: line {number} is not JSON; the file is damaged") from None
-            continue
+    for number, found in iter_jsonl(path, growing=True):
+        row = _without_surrogates(found)
         try:
             if not isinstance(row, dict) or type(row.get("iteration")) is not int or not 0 <= row["iteration"] < 2**53:
                 raise ValueError('has no whole number "iteration"')

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_gil.config import PpoConfig, TrainConfig
+from megatron_gil.config import ConfigError, PpoConfig, TrainConfig
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.parallel.collectives import broadcast_object
@@ -165,6 +165,8 @@ class TrainingLoop:
             )
         except OSError as refused:
             error = f"{self._directory} cannot be written: {refused}"
+        except ConfigError as damaged:  # on the main rank alone, so it is told to all below
+            error = str(damaged)
         if error := broadcast_object(error, self._layout):
             raise RunFailed(error)
         assert log is not None

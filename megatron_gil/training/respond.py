@@ -59,7 +59,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
                 batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
             ):
                 label = {"group": prompts.group_names[group]} if group >= 0 else {}
-                answers.add({row_id: {"prompt": prompts.text(row_id), "response": text["response"], **label}})
+                answers.add({row_id: {**prompts.fields(row_id), "response": text["response"], **label}})
 
     return _collect(answers, answer_all, progress)
 
@@ -95,10 +95,9 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
                 if not math.isfinite(value):
                     without[row_id] = value
                     continue
-                prompt, response = responses.text(row_id)
                 group = responses.known_groups([row_id])[0]
                 label = {"group": responses.group_names[group]} if group >= 0 else {}
-                answers.add({row_id: {"prompt": prompt, "response": response, "score": value, **label}})
+                answers.add({row_id: {**responses.fields(row_id), "score": value, **label}})
         _check_scores(without, config, layout)
 
     return _collect(answers, answer_all, progress)

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_gil.config import ConfigError
+from megatron_gil.jsonl import iter_lines
+
 
 class RowFile:
     """Rows that cannot be written wait for the next attempt, so that none is lost or cut in two."""
@@ -35,17 +38,16 @@ class RowFile:
 
 
 def keep_iterations_below(path: Path, iteration: int) -> None:
-    """Drop rows of iterations that will be run again and a last line that a crash cut short."""
+    """Drop rows of iterations that will be run again and a last line that a crash cut short; ConfigError for a damaged
+    one."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # only the line being written when the process died can be incomplete
-        if row["iteration"] < iteration:
-            kept.append(line + "\n")
+    for line in iter_lines(path, growing=True):  # only the line being written when the process died can be incomplete
+        if not isinstance(line.value, dict) or not isinstance(line.value.get("iteration"), int):
+            raise ConfigError(f"{path}:{line.number}: a row of a run has an iteration; remove the line or the file")
+        if line.value["iteration"] < iteration:
+            kept.append(line.content.rstrip(b"\n") + b"\n")
     beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
+    beside.write_bytes(b"".join(kept))
     beside.replace(path)

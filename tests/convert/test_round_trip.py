@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.models.convert.copy import export_model, import_model
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.rope import rope_frequencies
@@ -100,9 +101,13 @@ def test_rope_is_written_for_both_generations(world: Path, tmp_path: Path, spell
 
 def test_the_tokenizer_comes_along(world: Path, tmp_path: Path) -> None:
     import_model(world / "policy", tmp_path / "imported")
-    one, other = (AutoTokenizer.from_pretrained(path) for path in (world / "policy", tmp_path / "imported"))
+    ours, theirs = Tokenizer.read(world / "policy"), AutoTokenizer.from_pretrained(tmp_path / "imported")
     text = "the sun  on stone\n and é"
-    assert one(text)["input_ids"] == other(text)["input_ids"]
+    assert theirs(text)["input_ids"] == ours.encode(text, bos=True)
+    for name in ("tokenizer.model", "special_tokens_map.json"):
+        source, copied = world / "policy" / name, tmp_path / "imported" / name
+        assert source.exists() == copied.exists()
+        assert not source.exists() or source.read_bytes() == copied.read_bytes()
 
 
 @pytest.mark.parametrize(("pad", "expected"), [(0, 0), (2, 1), (None, 3), (-1, 3), (10**6, 3)])

@@ -19,6 +19,7 @@ from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.prepare import PrepareOptions, prepare, split_of
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.jsonl import iter_jsonl
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 KINDS = ("prompts", "demonstrations", "preferences")
@@ -30,7 +31,7 @@ def run(source: str, path: Path, output: Path, **options: Any) -> dict[str, Any]
 
 def rows_of(output: Path, kind: str, split: str = "*") -> list[dict[str, Any]]:
     files = sorted(output.glob(f"{split}/{kind}.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    return [row for file in files for _, row in iter_jsonl(file)]
 
 
 def contents(output: Path) -> dict[str, bytes]:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gil.data.encoding import encode_prompt
-from megatron_gil.data.prompts import PromptDataset, number_groups
+from megatron_gil.data.dataset import number_groups
+from megatron_gil.data.encoding import EncodedPrompt, encode_prompt
+from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.sampler import Sampler
 from megatron_gil.data.tokenizer import Tokenizer
 
@@ -72,10 +73,10 @@ def test_a_long_conversation_loses_its_oldest_exchanges(write_rows: Callable[...
     assert kept.startswith("\n\nHuman: question")
     one_more = LONG[LONG.rindex("\n\nHuman:", 0, start) :]
     assert len(plain_tokenizer.encode(one_more, bos=True)) > 60
-    assert dataset.num_truncated == 1
-    dataset.collate([0], [0])
-    assert dataset.num_truncated == 1  # rows, not times
+    assert dataset.truncated([1, 0, 0]) == [False, True, True]
     assert dataset.text(0) == LONG
+    assert dataset.read_prompt(0) == kept
+    assert dataset.read_prompt(1) == "hi"
 
 
 def test_the_system_text_goes_before_the_last_question(plain_tokenizer: Tokenizer):
@@ -85,16 +86,21 @@ def test_the_system_text_goes_before_the_last_question(plain_tokenizer: Tokenize
         (room, "Be kind.\n\nHuman: the last\n\nAssistant:"),
         (room - 1, "\n\nHuman: the last\n\nAssistant:"),
     ):
-        ids, cut = encode_prompt(plain_tokenizer, with_system, max_tokens)
-        assert (plain_tokenizer.decode(ids), cut) == (expected, True)
+        found = encode_prompt(plain_tokenizer, with_system, max_tokens)
+        assert (plain_tokenizer.decode(found.tokens), found.cut, found.read) == (expected, True, expected)
 
 
 def test_what_is_no_conversation_loses_its_oldest_tokens(plain_tokenizer: Tokenizer):
     post = "POST: " + "lost my keys twice " * 20 + "TL;DR:"
     whole = plain_tokenizer.encode(post, bos=True)
-    assert encode_prompt(plain_tokenizer, post, 20) == ([whole[0], *whole[-19:]], True)
-    assert encode_prompt(plain_tokenizer, post, 1) == (whole[-1:], True)
-    assert encode_prompt(plain_tokenizer, post, len(whole)) == (whole, False)
+
+    def expected(tokens: list[int]) -> EncodedPrompt:
+        read = plain_tokenizer.decode(tokens) if len(tokens) < len(whole) else post
+        return EncodedPrompt(tokens=tokens, num_tokens=len(whole), read=read)
+
+    assert encode_prompt(plain_tokenizer, post, 20) == expected([whole[0], *whole[-19:]])
+    assert encode_prompt(plain_tokenizer, post, 1) == expected(whole[-1:])
+    assert encode_prompt(plain_tokenizer, post, len(whole)) == expected(whole)
 
 
 @settings(deadline=None)
@@ -103,17 +109,20 @@ def test_what_is_no_conversation_loses_its_oldest_tokens(plain_tokenizer: Tokeni
 def test_every_prompt_fits_and_ends_as_it_did(request: pytest.FixtureRequest, name: str, prompt: str, max_tokens: int):
     tokenizer: Tokenizer = request.getfixturevalue(name)
     prompt = prompt.rstrip() or "?"  # a cut conversation ends in "Assistant:" even if a space followed
-    whole, _ = encode_prompt(tokenizer, prompt, 10_000)
-    ids, cut = encode_prompt(tokenizer, prompt, max_tokens)
-    assert 0 < len(ids) <= max_tokens
-    assert cut == (len(whole) > max_tokens)
-    assert ids[-1] == whole[-1]
-    assert cut or ids == whole
+    whole = encode_prompt(tokenizer, prompt, 10_000)
+    found = encode_prompt(tokenizer, prompt, max_tokens)
+    assert 0 < len(found.tokens) <= max_tokens
+    assert found.cut == (len(whole.tokens) > max_tokens)
+    assert found.num_tokens == len(whole.tokens)
+    assert found.tokens[-1] == whole.tokens[-1]
+    assert found.cut or found == whole
 
 
 def test_a_chat_template_formats_conversations_in_either_form_and_no_other_text(
-    write_rows: Callable[..., Path], chat_tokenizer: Tokenizer
+    write_rows: Callable[..., Path], chat_tokenizer: Tokenizer, byte_level_dir: Path
 ):
+    from tokenizers import Tokenizer as Fast
+
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "hello"},
@@ -127,6 +136,11 @@ def test_a_chat_template_formats_conversations_in_either_form_and_no_other_text(
     assert [dataset.text(i) for i in range(3)] == [rendered, rendered, "Once upon a time"]
     batch = dataset.collate([0, 1, 2], [0, 1, 2])
     assert batch.tokens[0].equal(batch.tokens[1])
-    assert batch.tokens[0, : batch.lengths[0]].tolist() == chat_tokenizer.encode(rendered)
+    template_only = Fast.from_file(str(byte_level_dir / "tokenizer.json"))  # which knows control tokens in any text
+    template_only.no_truncation()
+    template_only.no_padding()
+    expected = template_only.encode(rendered, add_special_tokens=False).ids
+    assert batch.tokens[0, : batch.lengths[0]].tolist() == expected
     assert (batch.tokens[:, 0] == chat_tokenizer.bos_id).all()
     assert (batch.tokens[0] == chat_tokenizer.bos_id).sum() == 1  # the template's, not a second one
+    assert [dataset.fields(i) for i in range(3)] == [{"prompt": text, "messages": messages}, *rows[1:]]

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.fields import COLUMNS, LONGEST_ROW, check_record
-from megatron_gil.data.records import iter_jsonl, read_records
+from megatron_gil.data.fields import COLUMNS, check_record
+from megatron_gil.data.records import read_records
+from megatron_gil.jsonl import LONGEST_ROW, iter_jsonl
 
 KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")
 TURN = {"role": "user", "content": "q"}

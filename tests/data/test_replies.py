@@ -57,7 +57,7 @@ def test_a_demonstration_is_prompt_reply_and_end(write_rows: Callable[..., Path]
         assert batch.tokens[i, : batch.lengths[i]].tolist() == prompt + reply
         assert trained_tokens(batch, i) == reply
     assert dataset.text(0) == (rows[0]["prompt"], " hello there")
-    assert dataset.num_truncated == 0
+    assert dataset.truncated([0, 1]) == [False, False]
 
 
 def test_a_long_reply_is_cut_at_its_end_without_an_end_token(
@@ -71,7 +71,7 @@ def test_a_long_reply_is_cut_at_its_end_without_an_end_token(
     assert batch.tokens[0].tolist() == whole[:30]
     assert trained_tokens(batch, 0) == whole[len(prompt) : 30]
     assert trained_tokens(batch, 1) == [*plain_tokenizer.encode_continuation(" yes"), plain_tokenizer.eos_id]
-    assert (dataset.num_truncated, dataset.num_truncated_replies) == (2, 1)
+    assert dataset.truncated([0, 1]) == [True, True]
 
 
 def test_without_a_template_every_turn_is_imitated_and_the_last_one_ended(plain_tokenizer: Tokenizer):
@@ -150,7 +150,7 @@ def test_of_a_text_every_token_is_imitated(write_rows: Callable[..., Path], plai
     assert trained_tokens(batch, 0) == [*ids[1:], plain_tokenizer.eos_id]
     assert trained_tokens(batch, 1) == [*plain_tokenizer.encode_continuation("b"), plain_tokenizer.eos_id]
     assert trained_tokens(batch, 2) == plain_tokenizer.encode(rows[2]["text"], bos=True)[1:50]
-    assert dataset.num_truncated == 1
+    assert dataset.truncated([0, 1, 2]) == [False, False, True]
 
 
 def test_a_preference_is_two_replies_to_one_prompt(write_rows: Callable[..., Path], plain_tokenizer: Tokenizer):

@@ -52,6 +52,17 @@ def messages(*said: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
 
 
+def test_tools_beside_the_turns_are_counted():
+    rows = [
+        {"conversations": turns("What time is it?", "I cannot tell."), "tools": '[{"name": "clock"}]'},
+        {"conversations": turns("hi", "hello"), "tools": "[]", "system": ""},
+        {"messages": messages("hi", "hello"), "tools": [{"name": "clock"}], "system": "Be kind."},
+    ]
+    examples, tally = read_all("sharegpt", rows)
+    assert len(examples) == 3
+    assert tally.noted == {"field tools left out": 2, "field system left out": 1}
+
+
 def test_hh_pair_becomes_prompt_and_two_replies():
     example, counts = read_one("hh", {"chosen": HI + " yes", "rejected": HI + " no"}, name="x/harmless-base/a.gz")
     assert example == Example(prompt=HI, completion=" yes", chosen=" yes", rejected=" no", group="harmless")

@@ -108,9 +108,7 @@ def test_ids_are_the_fast_librarys_own(fast_dir: Path, text: str):
     assert ours.decode(ours.encode(text, bos=True)) == library.decode(library.encode(text).ids)
 
 
-@pytest.mark.parametrize(
-    "text", ["Hello world", "\n\nHuman: hi\n\nAssistant:", "é字 🙂", "a</s>b<s>c", "x", "Is it?\nYes."]
-)
+@pytest.mark.parametrize("text", ["Hello world", "\n\nHuman: hi\n\nAssistant:", "é字 🙂", "x", "Is it?\nYes."])
 def test_a_saved_sentencepiece_model_reads_the_same_in_transformers(stories_dir: Path, tmp_path: Path, text: str):
     from transformers import AutoTokenizer
 
@@ -129,8 +127,10 @@ def test_a_saved_fast_tokenizer_reads_the_same_in_transformers(byte_level_dir: P
     ours = Tokenizer.read(byte_level_dir)
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs("the little girl<|eot|>é").input_ids == ours.encode("the little girl<|eot|>é", bos=True)
-    assert theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == ours.format_prompt(CHAT)
+    assert theirs("the little girl é").input_ids == ours.encode("the little girl é", bos=True)
+    rendered = ours.format_prompt(CHAT)
+    assert theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == rendered.text
+    assert theirs(rendered.text, add_special_tokens=False).input_ids == ours.encode(rendered)
 
 
 @settings(deadline=None)
@@ -159,11 +159,10 @@ def test_bytes_not_in_the_vocabulary_come_back(sentencepiece_dir: Path, text: st
         assert ours.decode(ours.encode(text)) == text
 
 
-def test_special_tokens_are_recognised_and_left_out_of_text(plain_tokenizer: Tokenizer):
-    ids = plain_tokenizer.encode("a</s>b")
-    assert plain_tokenizer.eos_id in ids
-    assert plain_tokenizer.decode(ids) == "ab"
-    assert plain_tokenizer.encode("<s>a", bos=True).count(plain_tokenizer.bos_id) == 1
+def test_control_tokens_are_left_out_of_text_and_their_text_is_not(plain_tokenizer: Tokenizer):
+    a, b = plain_tokenizer.encode("a"), plain_tokenizer.encode_continuation("b")
+    assert plain_tokenizer.decode([1, *a, plain_tokenizer.eos_id, *b]) == "ab"
+    assert plain_tokenizer.decode(plain_tokenizer.encode("<s>a</s>b", bos=True)) == "<s>a</s>b"
 
 
 def test_every_token_that_ends_a_reply_is_known(chat_tokenizer: Tokenizer):
@@ -193,7 +192,7 @@ def test_padding_uses_a_row_the_embedding_has(
 
 def test_a_prompt_without_a_template_is_human_and_assistant(plain_tokenizer: Tokenizer):
     expected = "Be kind.\n\nHuman: Is the sea old?\n\nAssistant: Very.\n\nHuman: How old?\n\nAssistant:"
-    assert plain_tokenizer.format_prompt(CHAT) == expected
+    assert plain_tokenizer.format_prompt(CHAT).text == expected
 
 
 @pytest.mark.parametrize(

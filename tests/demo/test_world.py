@@ -1,7 +1,6 @@
 """The miniature's files: reproducible, disjoint, and read alike by our loaders and by transformers."""
 
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.demo.domains import TRAINING_DOMAINS
 from megatron_gil.demo.world import World, WorldSizes, write_world
+from megatron_gil.jsonl import iter_jsonl
 
 SIZES = WorldSizes(demonstrations=2000, preferences=200, prompts=400, eval_prompts=40, heldout_prompts=20)
 
@@ -22,7 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in iter_jsonl(path)]
 
 
 def _digests(directory: Path) -> dict[str, str]:

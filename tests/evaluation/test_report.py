@@ -109,7 +109,7 @@ def test_damaged_and_foreign_directories_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no metrics\.jsonl"):
         read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 0\n{"iteration": 1}\n')
-    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:1: not valid JSON"):
         read_run(tmp_path)
 
 
@@ -181,16 +181,16 @@ def test_evaluate_names_file_line_and_field(tmp_path: Path) -> None:
     ours = _replies(tmp_path / "ours.jsonl", "a")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p0"}\n')
-    with pytest.raises(ConfigError, match=r'bad\.jsonl: line 1 has no text "response"'):
+    with pytest.raises(ConfigError, match=r'bad\.jsonl:1: no text "response"'):
         evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
     for value in ("NaN", "Infinity", "-Infinity", "1e999"):
         bad.write_text(f'{{"prompt": "p0", "response": "r", "score": {value}}}\n')
         with pytest.raises(
-            ConfigError, match=r"bad\.jsonl: line 1 has the score -?(nan|inf), which cannot be compared"
+            ConfigError, match=r"bad\.jsonl:1: the score -?(nan|inf) cannot be compared"
         ):
             evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
     bad.write_bytes(b'{"prompt": "p0", "response": "r"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(ConfigError, match=r"bad\.jsonl: line 2 is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"bad\.jsonl:2: not UTF-8"):
         evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
     with pytest.raises(ConfigError, match=r"absent\.jsonl: cannot be read"):
         evaluate(_arguments(ours=ours, theirs=[tmp_path / "absent.jsonl"]), gold_score=lambda p, r: 0.0)
@@ -213,7 +213,7 @@ ODD = [
     ("metrics.jsonl", b'{"iteration": "5"}\n', 'metrics.jsonl: line 1 has no whole number "iteration"'),
     ("metrics.jsonl", b'{"iteration": 5e9}\n', 'metrics.jsonl: line 1 has no whole number "iteration"'),
     ("metrics.jsonl", b'{"iteration": 1, "a": "b"}\n', "metrics.jsonl: line 1 has the metric 'a' that is no number"),
-    ("metrics.jsonl", b'\xff\n{"iteration": 1}\n', "metrics.jsonl: line 1 is not JSON"),
+    ("metrics.jsonl", b'\xff\n{"iteration": 1}\n', "metrics.jsonl:1: not UTF-8"),
     ("samples.jsonl", b'{"iteration": 1, "prompt": "a"}\n', 'samples.jsonl: line 1 has no text "response"'),
     ("samples.jsonl", b'{"iteration": 1, "prompt": 5, "response": ""}\n', 'samples.jsonl: line 1 has no text "prompt"'),
     (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import signal
 from collections import Counter
@@ -16,6 +15,7 @@ from unittest import mock
 
 from megatron_gil.cli import main
 from megatron_gil.engine.files import digest
+from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.training.progress import Progress
 from tests.training.running import use_cache
 
@@ -130,7 +130,7 @@ def call_all(calls: list[Call], root: Path) -> list[Answer]:
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without the times."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for _, row in iter_jsonl(run / "metrics.jsonl")]
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 

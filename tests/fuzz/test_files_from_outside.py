@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from megatron_gil.config import ConfigError, PpoConfig
 from megatron_gil.config_files import load_config
 from megatron_gil.data.fields import check_record
-from megatron_gil.data.records import iter_jsonl, iter_parquet
+from megatron_gil.data.records import iter_parquet
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.files import read_manifest
+from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.ranges import RANGE

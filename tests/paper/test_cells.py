@@ -14,6 +14,7 @@ from megatron_gil.config import ConfigError, DpoConfig, PpoConfig, RewardConfig,
 from megatron_gil.config_files import load_config
 from megatron_gil.demo.stages import Stage
 from megatron_gil.evaluation.runs import read_run
+from megatron_gil.jsonl import iter_jsonl
 
 CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}
 
@@ -68,7 +69,7 @@ def test_faults_are_valid_commands_on_the_seeds_own_files(tmp_path: Path) -> Non
     config = load_config(RewardConfig, Path(train[2]), train[3:])
     take_world(tmp_path / "seed_3", 3)
     write_longer_chosen(tmp_path / "seed_3")
-    rows = [json.loads(line) for line in Path(config.data.train).read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in iter_jsonl(Path(config.data.train))]
     assert len(rows) == 12000
     assert all(len(row["chosen"]) >= len(row["rejected"]) for row in rows)
 

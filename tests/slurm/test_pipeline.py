@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gil.demo.world import World
+from megatron_gil.jsonl import iter_jsonl
 from tests.slurm.testbed import PROJECT, SlurmTestbed, iterations
 
 PIPELINE = PROJECT / "slurm" / "pipeline.sh"
@@ -60,7 +61,7 @@ def test_the_whole_chain(slurm: SlurmTestbed, miniature: World, data: Path, tmp_
         assert iterations(out / run) == list(range(count)), run
         assert (out / run / "final").is_symlink()
     for method in ("sft", "dpo", *METHODS):
-        scores = [json.loads(line)["score"] for line in (out / "scores" / f"{method}.jsonl").read_text().splitlines()]
+        scores = [row["score"] for _, row in iter_jsonl(out / "scores" / f"{method}.jsonl")]
         assert len(scores) == 16, method
     assert (out / "policy_hf" / "config.json").exists()
     assert set(json.loads((out / "win_rates.json").read_text())["opponents"]) == {"sft", "dpo", "ppo"}

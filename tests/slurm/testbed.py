@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_gil.jsonl import iter_jsonl
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).with_name("cluster")
@@ -121,4 +122,4 @@ def iterations(run_dir: Path) -> list[int]:
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line)["iteration"] for line in path.read_text().splitlines() if line.endswith("}")]
+    return [row["iteration"] for _, row in iter_jsonl(path, growing=True)]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_gil.cli import main
+from megatron_gil.jsonl import iter_jsonl
 from tests.ranks import run_ranks
 from tests.training.running import use_cache
 from tests.world import write_rows
@@ -114,7 +115,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
 
 
 def _rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    rows = [row for _, row in iter_jsonl(run / name)]
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 

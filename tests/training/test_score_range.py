@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_gil.config import ConfigError
+from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.convert.copy import export_model, import_model
 from megatron_gil.training import score_range
 from megatron_gil.training.score_range import quantile_range, read_score_range
@@ -53,13 +54,13 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 @pytest.mark.parametrize("name", ["one", "dp2", "tp2_pp2"])
 def test_every_layout_sees_the_pairs_of_the_last_updates_once(name: str, runs: dict[str, Path]) -> None:
-    last = len((runs["one"] / "metrics.jsonl").read_text().splitlines())
+    last = len(list(iter_jsonl(runs["one"] / "metrics.jsonl")))
     for iteration in range(1, last + 1):
         expected, window = (_state(runs[n], iteration)["scores"] for n in ("one", name))
         assert [len(update) for update in window] == [16] * min(iteration, 3)
         for ours, theirs in zip(window, expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)  # float32 sums in another order, over a few updates
-    row = json.loads((runs[name] / "metrics.jsonl").read_text().splitlines()[-1])
+    row = list(iter_jsonl(runs[name] / "metrics.jsonl"))[-1][1]
     means = [sum(update) / 16 for update in _state(runs[name], last)["scores"]]
     assert means[-1] == pytest.approx(row["reward/mean_score"], abs=1e-6)  # not of the evaluation between
     found = read_score_range(runs[name] / f"checkpoints/iter_{last:07}/reward_model")

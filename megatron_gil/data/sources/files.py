@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.records import iter_jsonl, iter_parquet
+from megatron_gil.data.records import iter_parquet
+from megatron_gil.jsonl import iter_jsonl
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 

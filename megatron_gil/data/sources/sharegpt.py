@@ -14,12 +14,18 @@ _ROLE_OF = {
     "system": "system",
 }
 
+_UNUSED = ("tools", "system")
+"""What a row of this form may hold beside its turns: the functions that the assistant could call, as in Glaive."""
+
 
 def read_sharegpt(row: Mapping[str, Any], origin: Origin, tally: Tally) -> Example | None:
     """Turns may be written {"from", "value"} or {"role", "content"}, under "conversations" or "messages"."""
     messages = read_messages(row.get("conversations", row.get("messages")), tally)
     if messages is None:
         return None
+    for name in _UNUSED:
+        if row.get(name) not in (None, "", "[]", []):
+            tally.note(f"field {name} left out")
     if "chosen" in row and "rejected" in row:
         return _read_preference(row, messages, tally)
     return from_conversation(messages, tally)

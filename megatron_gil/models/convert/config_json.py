@@ -64,7 +64,7 @@ def score_config(config: dict[str, Any], spec: LlamaSpec, tokenizer: Tokenizer, 
 
 def write_small_files(config: dict[str, Any], head: Head, tokenizer: Tokenizer, source: Path, target: Path) -> None:
     """config.json, generation_config.json and the tokenizer, into `target`."""
-    tokenizer.save_for_transformers(target)
+    tokenizer.save(target)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     if head != "lm":
