@@ -196,7 +196,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def parse_shapes(text: str | None, device: str) -> list[str]:
     """Names between commas; all of them on a GPU, the tiny one on the CPU."""
     known = (*SHAPES, "tiny")
-    names = text.split(",") if text else list(SHAPES if device == "cuda" else ("tiny",))
+    names: list[str] = text.split(",") if text else [*(SHAPES if device == "cuda" else ("tiny",))]
     for name in names:
         if name not in known:
             raise ConfigError(f"--shapes {name} is not one of {', '.join(known)}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.cuda.nccl
 
 from megatron_gil.training.directory import git_commit
 

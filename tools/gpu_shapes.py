@@ -120,7 +120,7 @@ def plan_iteration(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | Non
             gil=c.GilSection(warmup_updates=0, ramp_updates=0),
         )
 
-    specs = dict.fromkeys(("policy", "ref_policy", "critic", "reward_model"), spec)
+    specs: dict[str, LlamaSpec] = {role: spec for role in ("policy", "ref_policy", "critic", "reward_model")}
     return _first_that_fits("ppo", specs, config, rows, memory_bytes)
 
 
