@@ -1,18 +1,45 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-
-from tests.world import write_world
 
 # The same examples every time, and none too slow: a red run must mean a change, not a busy machine or a lucky draw.
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
+def shows_gpu(expression: str) -> bool:
+    """Whether pytest was asked, with -m, for tests marked gpu alone: `gpu`, or `gpu and ...`."""
+    words = expression.split()
+    return words[:1] == ["gpu"] and "or" not in words
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m gpu` the tests, and every process that they start, see no GPU: `make test` means the same everywhere.
+
+    Nothing has asked CUDA for its devices yet: torch is imported by the test modules.
+    """
+    if not shows_gpu(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    if not shows_gpu(item.config.option.markexpr):
+        pytest.skip("without `-m gpu` tests see no GPU")
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny world's files (world.py); tests read them and write elsewhere."""
+    from tests.world import write_world  # here: it imports torch
+
     return write_world(tmp_path_factory.mktemp("world"))
