@@ -6,10 +6,12 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from megatron_gil import config
 from megatron_gil.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +34,46 @@ def test_what_a_document_names_is_there(document: Path) -> None:
     assert not missing
     commands = set(re.findall(r"megatron-gil ([a-z-]+)", text)) | set(re.findall(r"-m megatron_gil ([a-z-]+)", text))
     assert commands <= set(COMMANDS)
+
+
+def _first_cells(document: str) -> list[str]:
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / document).read_text(encoding="utf-8"), flags=re.M)
+    return [code for cell in rows for code in re.findall(r"`([^`]+)`", cell)]
+
+
+def _keys() -> set[str]:
+    kinds = (config.SftConfig, config.RewardConfig, config.DpoConfig, config.PpoConfig)
+    sections = {f.name: f.default_factory for kind in kinds for f in fields(kind)}
+    return {f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}  # type: ignore[arg-type]
+
+
+def test_every_message_of_the_troubleshooting_is_one_that_the_program_has() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "megatron_gil").rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # one text over several lines
+    missing = [code for code in _first_cells("docs/troubleshooting.md") if code not in source]
+    assert not missing
+
+
+def test_keys_that_the_documents_name_exist() -> None:
+    known, sections = _keys(), {key.partition(".")[0] for key in _keys()}
+    named = {key for key in _first_cells("docs/names.md") if "*" not in key and "." in key}
+    for document in (path for path in DOCUMENTS if path.name != "names.md"):  # whose other columns are others' keys
+        found = re.findall(r"`([a-z_]+\.[a-z_0-9]+)(?:=[^`]*)?`", document.read_text(encoding="utf-8"))
+        named |= {
+            key for key in found if key.partition(".")[0] in sections and not key.endswith((".py", ".sh", ".yaml"))
+        }
+    assert named <= known, named - known
+
+
+def test_the_names_of_trl_are_trls() -> None:
+    trl = pytest.importorskip("trl")
+    ppo = pytest.importorskip("trl.experimental.ppo")
+    known = {f.name for kind in (trl.SFTConfig, trl.DPOConfig, trl.RewardConfig, ppo.PPOConfig) for f in fields(kind)}
+    text = (ROOT / "docs/names.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| `[^|]+\| ([^|]+) \|", text, flags=re.M)
+    named = {name for cell in cells if "of the trainer" not in cell for name in re.findall(r"`(\w+)`", cell)}
+    assert len(named) > 20
+    assert named <= known | {"train"}, named - known
 
 
 def test_the_hh_example_finds_mistakes_before_it_trains(world: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table as ConsoleTable
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 from megatron_gil.demo.gold import gold_score
-from megatron_gil.evaluation.figures import FrontierPoint, bars, frontier, score_distributions, to_svg
+from megatron_gil.evaluation.figures import FrontierPoint, bars, colors, frontier, score_distributions, to_svg
 from megatron_gil.evaluation.judge import ScoreJudge
 from megatron_gil.evaluation.page import Picture, Table
 from megatron_gil.evaluation.report import write_report
@@ -92,6 +92,7 @@ def write_results(results: Results, output: Path, console: Console) -> Path:
         introduction="One run of each method on one seed: a picture of the pipeline, not evidence about the method.",
         tables=[gold, win_table(rates)],
         pictures=pictures(results),
+        names=[run.name for run in results.runs.values()],
     )
     return page
 
@@ -101,26 +102,29 @@ def gold_table(results: Results, *, with_interval: bool = True) -> Table:
     gold_name = "gold (95 %)" if with_interval else "gold"
     header = ("method", gold_name, *TRAINING_DOMAINS, "gap", "worst", f"held out: {HELDOUT_DOMAIN}", "proxy", "KL")
     rows = []
+
+    def number(value: float) -> str:
+        return f"{value:.3f}" if with_interval else f"{value:.2f}"  # a console has 80 columns
+
     for method, replies in results.replies.items():
         known = [reply for reply in replies if reply.domain != HELDOUT_DOMAIN]
         by_domain = [_mean_gold(replies, domain) for domain in TRAINING_DOMAINS]
-        kl = results.runs[method].series("policy/kl_sequence")[1]
+        kl = results.runs[method].late_mean("policy/kl_sequence")
         gold = bootstrap([reply.gold for reply in known])
         rows.append(
             (
                 METHODS[method],
-                str(gold) if with_interval else f"{gold.value:.3f}",
-                *(f"{value:.3f}" for value in by_domain),
-                f"{max(by_domain) - min(by_domain):.3f}",
-                f"{min(by_domain):.3f}",
-                f"{_mean_gold(replies, HELDOUT_DOMAIN):.3f}",
+                str(gold) if with_interval else number(gold.value),
+                *map(number, by_domain),
+                number(max(by_domain) - min(by_domain)),
+                number(min(by_domain)),
+                number(_mean_gold(replies, HELDOUT_DOMAIN)),
                 f"{fmean(reply.proxy for reply in known):.2f}",
-                f"{fmean(kl[-10:]):.2f}" if kl else "",
+                "" if kl is None else f"{kl:.4g}" if with_interval else f"{kl:.3g}",
             )
         )
-    note = (
-        "Gold in [0, 1], its interval over the prompts of one run. KL: nats a reply, mean of the last ten iterations."
-    )
+    note = "Gold in [0, 1], its interval over the prompts of one run. proxy: the reward model's mean score in the "
+    note += "training domains. KL: nats a reply on training prompts, mean over the last tenth of the run."
     return Table(caption="Gold score on prompts that no method was trained on", header=header, rows=rows, note=note)
 
 
@@ -142,16 +146,21 @@ def win_table(rates: Mapping[str, WinRate]) -> Table:
 def pictures(results: Results) -> list[Picture]:
     domains = (*TRAINING_DOMAINS, HELDOUT_DOMAIN)
     gold = {METHODS[m]: {d: _mean_gold(r, d) for d in domains} for m, r in results.replies.items()}
-    proxy = {METHODS[m]: [reply.proxy for reply in replies] for m, replies in results.replies.items()}
-    points = {METHODS[m]: _frontier(results.runs[m]) for m in METHODS if _frontier(results.runs[m])}
+    known = {
+        m: [reply for reply in replies if reply.domain != HELDOUT_DOMAIN] for m, replies in results.replies.items()
+    }
+    proxy = {METHODS[m]: [reply.proxy for reply in replies] for m, replies in known.items()}
+    points = {METHODS[m]: found for m in METHODS if (found := _frontier(results.runs[m]))}
+    color = colors([run.name for run in results.runs.values()])  # as the page gives them
     return [
-        Picture(svg=to_svg(bars(gold, label="gold score")), caption="Gold score per domain and method."),
+        Picture(svg=to_svg(bars(gold, label="gold score", color=color)), caption="Gold score per domain and method."),
         Picture(
-            svg=to_svg(score_distributions(proxy)),
-            caption="Distribution of the reward model's score per method, against the normal of equal mean and spread.",
+            svg=to_svg(score_distributions(proxy, color=color)),
+            caption="The reward model's score (proxy) of the replies in the training domains, per method, against the "
+            "normal of equal mean and spread.",
         ),
         Picture(
-            svg=to_svg(frontier(points)),
+            svg=to_svg(frontier(points, color=color)),
             caption="Reward-model (proxy) and gold score against KL during training, on training prompts.",
         ),
     ]
@@ -161,7 +170,7 @@ def _frontier(run: Run) -> list[FrontierPoint]:
     """A point for each iteration whose samples were kept."""
     kl = dict(zip(*run.series("policy/kl_sequence"), strict=True))
     by_iteration: dict[int, list[tuple[float, float]]] = {}
-    for row in run.samples:
+    for row in run.replies:
         pair = (row["score"], gold_score(row["prompt"], row["response"]))
         by_iteration.setdefault(row["iteration"], []).append(pair)
     return [
@@ -185,7 +194,7 @@ def _print(content: Table, console: Console) -> None:
         collapse_padding=True,
     )
     for number, name in enumerate(content.header):
-        shown.add_column(name, justify="right" if number else "left")
+        shown.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
     for row in content.rows:
         shown.add_row(*row)
     console.print(shown)

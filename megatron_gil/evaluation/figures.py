@@ -23,6 +23,10 @@ Series = tuple[Sequence[float], Sequence[float]]
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 """Okabe and Ito's: told apart by colour-blind readers, too."""
+PARTS_PALETTE = ("#332288", "#ddcc77", "#117733", "#cc6677", "#88ccee", "#882255", "#44aa99", "#999933")
+"""Tol's muted one, for parts of a run: none of them is the colour of a run."""
+Spans = Sequence[tuple[float, float]]
+"""(first, last) iterations."""
 
 _STYLE: Any = {  # matplotlib types the keys as literals
     "font.size": 9.0,
@@ -82,9 +86,9 @@ class FrontierPoint:
     """Where there is a judge that training did not see."""
 
 
-def colors(names: Sequence[str]) -> dict[str, str]:
+def colors(names: Sequence[str], palette: Sequence[str] = PALETTE) -> dict[str, str]:
     """One colour per name, the same in every picture that gets the same names."""
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+    return {name: palette[i % len(palette)] for i, name in enumerate(names)}
 
 
 @_styled
@@ -95,29 +99,38 @@ def curve_grid(
     smooth: int = 0,
     share_y: bool = False,
     bands: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] | None = None,
+    color: Mapping[str, str] | None = None,
+    alarms: Mapping[str, Mapping[str, Spans]] | None = None,
+    legend: bool = True,
 ) -> Figure:
     """A panel per metric, in it a line per run (or group) over iterations.
 
     smooth: width in iterations of a running mean drawn over the faint raw curve; 0 takes a twentieth of its length.
     bands: (low, high) around a line, by panel and name, smoothed as the line is; it takes the raw curve's place.
+    color: of each name; None: in the order of the names. alarms: when one stood, by panel and name: a shade behind the
+    curves, and at the foot a strip for each name.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    color = colors(names)
+    color = color or colors(names)
     figure, axes = _grid(len(panels), columns, share_y)
     for ax, (title, lines) in zip(axes, panels.items(), strict=False):
         ax.set_title(title)
         for name, (x, y) in lines.items():
             band = (bands or {}).get(title, {}).get(name)
             _curve(ax, x, y, color[name], smooth, band)
+        for place, (name, spans) in enumerate((alarms or {}).get(title, {}).items()):
+            _shade(ax, spans, color[name], place)
     for ax in axes[-columns:]:
         ax.set_xlabel("iteration")
-    if len(names) > 1:
-        _legend(figure, color)
+    if len(names) > 1 and legend:
+        _legend(figure, {name: color[name] for name in names})
     return figure
 
 
 @_styled
-def score_distributions(scores: Mapping[str, Sequence[float]], *, label: str = "reward-model score") -> Figure:
+def score_distributions(
+    scores: Mapping[str, Sequence[float]], *, label: str = "reward-model score", color: Mapping[str, str] | None = None
+) -> Figure:
     """A histogram per method on one axis of scores, over the normal distribution of the same mean and spread."""
     from matplotlib import pyplot
 
@@ -125,14 +138,16 @@ def score_distributions(scores: Mapping[str, Sequence[float]], *, label: str = "
     figure, axes = pyplot.subplots(
         len(scores), 1, sharex=True, squeeze=False, figsize=(8.2, 1.0 * len(scores) + 0.6), layout="constrained"
     )
-    for ax, (name, values), color in zip(axes[:, 0], scores.items(), _cycle(len(scores)), strict=True):
-        ax.hist(values, bins=edges, density=True, color=color, alpha=0.55)
+    of_name = color or colors(list(scores))
+    for ax, (name, values) in zip(axes[:, 0], scores.items(), strict=True):
+        own = of_name[name]
+        ax.hist(values, bins=edges, density=True, color=own, alpha=0.55)
         _normal(ax, np.asarray(values, dtype=float), edges)
-        ax.axvline(float(np.mean(values)), color=color, linewidth=1.5)
+        ax.axvline(float(np.mean(values)), color=own, linewidth=1.5)
         ax.set_yticks([])
         ax.grid(False)
         ax.spines["left"].set_visible(False)
-        ax.text(0.0, 0.86, name, transform=ax.transAxes, weight="bold", color=color, va="top")
+        ax.text(0.0, 0.86, name, transform=ax.transAxes, weight="bold", color=own, va="top")
         shape = f"mean {np.mean(values):.2f}\nsd {np.std(values):.2f}\nskewness {skewness(values):+.2f}"
         ax.text(0.0, 0.62, shape, transform=ax.transAxes, va="top", fontsize=8, color="#5a6068")
     axes[-1, 0].set_xlabel(label)
@@ -140,12 +155,12 @@ def score_distributions(scores: Mapping[str, Sequence[float]], *, label: str = "
 
 
 @_styled
-def frontier(methods: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
+def frontier(methods: Mapping[str, Sequence[FrontierPoint]], *, color: Mapping[str, str] | None = None) -> Figure:
     """Proxy score, and gold where all points have one, against sqrt(KL), the axis on which Gao et al. (arXiv
     2210.10760) fit both. A method's points are joined in the order given, the last one is filled."""
     from matplotlib import pyplot
 
-    color = colors(list(methods))
+    color = {name: (color or colors(list(methods)))[name] for name in methods}
     shown = {"proxy": "proxy: the reward model's score", "gold": "gold score"}
     if any(point.gold is None for points in methods.values() for point in points):
         del shown["gold"]
@@ -170,12 +185,13 @@ def bars(
     *,
     label: str,
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+    color: Mapping[str, str] | None = None,
 ) -> Figure:
     """Groups of bars: {method: {category: value}}, categories on the x axis; intervals: (low, high) of each bar."""
     from matplotlib import pyplot
 
     categories = list(dict.fromkeys(c for parts in values.values() for c in parts))
-    color, width = colors(list(values)), 0.8 / len(values)
+    color, width = {name: (color or colors(list(values)))[name] for name in values}, 0.8 / len(values)
     figure, ax = pyplot.subplots(figsize=(10.65, 2.9), layout="constrained")
     for i, (name, parts) in enumerate(values.items()):
         x = np.arange(len(categories)) + (i - (len(values) - 1) / 2) * width
@@ -262,8 +278,12 @@ def _normal(ax: Axes, values: np.ndarray, edges: np.ndarray) -> None:
         ax.plot(x, density, color="#3c4148", linewidth=0.9, linestyle=(0, (4, 2)))
 
 
-def _cycle(count: int) -> list[str]:
-    return [PALETTE[i % len(PALETTE)] for i in range(count)]
+def _shade(ax: Axes, spans: Spans, color: str, place: int) -> None:
+    """place: of the strip at the foot, from 0."""
+    for first, last in spans:
+        left, right = first - 0.5, last + 0.5
+        ax.axvspan(left, right, color=color, alpha=0.08, linewidth=0)
+        ax.axvspan(left, right, ymin=0.045 * place, ymax=0.045 * place + 0.035, color=color, alpha=0.9, linewidth=0)
 
 
 def _legend(figure: Figure, color: Mapping[str, str]) -> None:

@@ -36,10 +36,40 @@ class Run:
         points = [(row["iteration"], row[metric]) for row in self.metrics if row.get(metric) is not None]
         return [x for x, _ in points], [y for _, y in points]
 
+    def late_mean(self, metric: str) -> float | None:
+        """Mean over the last tenth of the iterations that have it: the one number that pages and tables show of a
+        metric; None without any."""
+        values = self.series(metric)[1]
+        tail = values[-max(1, len(values) // 10) :]
+        return sum(tail) / len(tail) if tail else None
+
+    def last(self, metric: str) -> float | None:
+        values = self.series(metric)[1]
+        return values[-1] if values else None
+
+    def alarms(self) -> dict[str, list[tuple[int, int]]]:
+        """name -> the (first, last) iterations of each time it stood; those that never did are left out."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for metric in (name for name in self.names() if name.startswith("alarm/")):
+            spans: list[tuple[int, int]] = []
+            for iteration, value in zip(*self.series(metric), strict=True):
+                if value and spans and spans[-1][1] == iteration - 1:
+                    spans[-1] = (spans[-1][0], iteration)
+                elif value:
+                    spans.append((iteration, iteration))
+            if spans:
+                found[metric.removeprefix("alarm/")] = spans
+        return found
+
+    @property
+    def replies(self) -> list[Json]:
+        """Samples of generated text; those of sft, reward and dpo are rows of data."""
+        return [sample for sample in self.samples if "response" in sample]
+
     def last_samples(self, events: int) -> list[Json]:
-        """Samples of the last iterations that kept some."""
-        last = sorted({sample["iteration"] for sample in self.samples})[-events:]
-        return [sample for sample in self.samples if sample["iteration"] in last]
+        """Replies of the last iterations that kept some."""
+        last = sorted({sample["iteration"] for sample in self.replies})[-events:]
+        return [sample for sample in self.replies if sample["iteration"] in last]
 
     def names(self) -> list[str]:
         """Metrics that have at least one value, in the order they first appear."""
@@ -64,16 +94,18 @@ def read_run(directory: Path, *, name: str | None = None) -> Run:
     )
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """Runs under names that tell them apart: the last parts of their paths, as many as that takes."""
+def read_runs(directories: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
+    """Runs under these names, or such that tell them apart: the last parts of their paths, as many as that takes."""
+    if names is not None:
+        return [read_run(directory, name=name) for directory, name in zip(directories, names, strict=True)]
     parts = [directory.resolve().parts for directory in directories]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
-    names = ["/".join(p[-depth:]) for p in parts]
-    if len(set(names)) < len(names):
+    found = ["/".join(p[-depth:]) for p in parts]
+    if len(set(found)) < len(found):
         raise ConfigError(f"the same run directory is named twice: {', '.join(map(str, directories))}")
-    return [read_run(directory, name=name) for directory, name in zip(directories, names, strict=True)]
+    return read_runs(directories, found)
 
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -125,8 +157,9 @@ def _check_metrics(row: Json) -> Json:
 
 
 def _check_sample(row: Json) -> Json:
-    _check_text(row, "prompt")
-    _check_text(row, "response")
+    texts = [name for name in ("response", "target", "chosen", "rejected") if name in row] or ["response"]
+    for name in ("prompt", *texts):
+        _check_text(row, name)
     score, probs = row.get("score"), row.get("group_probs") or []
     if not isinstance(probs, list) or not all(map(_can_be_drawn, probs)):
         raise ValueError('has "group_probs" that are no list of numbers')

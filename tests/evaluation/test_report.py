@@ -14,8 +14,9 @@ from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunS
 from megatron_gil.config_files import dump_config
 from megatron_gil.evaluation import figures
 from megatron_gil.evaluation.command import evaluate, report
+from megatron_gil.evaluation.overview import ALARMS, overview
 from megatron_gil.evaluation.page import Picture, Table
-from megatron_gil.evaluation.report import write_report
+from megatron_gil.evaluation.report import CURVES, write_report
 from megatron_gil.evaluation.runs import config_differences, read_run, read_runs
 
 
@@ -59,7 +60,8 @@ def test_report_is_one_file_with_everything_in_it(runs: list[Path], tmp_path: Pa
     assert "group 1: 0.80" in text
     assert "gil.num_groups" in text
     assert "abc123" in text
-    assert text.count("<img ") == 5  # the given picture, all curves, known labels, inferred groups of gil, scores
+    # the given picture, the score's curve, known labels of each run, what gil inferred (returns), scores
+    assert text.count("<img ") == 6
     assert "ppo against the others" in text
     assert "<td>gil</td><td>2</td><td>0.0</td><td>100.0</td>" in text  # both scored 1.25 on both of their prompts
     assert not re.search(r"(src|href)=(?!\"data:|\"#)", text), "something would be fetched"
@@ -79,7 +81,7 @@ def test_runs_are_compared_on_the_prompts_they_share_and_drawn_against_kl(runs: 
     write_report(runs, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "<td>gil</td><td>2</td><td>50.0</td><td>50.0</td><td>0.0</td>" in text
-    assert text.count("<img ") == 3  # curves, scores, score against KL
+    assert text.count("<img ") == 4  # two curves, scores, score against KL
 
 
 def test_report_shows_the_mean_of_the_last_tenth(runs: list[Path], tmp_path: Path) -> None:
@@ -185,9 +187,7 @@ def test_evaluate_names_file_line_and_field(tmp_path: Path) -> None:
         evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
     for value in ("NaN", "Infinity", "-Infinity", "1e999"):
         bad.write_text(f'{{"prompt": "p0", "response": "r", "score": {value}}}\n')
-        with pytest.raises(
-            ConfigError, match=r"bad\.jsonl:1: the score -?(nan|inf) cannot be compared"
-        ):
+        with pytest.raises(ConfigError, match=r"bad\.jsonl:1: the score -?(nan|inf) cannot be compared"):
             evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
     bad.write_bytes(b'{"prompt": "p0", "response": "r"}\n{"prompt": "\xff"}\n')
     with pytest.raises(ConfigError, match=r"bad\.jsonl:2: not UTF-8"):
@@ -282,3 +282,115 @@ def test_a_page_is_there_whole_or_as_it_was(runs: list[Path], tmp_path: Path, mo
     assert "<html" in real.read_text()
     write_report(runs, Path("/dev/null"))
     assert Path("/dev/null").is_char_device()
+
+
+def _with_metrics(run: Path, rows: list[dict[str, float]]) -> Path:
+    text = "".join(json.dumps({"iteration": i, **row}) + "\n" for i, row in enumerate(rows))
+    (run / "metrics.jsonl").write_text(text)
+    return run
+
+
+def _alarmed(run: Path) -> Path:
+    """An alarm that stands twice, and one that never does."""
+    kl = [1.0 if 5 <= i <= 9 or i == 20 else 0.0 for i in range(30)]
+    rows = [
+        {"reward/score_mean": 0.1, "policy/kl_sequence": 5.0 * on, "alarm/kl": on, "alarm/length": 0.0} for on in kl
+    ]
+    return _with_metrics(run, rows)
+
+
+def test_alarms_are_a_list_and_bands(runs: list[Path], tmp_path: Path) -> None:
+    calm = _with_metrics(runs[1], [{"reward/score_mean": 0.1, "policy/kl_sequence": 1.0, "alarm/kl": 0.0}] * 30)
+    loud = _alarmed(runs[0])
+    assert read_run(loud).alarms() == {"kl": [(5, 9), (20, 20)]}
+    assert read_run(calm).alarms() == {}
+    write_report([loud, calm], tmp_path / "loud.html")
+    text = (tmp_path / "loud.html").read_text()
+    assert "<td>kl</td><td>KL above alarms.max_kl</td><td>5 to 9, 20</td><td>20%</td>" in text
+    assert "length</td>" not in text
+    write_report([calm], tmp_path / "calm.html")
+    assert "No alarm stood in any run" in (tmp_path / "calm.html").read_text()
+    lines = {"KL": {"a": ([0.0, 1.0, 2.0], [1.0, 2.0, 3.0])}}
+    plain = figures.curve_grid(lines).axes[0]
+    shaded = figures.curve_grid(lines, alarms={"KL": {"a": [(1, 2)]}}, color={"a": "#123456"}).axes[0]
+    assert (len(plain.patches), len(shaded.patches)) == (0, 2)
+    for patch in shaded.patches:  # the shade and the strip at the foot, half an iteration to each side
+        assert (patch.get_x(), patch.get_x() + patch.get_width()) == (0.5, 2.5)
+        assert patch.get_facecolor()[:3] == pytest.approx((0x12 / 255, 0x34 / 255, 0x56 / 255))
+
+
+def test_every_alarm_of_training_is_explained() -> None:
+    source = (Path(__file__).parents[2] / "megatron_gil/training/alarms.py").read_text()
+    assert set(re.findall(r'Alarm\("(\w+)"', source)) == set(ALARMS)
+    drawn = {metric for _, metrics in ALARMS.values() for metric in metrics}
+    assert drawn <= set(CURVES)
+
+
+def test_tables_are_by_kind_with_what_is_held_out_first(tmp_path: Path) -> None:
+    rows = {
+        "reward": {"reward/loss": 0.5, "reward/accuracy": 0.8},
+        "sft": {"sft/loss": 2.0, "time/tokens_per_s": 12345.0},
+        "ppo": {"reward/score_mean": 1.0, "policy/kl_sequence": 15.63},
+    }
+    found = {}
+    for name, row in rows.items():
+        found[name] = _with_metrics(make_run(tmp_path / name, num_groups=1), [row] * 20)
+    evaluated = [rows["reward"]] * 19 + [{**rows["reward"], "eval/reward/accuracy": 0.7}]
+    _with_metrics(found["reward"], evaluated)
+    tables = {t.caption: t for t in overview(read_runs(list(found.values())), {})}
+    assert list(tables) == ["PPO", "Reward model", "SFT"]
+    assert tables["Reward model"].header == (
+        "run",
+        "iterations",
+        "held-out accuracy",
+        "training accuracy",
+        "reward loss",
+    )
+    assert tables["Reward model"].rows == [("reward", "20", "0.7", "0.8", "0.5")]
+    assert tables["SFT"].header == ("run", "iterations", "SFT loss", "tokens/s")
+    assert tables["SFT"].rows == [("sft", "20", "2", "12,345")]
+    assert tables["PPO"].rows == [("ppo", "20", "1", "15.63")]
+    for shown in tables.values():
+        unclear = [h for h in shown.header if h not in ("run", "iterations", "tokens/s", "tokens a reply")]
+        assert set(unclear) == set(shown.hints)
+
+
+def test_a_number_has_one_window(runs: list[Path]) -> None:
+    """The demo's table and the page's take it from the same place."""
+    run = read_run(_with_metrics(runs[0], [{"policy/kl_sequence": float(i)} for i in range(250)]))
+    assert run.late_mean("policy/kl_sequence") == pytest.approx(np.mean(range(225, 250)))
+    assert run.last("policy/kl_sequence") == 249.0
+    assert run.late_mean("absent") is None
+
+
+def test_a_run_has_one_colour_and_its_parts_have_others(runs: list[Path], tmp_path: Path) -> None:
+    color = figures.colors(["a", "b"])
+    assert figures.colors(["b"]) != {"b": color["b"]}, "by place: so a page hands its own to every picture"
+    alone = figures.curve_grid({"x": {"b": ([0.0], [1.0])}}, color=color).axes[0]
+    assert alone.lines[-1].get_color() == color["b"]
+    assert not set(figures.PALETTE) & set(figures.PARTS_PALETTE)
+    write_report(runs, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    for name, value in figures.colors(["ppo", "gil"]).items():
+        assert f'<span class=dot style="background: {value}"></span>{name}</' in text
+
+
+def test_rows_of_sft_and_pairs_are_shown(runs: list[Path], tmp_path: Path) -> None:
+    samples = {"iteration": 3, "prompt": "p", "chosen": "good", "rejected": "bad"}
+    samples |= {"score_chosen": 1.5, "score_rejected": 0.25, "margin": 1.25}  # type: ignore[dict-item]
+    (runs[0] / "samples.jsonl").write_text(json.dumps(samples) + "\n")
+    row = {"iteration": 3, "prompt": "p", "target": "imitate me", "loss": 0.125}
+    (runs[1] / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    write_report(runs, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<th>prompt</th><th>chosen</th><th>rejected</th><th>margin</th>" in text
+    assert "<td>p</td><td>imitate me</td><td>0.125</td>" in text
+    assert "Replies side by side" not in text
+
+
+def test_the_page_fits_a_phone(runs: list[Path], tmp_path: Path) -> None:
+    write_report(runs, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "@media (max-width: 640px)" in text
+    assert text.count("<table") == text.count("<div class=scroll><table")
