@@ -19,6 +19,7 @@ FLOORS = {
     "config_files": 0,
     "ranges": 0,
     "paths": 0,
+    "console": 0,
     "__init__": 0,
     "algo": 1,
     "data": 1,
