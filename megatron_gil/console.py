@@ -134,9 +134,11 @@ def leaving_on_signals() -> Iterator[list[int]]:
 
 def run_interruptible(command: str, run: Callable[[], int]) -> int:
     """run() of a command that has nothing to save; stopped by a signal, or by the file system, in one line."""
-    with leaving_on_signals() as came:
+    with lasting_output(), leaving_on_signals() as came:
         try:
             return run()
+        except OutputLost as lost:
+            return lost.report(command)
         except OSError as error:
             if not came:
                 where = f"{error.filename}: " if error.filename else ""
@@ -145,5 +147,5 @@ def run_interruptible(command: str, run: Callable[[], int]) -> int:
         except BaseException:
             if not came:
                 raise
-    print(f"{command}: stopped by {signal.Signals(came[0]).name}; what it had begun is removed", file=sys.stderr)
-    return 128 + came[0]
+        print(f"{command}: stopped by {signal.Signals(came[0]).name}; what it had begun is removed", file=sys.stderr)
+        return 128 + came[0]

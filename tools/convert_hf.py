@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
 from megatron_gil.config import ConfigError
+from megatron_gil.console import run_interruptible
 from megatron_gil.models.convert.copy import DTYPES, Written, export_model, import_model
 from megatron_gil.models.convert.locate import ROLE_DIRECTORIES
 from megatron_gil.paths import expand_user
@@ -87,15 +87,15 @@ def _note(line: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the finally that removes what was begun
+    return run_interruptible(f"convert_hf {given.action}", lambda: _guarded(given))
+
+
+def _guarded(given: argparse.Namespace) -> int:
     try:
         return run(given)
     except ConfigError as error:
         _note(f"convert_hf {given.action}: {error}")
         return 2
-    except OSError as error:
-        _note(f"convert_hf {given.action}: {error}")
-        return 1
 
 
 if __name__ == "__main__":

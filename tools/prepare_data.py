@@ -14,6 +14,7 @@ import os
 import sys
 
 from megatron_gil.config import ConfigError
+from megatron_gil.console import run_interruptible
 from megatron_gil.data.card import format_card
 from megatron_gil.data.prepare import PrepareOptions, prepare
 from megatron_gil.data.sources import SOURCES
@@ -53,6 +54,10 @@ def parse_options(arguments: list[str] | None) -> PrepareOptions:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return run_interruptible("prepare_data", lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         card = prepare(parse_options(arguments))
     except ConfigError as error:

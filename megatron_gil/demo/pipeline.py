@@ -58,7 +58,7 @@ def run_demo(output: Path, *, quick: bool, seed: int) -> int:
             _run_stages(output, _Bars(bars), quick=quick, seed=seed)
         page = write_results(read_results(output), output, Console())
     except Interrupted as stopped:
-        console.print(f"stopped; `megatron-gil demo --output {output}` goes on from here", markup=False)
+        console.print(f"stopped; `megatron-gil demo --output {output}` goes on from here", markup=False, soft_wrap=True)
         return 130 if stopped.number == signal.SIGINT else STOPPED
     except StageFailed as error:
         print(f"megatron-gil demo: {error}", file=sys.stderr)
