@@ -6,10 +6,12 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_gil import __version__
+from megatron_gil.console import OutputLost, lasting_output, run_interruptible
 from megatron_gil.paths import expand_user
 from megatron_gil.training.signals import StopSignal
 
@@ -34,17 +36,31 @@ OWN_OPTIONS = ("prepare-data", "convert")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the run failed, 2 the user's config or data is wrong, 75 stopped after saving."""
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
-    stop = StopSignal() if arguments.command in CONFIGURED else None  # before anything slow
+    """Exit codes: 0 done, 1 the run failed, 2 the user's config or data is wrong, 75 stopped after saving; of commands
+    that have nothing to save, 130 after Ctrl-C and 141 where the reader of standard output has gone."""
+    command = "megatron-gil"
+    with lasting_output() as drop_output:
+        try:
+            arguments = _parse(sys.argv[1:] if argv is None else argv)
+            command = f"megatron-gil {arguments.command}"
+            if arguments.command in CONFIGURED and not getattr(arguments, "dry_run", False):
+                stop = StopSignal()  # before anything slow
+                drop_output()
+                return _guarded(command, lambda: _run_configured(arguments, stop))
+            return run_interruptible(command, lambda: _guarded(command, lambda: _run(arguments)))
+        except OutputLost as lost:
+            return lost.report(command)
+
+
+def _guarded(command: str, run: Callable[[], int]) -> int:
+    """With what is the user's to correct said in one line, by rank 0."""
     from megatron_gil.config import ConfigError
 
     try:
-        _check_numbers(arguments)
-        return _run_configured(arguments, stop) if stop else _run(arguments)
+        return run()
     except ConfigError as error:
         if _rank() == 0:
-            print(f"megatron-gil {arguments.command}: {error}", file=sys.stderr)
+            print(f"{command}: {error}", file=sys.stderr)
         return 2
 
 
@@ -134,6 +150,16 @@ def _add_dry_run(command: argparse.ArgumentParser, *, trains: bool) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _check_numbers(arguments)
+    if arguments.command in CONFIGURED:
+        from megatron_gil.training.dry_run import dry_run, dry_run_answers
+
+        config = _read_config(arguments)
+        return (
+            dry_run(arguments.command, config, arguments)
+            if arguments.command in TRAINING
+            else dry_run_answers(config, arguments)
+        )
     if arguments.command == "evaluate":
         from megatron_gil.demo.gold import gold_score
         from megatron_gil.evaluation.command import evaluate
@@ -167,6 +193,14 @@ def _verify(*directories: Path, **options: Any) -> int:
 
 
 def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
+    _check_numbers(arguments)
+    config = _read_config(arguments)
+    from megatron_gil.training.commands import run_command
+
+    return run_command(arguments.command, config, stop)
+
+
+def _read_config(arguments: argparse.Namespace) -> Any:
     from megatron_gil import config as c
     from megatron_gil.config_files import load_config
 
@@ -178,16 +212,7 @@ def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
         "generate": c.GenerateConfig,
         "score": c.ScoreConfig,
     }
-    config = load_config(classes[arguments.command], arguments.config, arguments.overrides)
-    if arguments.dry_run:
-        from megatron_gil.training.dry_run import dry_run, dry_run_answers
-
-        if isinstance(config, c.GenerateConfig | c.ScoreConfig):
-            return dry_run_answers(config, arguments)
-        return dry_run(arguments.command, config, arguments)
-    from megatron_gil.training.commands import run_command
-
-    return run_command(arguments.command, config, stop)
+    return load_config(classes[arguments.command], arguments.config, arguments.overrides)
 
 
 def _rank() -> int:

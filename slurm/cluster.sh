@@ -37,5 +37,5 @@ mounts=()                        # directories that a container must see besides
 modules=()                       # loaded first: (cuda/13.0 nccl)
 
 # --- files and network
-datasets_cache=                  # checked copies of the training files, shared by all nodes; empty: datasets' default
+datasets_cache=                  # checked copies of the training files, kept there; empty: each node's TMPDIR, while they are read
 network_interface=               # for the rendezvous and gloo (`ip -br link` on a node); empty: they find one

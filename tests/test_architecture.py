@@ -20,6 +20,7 @@ FLOORS = {
     "ranges": 0,
     "paths": 0,
     "jsonl": 0,
+    "console": 0,
     "__init__": 0,
     "algo": 1,
     "data": 1,

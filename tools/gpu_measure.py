@@ -21,6 +21,7 @@ from megatron_gil import config as c
 from megatron_gil.data.sampler import Sampler
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
+from megatron_gil.engine.protocol import Part
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
@@ -75,7 +76,7 @@ class Bench:
         batch = _rows(self.spec, self.work, self.layout)
         model = self._policy()
         assert isinstance(model, TrainableModel)
-        seconds, peak = self._repeat(lambda: model.update((batch, sft_loss), lr=1e-6))
+        seconds, peak = self._repeat(lambda: model.update(Part(batch, sft_loss), lr=1e-6))
         flops = 3 * forward_flops(self.spec, self.work.tokens)
         return {**self._rate(seconds, self.work.rows * self.work.tokens, flops), **_memory(self._planned, peak)}
 

@@ -61,8 +61,10 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         card = _write_splits(options, partial)
         partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         partial.rename(options.output)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial)
+        if isinstance(error, OSError) and error.filename is None:  # of a write, which knows no name
+            raise OSError(error.errno, error.strerror, str(options.output)) from None
         raise
     return card
 

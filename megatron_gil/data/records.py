@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_gil.config import ConfigError
+from megatron_gil.data.checked_copies import cannot_copy, take_copy
 from megatron_gil.data.fields import COLUMNS, Row, check_record
 from megatron_gil.jsonl import iter_jsonl
 
@@ -23,7 +25,7 @@ def read_records(path: str | Path, kind: str) -> Dataset:
     """All rows of a file, or of a directory's files in the order of their names, as a memory map.
 
     A directory written by tools/prepare_data.py is read for the file of its kind alone. Every row is checked before
-    this returns (once: the checked copy is cached by `datasets`, and known again by path, size and time of change).
+    this returns (once: the checked copy is shared, see checked_copies.py, and known by path, size and time of change).
     ConfigError names file, line and field.
     """
     files = _find_files(Path(path), kind)
@@ -39,13 +41,20 @@ def _memory_map(files: list[str], kind: str, key: str) -> Dataset:
     text = datasets.Value("string")
     features = datasets.Features({**dict.fromkeys(COLUMNS, text), "messages": [{"role": text, "content": text}]})
     quiet = datasets.are_progress_bars_disabled()
+    directory, release = take_copy(key)
     datasets.disable_progress_bars()
     try:
         mapped = datasets.Dataset.from_generator(
-            _iter_files, gen_kwargs={"files": files, "kind": kind}, features=features, fingerprint=key
+            _iter_files,
+            gen_kwargs={"files": files, "kind": kind},
+            features=features,
+            fingerprint=key,
+            cache_dir=str(directory),
         )
-    except DatasetGenerationError as error:
-        raise _config_error_in(error) from None
+        weakref.finalize(mapped, release)
+    except (DatasetGenerationError, OSError) as error:
+        release()
+        raise _config_error_in(error, files, directory) from None
     finally:
         if not quiet:
             datasets.enable_progress_bars()
@@ -91,9 +100,16 @@ def _find_files(path: Path, kind: str) -> list[Path]:
     return [path]
 
 
-def _config_error_in(error: BaseException) -> BaseException:
-    """The ConfigError that `datasets` wrapped, or the error itself."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConfigError):
+def _config_error_in(error: BaseException, files: list[str], directory: Path) -> BaseException:
+    """The ConfigError that `datasets` wrapped, one for the file system's that it met, or the error itself."""
+    causes, cause = list[BaseException](), error
+    while cause is not None:
+        causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    return cause or error
+    for cause in causes:
+        if isinstance(cause, ConfigError):
+            return cause
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return cannot_copy(files, directory, cause)
+    return error

@@ -8,12 +8,12 @@ A stage that has finished is not run again, so a demo that was stopped goes on w
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -29,9 +29,12 @@ from rich.progress import (
 )
 
 from megatron_gil.config import ConfigError
+from megatron_gil.console import Interrupted
 from megatron_gil.demo.results import POLICIES, read_results, write_results
 from megatron_gil.demo.stages import Runner, Stage, StageFailed
 from megatron_gil.demo.world import World, WorldSizes, world_at, write_world
+from megatron_gil.paths import write_whole
+from megatron_gil.training.lock import FileLock
 
 CLI = ("-m", "megatron_gil")
 RECIPES = Path(__file__).with_name("recipes")
@@ -40,48 +43,60 @@ QUICK_UPDATES = {"sft": 80, "reward": 40, "dpo": 20, "ppo": 15, "ppo_kl": 15, "p
 QUICK_SIZES = WorldSizes(demonstrations=2000, preferences=2000, prompts=500, eval_prompts=64, heldout_prompts=16)
 HELD_OUT_PROMPTS = "held_out_prompts.jsonl"  # of the training domains and of the held-out one
 STOPPED = 75
+LOCK_FILE = "demo.lock"
 
 
 def run_demo(output: Path, *, quick: bool, seed: int) -> int:
     """Run every stage into `output`, print the table, write report.html; the exit code."""
     started = time.monotonic()
     console = Console(stderr=True, highlight=False)
-    signal.signal(signal.SIGTERM, _interrupt)
-    world = _take_world(output, quick=quick, seed=seed)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock.take(output / LOCK_FILE, f"--output {output}")
+    assert lock is not None, "nothing asks it to stop"
     try:
         with _progress(console) as bars:
-            shown = _Bars(bars)
-            for name in ("responses", "scores"):
-                (output / name).mkdir(exist_ok=True)
-            runner = Runner(output / "logs", workers=WORKERS, show=shown.show)
-            for wave in _plan(output, world, quick=quick, seed=seed):
-                shown.announce(wave)
-                runner.run_all(wave)
-    except KeyboardInterrupt:
-        console.print(f"stopped; `megatron-gil demo --output {output}` goes on from here", markup=False)
-        return STOPPED
+            _run_stages(output, _Bars(bars), quick=quick, seed=seed)
+        page = write_results(read_results(output), output, Console())
+    except Interrupted as stopped:
+        console.print(f"stopped; `megatron-gil demo --output {output}` goes on from here", markup=False, soft_wrap=True)
+        return 130 if stopped.number == signal.SIGINT else STOPPED
     except StageFailed as error:
         print(f"megatron-gil demo: {error}", file=sys.stderr)
         return 1
-    page = write_results(read_results(output), output, Console())
+    finally:
+        lock.release()
     console.print(f"{time.monotonic() - started:.0f} s in all. Open {page} in a browser.", markup=False)
     return 0
 
 
+def _run_stages(output: Path, shown: _Bars, *, quick: bool, seed: int) -> None:
+    world = _take_world(output, quick=quick, seed=seed)
+    for name in ("responses", "scores"):
+        (output / name).mkdir(exist_ok=True)
+    runner = Runner(output / "logs", workers=WORKERS, show=shown.show)
+    for wave in _plan(output, world, quick=quick, seed=seed):
+        shown.announce(wave)
+        runner.run_all(wave)
+
+
 def _take_world(output: Path, *, quick: bool, seed: int) -> World:
     """The world of this output directory; a new one where there is none, the same one where it was begun before."""
-    record, wanted = output / "demo.json", {"quick": quick, "seed": seed}
+    record, wanted, beside = output / "demo.json", {"quick": quick, "seed": seed}, output / ".world.tmp"
     if record.exists():
         found = json.loads(record.read_text(encoding="utf-8"))
         if found != wanted:
             raise ConfigError(f"{output} was begun with {found}, not {wanted}; choose another --output")
-        return world_at(output / "world")
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"{output} is not empty and holds no demo; choose another --output")
-    world = write_world(output / "world", seed=seed, sizes=QUICK_SIZES if quick else None)
-    held_out = world.prompts_eval.read_bytes() + world.prompts_heldout.read_bytes()
-    (output / HELD_OUT_PROMPTS).write_bytes(held_out)
-    record.write_text(json.dumps(wanted), encoding="utf-8")
+    else:
+        if any(path != beside and not path.name.startswith(LOCK_FILE) for path in output.iterdir()):
+            raise ConfigError(f"{output} is not empty and holds no demo; choose another --output")
+        shutil.rmtree(beside, ignore_errors=True)  # of a start that was stopped here
+        write_world(beside, seed=seed, sizes=QUICK_SIZES if quick else None)
+        write_whole(record, json.dumps(wanted))
+    if beside.exists():
+        beside.rename(output / "world")
+    world, held_out = world_at(output / "world"), output / HELD_OUT_PROMPTS
+    if not held_out.exists():
+        write_whole(held_out, world.prompts_eval.read_text("utf-8") + world.prompts_heldout.read_text("utf-8"))
     return world
 
 
@@ -167,7 +182,3 @@ def _progress(console: Console) -> Progress:
         *left,
         console=console,
     )
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -12,7 +12,7 @@ import time
 
 EXIT_STOPPED = 75
 """The run was stopped after saving; the caller should start it again."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 OUT_OF_TIME = 255
 """What `StopSignal.wanted` says when run.max_minutes are over; else it is the number of a signal."""
 
@@ -26,7 +26,8 @@ class StopRequested(Exception):
 
 
 class StopSignal:
-    """Remembers that a signal came. A second one ends the process at once.
+    """Remembers that a signal came. A second one ends the process at once, but for SIGHUP, which a shell, the kernel
+    and torchrun may each send when a connection is lost. A SIGHUP ignored from the start, as under nohup, stays so.
 
     Made as early as the command starts, so that no phase of the run is without it. A thread listens, because Python's
     own handlers wait while the main thread is inside a collective. Processes forked later ignore the signals.
@@ -39,6 +40,8 @@ class StopSignal:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             signal.signal(number, lambda *_: None)  # the pipe is written only where there is a handler
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
@@ -56,6 +59,6 @@ class StopSignal:
     def _listen(self, reader: int) -> None:
         while number := os.read(reader, 1)[0]:
             if number in SIGNALS:
-                if self._signal:
+                if self._signal and number != signal.SIGHUP:
                     os._exit(128 + number)
-                self._signal = number
+                self._signal = self._signal or number

@@ -173,6 +173,7 @@ def test_half_a_surrogate_pair_does_not_stop_the_run(write_rows: Callable[..., P
     [
         ({"eval_fraction": 1.0}, r"--eval-fraction=1.0 must lie in \[0, 1\)"),
         ({"limit": 0}, "--limit=0 must be at least 1"),
+        ({"eval_fraction": float("nan")}, r"--eval-fraction=nan must lie in \[0, 1\)"),
         ({"exclude": ["nothing.jsonl"]}, "nothing.jsonl: no such file"),
         ({"source": "hh"}, "none of 2 rows can be used as hh"),
     ],
@@ -215,3 +216,14 @@ def test_the_command_answers_in_one_line_and_exit_codes(
         assert done.returncode == expected, done.stderr
     assert done.stderr == f"megatron-gil prepare-data: {tmp_path / 'out'}: exists; name another --output or remove it\n"
     assert (tmp_path / "out" / "train" / "prompts.jsonl").read_text() == '{"prompt": "a"}\n'
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"{i}" * 900, "completion": "x"}) + "\n" for i in range(300)))
+    given = ["jsonl", "--input", str(source), "--output", str(tmp_path / "out")]
+    command = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh", sys.executable, str(tool), *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, f"prepare_data: {tmp_path / 'out'}: File too large\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

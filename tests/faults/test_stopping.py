@@ -28,7 +28,7 @@ def _start(arguments: list[str], launcher: list[str], root: Path) -> subprocess.
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_while_the_libraries_are_imported(number: signal.Signals, world: Path, tmp_path: Path) -> None:
     process = _start(arguments("sft", world, tmp_path / "run"), [], world)
     while not _catches(process.pid, signal.SIGUSR1):  # the last that is listened to; Python itself catches SIGINT
@@ -38,6 +38,27 @@ def test_a_signal_while_the_libraries_are_imported(number: signal.Signals, world
     assert process.returncode == 75, said
     assert f"stopped by {number.name} in checking the data, with nothing to save" in said
     assert not (tmp_path / "run").exists()
+
+
+HANG_UP = """
+import os, signal, sys, time
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from megatron_gil.training.signals import StopSignal
+stop = StopSignal()
+for _ in range(2):  # from the shell and from the kernel
+    os.kill(os.getpid(), signal.SIGHUP)
+os.kill(os.getpid(), signal.SIGUSR1) if sys.argv[1] == "nohup" else None
+while not stop.wanted:
+    time.sleep(0.01)
+print(signal.Signals(stop.wanted).name)
+"""
+
+
+@pytest.mark.parametrize(("how", "wanted"), [("ssh", "SIGHUP"), ("nohup", "SIGUSR1")])
+def test_a_lost_connection_stops_a_run_unless_it_was_started_under_nohup(how: str, wanted: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HANG_UP, how], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{wanted}\n", "")
 
 
 def _catches(pid: int, number: int) -> bool:

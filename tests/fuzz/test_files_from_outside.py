@@ -25,6 +25,8 @@ from megatron_gil.data.fields import check_record
 from megatron_gil.data.records import iter_parquet
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.files import read_manifest
+from megatron_gil.evaluation.command import read_replies
+from megatron_gil.evaluation.runs import read_run
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
@@ -219,3 +221,35 @@ def test_tokenizer_files(name: str, content: Any, world: Path, place: Path) -> N
 def test_manifest(content: bytes, place: Path) -> None:
     (place / "manifest.json").write_bytes(content)
     _accept_or_refuse(lambda: read_manifest(place), place)
+
+
+METRICS = b'{"iteration": 0, "a": 1.5}\n{"iteration": 1, "a": null}\n'
+SAMPLE = {"iteration": 1, "prompt": "p", "response": "r", "score": 1.0, "group_probs": [0.5, 0.5]}
+odd_rows = st.dictionaries(st.sampled_from([*SAMPLE, "key", "a"]), json_values).map(lambda row: {**SAMPLE, **row})
+
+
+@fuzzed
+@given(
+    name=st.sampled_from(["config.yaml", "metrics.jsonl", "samples.jsonl", "config_history.jsonl"]),
+    content=damaged(METRICS)
+    | damaged(CONFIG)
+    | st.binary(max_size=80)
+    | st.lists(odd_rows | json_values, max_size=3).map(lambda found: "\n".join(map(json.dumps, found)).encode()),
+)
+def test_run_directories(name: str, content: bytes, place: Path) -> None:
+    (place / "metrics.jsonl").write_bytes(METRICS)
+    (place / name).write_bytes(content)
+    try:
+        _accept_or_refuse(lambda: read_run(place), place)
+    finally:
+        (place / name).unlink()
+
+
+@fuzzed
+@given(
+    content=st.binary(max_size=80)
+    | st.lists(odd_rows | json_values, max_size=3).map(lambda found: "\n".join(map(json.dumps, found)).encode())
+)
+def test_replies(content: bytes, place: Path) -> None:
+    (place / "replies.jsonl").write_bytes(content)
+    _accept_or_refuse(lambda: read_replies(place / "replies.jsonl"), place)

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_gil.config import SamplingSection
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import DTYPES, TrainableModel
+from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo import PpoTrainer
 from megatron_gil.training.supervised import sft_loss
@@ -102,7 +103,7 @@ def logits(wide: Path, layout: ParallelLayout, dtype: torch.dtype) -> Found:
 def gradients(wide: Path, layout: ParallelLayout, dtype: torch.dtype) -> Found:
     """Of SFT's loss, two rows at a time."""
     model = build(wide, layout, "lm", kind=GradientModel, dtype=dtype, micro_size=2)
-    model.update((_random_rows(layout), sft_loss), lr=0.0)
+    model.update(Part(_random_rows(layout), sft_loss), lr=0.0)
     return model.gradients[0]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 
@@ -206,4 +206,4 @@ def read_prompts(config: c.PpoConfig, root: Path, layout: ParallelLayout) -> tup
 
 def use_cache(root: Path) -> None:
     """Of `datasets`, in this process alone."""
-    datasets.config.HF_DATASETS_CACHE = root / "cache"  # type: ignore[attr-defined]
+    os.environ["HF_DATASETS_CACHE"] = str(root / "cache")
