@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_gil.config import CommandConfig, ConfigError, PpoConfig, TrainConfig, data_parallel_size
-from megatron_gil.data.preferences import PreferenceDataset
+from megatron_gil.data.dataset import RowDataset
 from megatron_gil.data.prompts import PromptDataset
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.parallel.collectives import agree
 from megatron_gil.parallel.layout import ParallelLayout, read_world_size
 from megatron_gil.training.build import check_model, model_path
 from megatron_gil.training.directory import take_directory
+from megatron_gil.training.tokenizers import ROLES, RunTokenizers, read_tokenizers
 
 T = TypeVar("T", bound=Sized)
 
@@ -29,10 +30,26 @@ def take_run_directory(config: TrainConfig, layout: ParallelLayout) -> None:
         print(f"resuming with another setting: {difference}", file=sys.stderr)
 
 
-def check_preferences(config: TrainConfig, role: str) -> tuple[Any, Any, Path]:
-    check_model(config, role)
-    tokenizer, where = read_tokenizer(config, role)
-    return *read_train_and_eval(config, PreferenceDataset, tokenizer, **limits(config)), where
+def check_models(command: str, config: CommandConfig) -> RunTokenizers:
+    """Every model of the command, and the tokenizer that they share."""
+    roles = ROLES[command]
+    for role in roles:
+        check_model(config, role, scored=role == "reward_model" and command in ("ppo", "score"))
+    paths = {role: model_path(config, role) for role in roles}
+    return read_tokenizers(command, config, paths, {role: LlamaSpec.read(path) for role, path in paths.items()})
+
+
+def say_what_is_read(
+    config: CommandConfig, layout: ParallelLayout, tokenizers: RunTokenizers, **datasets: RowDataset[Any] | None
+) -> None:
+    """On rank 0: how the rows of data.train, data.eval, ... fit, and what is odd about the tokenizers."""
+    if not layout.is_main:
+        return
+    for note in tokenizers.notes:
+        print(note, file=sys.stderr)
+    for key, dataset in datasets.items():
+        if dataset is not None:
+            print(f"data.{key}={getattr(config.data, key)}: {dataset.measure()}", file=sys.stderr)
 
 
 def check_rollout(config: PpoConfig, layout: ParallelLayout, train: PromptDataset) -> None:
@@ -70,12 +87,6 @@ def _check_comparisons(config: PpoConfig, layout: ParallelLayout) -> None:
 
 def limits(config: CommandConfig) -> dict[str, int]:
     return {"max_tokens": config.data.max_tokens, "max_prompt_tokens": config.data.max_prompt_tokens}
-
-
-def read_tokenizer(config: CommandConfig, role: str) -> tuple[Tokenizer, Path]:
-    """(tokenizer, its directory): data.tokenizer, or that of the role's model."""
-    path = Path(config.data.tokenizer) if config.data.tokenizer else model_path(config, role)
-    return Tokenizer.read(path), path
 
 
 def read_train_and_eval(config: CommandConfig, kind: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, T | None]:

@@ -18,9 +18,9 @@ from megatron_gil.config import (
     data_parallel_size,
 )
 from megatron_gil.data.demonstrations import DemonstrationDataset, TextDataset
+from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.sampler import Sampler
-from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import TrainableModel
@@ -32,18 +32,17 @@ from megatron_gil.training.alarms import Range
 from megatron_gil.training.build import (
     build_frozen,
     build_trainable,
-    check_model,
     model_path,
     start_group_head,
     start_score_head,
 )
 from megatron_gil.training.checks import (
-    check_preferences,
+    check_models,
     check_rollout,
     limits,
-    read_tokenizer,
     read_train_and_eval,
     require,
+    say_what_is_read,
     take_run_directory,
 )
 from megatron_gil.training.grouping import Grouping, KnownGroups, LearnedGroups, SingleGroup
@@ -52,6 +51,7 @@ from megatron_gil.training.memory import explain_out_of_memory, is_out_of_memory
 from megatron_gil.training.ppo import PpoTrainer
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.respond import generate, score
+from megatron_gil.training.reward_text import RewardText
 from megatron_gil.training.score_range import RewardTrainer, read_score_range
 from megatron_gil.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 from megatron_gil.training.sources import PromptSource, RowSource
@@ -62,6 +62,7 @@ from megatron_gil.training.supervised import (
     reward_loss_fn,
     sft_loss,
 )
+from megatron_gil.training.tokenizers import RunTokenizers
 
 
 def run_command(name: str, config: Any, stop: StopSignal) -> int:
@@ -121,13 +122,7 @@ def _run_guarded(
 
 
 def _sft(config: SftConfig, layout: ParallelLayout, progress: Progress) -> int:
-    def check() -> tuple[Any, Any, Path]:
-        check_model(config, "policy")
-        tokenizer, where = read_tokenizer(config, "policy")
-        return *read_train_and_eval(config, DemonstrationDataset, tokenizer, **limits(config)), where
-
-    train, held_out, tokenizer_dir = agree(layout, check)
-    take_run_directory(config, layout)
+    train, held_out, tokenizer_dir = _read_rows("sft", config, layout, DemonstrationDataset)
     progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
     trainer = _supervised("policy", policy, sft_loss, config, layout, train, held_out, ("sft/loss",), progress=progress)
@@ -135,8 +130,7 @@ def _sft(config: SftConfig, layout: ParallelLayout, progress: Progress) -> int:
 
 
 def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) -> int:
-    train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "reward_model"))
-    take_run_directory(config, layout)
+    train, held_out, tokenizer_dir = _read_rows("reward", config, layout, PreferenceDataset)
     progress.safe_point("building reward_model")
     model, absent = build_trainable(config, "reward_model", "score", layout, config.optimizer)
     if absent:
@@ -150,8 +144,7 @@ def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) ->
 
 
 def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
-    train, held_out, tokenizer_dir = agree(layout, lambda: check_preferences(config, "policy"))
-    take_run_directory(config, layout)
+    train, held_out, tokenizer_dir = _read_rows("dpo", config, layout, PreferenceDataset)
     progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
     progress.safe_point("building ref_policy")
@@ -172,10 +165,9 @@ def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
 
 
 def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
-    def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, Tokenizer, Path, Range | None]:
-        for role in ("policy", "ref_policy", "reward_model", "critic"):
-            check_model(config, role, scored=role == "reward_model")
-        tokenizer, where = read_tokenizer(config, "policy")
+    def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, RunTokenizers, Range | None]:
+        tokenizers = check_models("ppo", config)
+        tokenizer = tokenizers.tokenizer
         train, held_out = read_train_and_eval(
             config, PromptDataset, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
         )
@@ -184,10 +176,12 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
             path = require(config.data.pretrain, "data.pretrain", "ppo.ptx_coef is above 0")
             pretrain = TextDataset(path, tokenizer, **limits(config))
         check_rollout(config, layout, train)
-        return train, held_out, pretrain, tokenizer, where, read_score_range(model_path(config, "reward_model"))
+        return train, held_out, pretrain, tokenizers, read_score_range(model_path(config, "reward_model"))
 
-    train, held_out, pretrain, tokenizer, tokenizer_dir, score_range = agree(layout, check)
+    train, held_out, pretrain, tokenizers, score_range = agree(layout, check)
+    tokenizer = tokenizers.tokenizer
     take_run_directory(config, layout)
+    say_what_is_read(config, layout, tokenizers, train=train, eval=held_out, pretrain=pretrain)
     gil, sums = config.gil, all_sum(layout)
     grouping: Grouping = SingleGroup(sums)
     if gil.num_groups > 1 or gil.groups == "known":
@@ -217,6 +211,7 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
     ref_policy = build_frozen(config, "ref_policy", "lm", layout)
     progress.safe_point("building reward_model")
     reward_model = build_frozen(config, "reward_model", "score", layout)
+    positions = reward_model.spec.max_positions
     trainer = PpoTrainer(
         config,
         policy=policy,
@@ -233,8 +228,24 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         progress=progress,
         all_sum=sums,
         score_range=score_range,
+        reward_text=tokenizers.reward and RewardText(tokenizer, tokenizers.reward, max_tokens=positions),
     )
-    return _train(trainer, config, layout, progress, tokenizer_dir)
+    return _train(trainer, config, layout, progress, tokenizers.directory)
+
+
+def _read_rows(
+    command: str, config: SftConfig | RewardConfig | DpoConfig, layout: ParallelLayout, kind: Callable[..., Any]
+) -> tuple[Any, Any, Path]:
+    """(training rows, held-out rows, directory of the tokenizer), with everything checked and the directory taken."""
+
+    def check() -> tuple[Any, Any, RunTokenizers]:
+        tokenizers = check_models(command, config)
+        return *read_train_and_eval(config, kind, tokenizers.tokenizer, **limits(config)), tokenizers
+
+    train, held_out, tokenizers = agree(layout, check)
+    take_run_directory(config, layout)
+    say_what_is_read(config, layout, tokenizers, train=train, eval=held_out)
+    return train, held_out, tokenizers.directory
 
 
 def _train(

@@ -11,19 +11,13 @@ from rich.console import Console
 
 from megatron_gil.config import BatchPlan, ConfigError, PpoConfig, TrainConfig
 from megatron_gil.config_files import dump_config
+from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.models.llama import LlamaSpec, check_layout
 from megatron_gil.planning.command import memory_table, wide_console
 from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.workload import Workload, read_workload
-
-ROLES = {
-    "sft": ("policy",),
-    "reward": ("reward_model",),
-    "dpo": ("policy", "ref_policy"),
-    "ppo": ("policy", "ref_policy", "reward_model", "critic"),
-}
-FALLBACKS = {"ref_policy": "policy", "critic": "reward_model"}
+from megatron_gil.training.tokenizers import FALLBACKS, ROLES, read_tokenizers
 
 
 def dry_run(command: str, config: TrainConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
@@ -37,7 +31,9 @@ def dry_run(command: str, config: TrainConfig, arguments: argparse.Namespace, co
     specs = {role: LlamaSpec.read(directory) for role, directory in directories.items()}
     for spec in specs.values():
         check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
-    data = _read_data(command, config, directories[roles[0]], plan)
+    there = {role: path for role, path in directories.items() if role == roles[0] or _is_there(config, role)}
+    tokenizers = read_tokenizers(command, config, there, specs)
+    data = [*tokenizers.notes, *_read_data(command, config, tokenizers.tokenizer, plan)]
     workload = read_workload(command, config, specs)
     cut = Cut(
         tp_size=parallel.tensor_size,
@@ -79,6 +75,10 @@ def _find_models(
     return directories, notes
 
 
+def _is_there(config: TrainConfig, role: str) -> bool:
+    return Path(getattr(config.models, role) or getattr(config.models, FALLBACKS.get(role, role))).is_dir()
+
+
 def _check_scored(path: Path) -> None:
     from megatron_gil.models.hf_files import HfTensors
 
@@ -86,14 +86,12 @@ def _check_scored(path: Path) -> None:
         raise ConfigError(f"models.reward_model={path} has no score.weight; train it with `megatron-gil reward` first")
 
 
-def _read_data(command: str, config: TrainConfig, model_dir: Path, plan: BatchPlan) -> list[str]:
+def _read_data(command: str, config: TrainConfig, tokenizer: Tokenizer, plan: BatchPlan) -> list[str]:
     """Every file is read and checked row by row, as the run would; a line for each."""
     from megatron_gil.data.demonstrations import DemonstrationDataset, TextDataset
     from megatron_gil.data.preferences import PreferenceDataset
     from megatron_gil.data.prompts import PromptDataset
-    from megatron_gil.data.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.read(Path(config.data.tokenizer) if config.data.tokenizer else model_dir)
     limits = {"max_tokens": config.data.max_tokens, "max_prompt_tokens": config.data.max_prompt_tokens}
     kind: Any = {"sft": DemonstrationDataset, "ppo": PromptDataset}.get(command, PreferenceDataset)
     if command == "ppo":
@@ -101,10 +99,10 @@ def _read_data(command: str, config: TrainConfig, model_dir: Path, plan: BatchPl
     if not config.data.train:
         raise ConfigError("data.train is not set: it is what the command trains on; give a file as data.train=PATH")
     train = kind(config.data.train, tokenizer, **limits)
-    lines = [f"data.train={config.data.train}: {len(train):,} rows, {_length_line(config, len(train))}"]
+    lines = [f"data.train={config.data.train}: {train.measure()}", _length_line(config, len(train))]
     if config.data.eval:
         held_out = kind(config.data.eval, tokenizer, **limits)
-        lines.append(f"data.eval={config.data.eval}: {len(held_out):,} rows")
+        lines.append(f"data.eval={config.data.eval}: {held_out.measure()}")
         if len(held_out) < plan.dp_size:
             raise ConfigError(
                 f"data.eval={config.data.eval}: {len(held_out)} rows are too few for {plan.dp_size} data-parallel "
@@ -119,7 +117,7 @@ def _read_data(command: str, config: TrainConfig, model_dir: Path, plan: BatchPl
             max_tokens=config.data.max_tokens,
             max_prompt_tokens=config.data.max_prompt_tokens,
         )
-        lines.append(f"data.pretrain={config.data.pretrain}: {len(texts):,} rows")
+        lines.append(f"data.pretrain={config.data.pretrain}: {texts.measure()}")
     return lines
 
 

@@ -11,30 +11,31 @@ from typing import Any
 from megatron_gil.config import GenerateConfig, ScoreConfig
 from megatron_gil.data.demonstrations import ResponseDataset
 from megatron_gil.data.prompts import PromptDataset
-from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.files import reason, write_text
 from megatron_gil.engine.generation import Generator
 from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.build import build_frozen, check_model
-from megatron_gil.training.checks import limits, new_file, read_tokenizer, require
+from megatron_gil.training.build import build_frozen
+from megatron_gil.training.checks import check_models, limits, new_file, require, say_what_is_read
 from megatron_gil.training.loop import RunFailed
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
 from megatron_gil.training.sources import PromptSource, RowSource
+from megatron_gil.training.tokenizers import RunTokenizers
 
 
 def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress) -> int:
-    """One response per prompt of data.train, into `output`."""
+    """One response per prompt of data.train, into `output`; of a prompt that was cut also what the model read."""
 
-    def check() -> tuple[PromptDataset, Tokenizer, Path]:
-        tokenizer, _ = read_tokenizer(config, "policy")
-        check_model(config, "policy")
+    def check() -> tuple[PromptDataset, RunTokenizers, Path]:
+        tokenizers = check_models("generate", config)
         path = require(config.data.train, "data.train", "its prompts are answered")
-        prompts = PromptDataset(path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
-        return prompts, tokenizer, new_file(config.output)
+        prompts = PromptDataset(path, tokenizers.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
+        return prompts, tokenizers, new_file(config.output)
 
-    prompts, tokenizer, output = agree(layout, check)
+    prompts, tokenizers, output = agree(layout, check)
+    tokenizer = tokenizers.tokenizer
+    say_what_is_read(config, layout, tokenizers, train=prompts)
     progress.safe_point("building policy")
     policy = build_frozen(config, "policy", "lm", layout)
     generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
@@ -48,7 +49,8 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
             batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
         ):
             label = {"group": prompts.group_names[group]} if group >= 0 else {}
-            rows[row_id] = {**prompts.fields(row_id), "response": text["response"], **label}
+            read = {"prompt_read": text["prompt"]} if prompts.truncated([row_id])[0] else {}
+            rows[row_id] = {**prompts.fields(row_id), **read, "response": text["response"], **label}
     _write_rows(rows, output, layout)
     return 0
 
@@ -56,13 +58,14 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
 def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> int:
     """The reward model's score of every {prompt, response} of data.train, into `output`."""
 
-    def check() -> tuple[ResponseDataset, Path]:
-        tokenizer, _ = read_tokenizer(config, "reward_model")
-        check_model(config, "reward_model", scored=True)
+    def check() -> tuple[ResponseDataset, RunTokenizers, Path]:
+        tokenizers = check_models("score", config)
         path = require(config.data.train, "data.train", "its responses are scored")
-        return ResponseDataset(path, tokenizer, **limits(config)), new_file(config.output)
+        responses = ResponseDataset(path, tokenizers.tokenizer, **limits(config))
+        return responses, tokenizers, new_file(config.output)
 
-    responses, output = agree(layout, check)
+    responses, tokenizers, output = agree(layout, check)
+    say_what_is_read(config, layout, tokenizers, train=responses)
     progress.safe_point("building reward_model")
     model = build_frozen(config, "reward_model", "score", layout)
     rows = {}

@@ -5,14 +5,16 @@ What iteration k gets is a pure function of (seed, k): no position is kept, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
+
+import torch
 
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.sampler import Sampler
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.types import PromptBatch
+from megatron_gil.types import AllSum, PromptBatch
 
 Rows = TypeVar("Rows")
 
@@ -77,6 +79,12 @@ def _deal(num_rows: int, size: int, layout: ParallelLayout) -> list[list[int]]:
     mine = list(range(layout.dp_rank, num_rows, layout.dp_size))
     most = -(-num_rows // layout.dp_size)
     return [mine[start : start + size] for start in range(0, most, size)]
+
+
+def truncated_fraction(flags: Sequence[bool], layout: ParallelLayout, all_sum: AllSum) -> float:
+    """Share of rows over all data-parallel ranks; `flags` says which of this rank's were cut to fit."""
+    num_cut, num_rows = all_sum(torch.tensor([sum(flags), len(flags)], device=layout.device)).tolist()
+    return num_cut / num_rows
 
 
 def to_device(batch: Rows, layout: ParallelLayout) -> Rows:
