@@ -89,6 +89,9 @@ class ModelsSection(Section):
     """Trained by reward, read by ppo and score."""
     critic: str | None = path()
     """Where ppo's critic starts; null: from the reward model."""
+    reward_tokenizer: Literal["same", "own"] = "same"
+    """same: ppo's reward model has the policy's tokenizer and reads its tokens. own: it has another and reads prompts
+    and responses as text; critic and classifier read the policy's tokens all the same."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights and activations; bfloat16 keeps float32 master weights in the optimizer."""
     layer: Literal["auto", "local", "transformer_engine"] = "auto"
@@ -136,9 +139,9 @@ class DataSection(Section):
     tokenizer: str | None = path()
     """Directory with tokenizer.model or tokenizer.json; null: the policy's (or reward model's) own directory."""
     max_prompt_tokens: int = integer(512, least=1)
-    """A longer prompt loses its oldest tokens, counted in the log."""
+    """A longer prompt loses its oldest turns or tokens: said at the start, and data/truncated_fraction."""
     max_tokens: int = integer(1024, least=1)
-    """Prompt and response of sft, reward and dpo; a longer response is cut at its end, counted in the log."""
+    """Prompt and response of sft, reward and dpo; a longer response is cut at its end, said as above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,6 +82,7 @@ def test_one_line_for_every_mistake(world: Path, tmp_path: Path) -> None:
     good, bad = _good(world, tmp_path), _bad_files(tmp_path, world)
     (tmp_path / "there.jsonl").write_text("mine")
     generate = ["generate", f"models.policy={world / 'policy'}", f"data.train={world / 'prompts.jsonl'}"]
+    short = ["data.max_prompt_tokens=40", "sampling.max_new_tokens=24"]
     cases: list[tuple[list[str], str]] = [
         (_sft(good, batch__global_sice="8"), "unknown key batch.global_sice; did you mean batch.global_size?"),
         (_sft(good, bacth__global_size="8"), "unknown key bacth; did you mean batch?"),
@@ -105,7 +106,12 @@ def test_one_line_for_every_mistake(world: Path, tmp_path: Path) -> None:
         (["sft", "--config", bad["broken_yaml"]], "broken.yaml: not valid YAML"),
         (["sft", "--config", str(tmp_path / "absent.yaml")], "absent.yaml: cannot be read"),
         (["sft", "run.dir"], "'run.dir' is not an override; write section.key=value"),
-        ([*generate, f"output={tmp_path / 'there.jsonl'}"], "there.jsonl exists already; nothing is overwritten"),
+        ([*generate, *short, f"output={tmp_path / 'there.jsonl'}"], "there.jsonl exists already; nothing is"),
+        (_sft(good, data__max_tokens="65"), "data.max_tokens=65 is above the 64 positions of models.policy="),
+        (
+            [*generate, "data.max_prompt_tokens=40", "sampling.max_new_tokens=25", "output=x"],
+            "data.max_prompt_tokens=40 + sampling.max_new_tokens=25 is above the 64 positions of models.policy=",
+        ),
         (
             ["score", f"models.reward_model={world / 'policy'}", f"data.train={bad['field']}", "output=x"],
             "has no score.weight; train it with `megatron-gil reward` first",

@@ -22,6 +22,8 @@ Encoded = TypeVar("Encoded")
 class Lengths:
     """How the rows of a data set fit."""
 
+    limits: str
+    """What the rows were cut to, in words."""
     num_rows: int
     num_measured: int
     """All of them, or so many at even distances."""
@@ -35,7 +37,8 @@ class Lengths:
     def __str__(self) -> str:
         among = "" if self.num_measured == self.num_rows else f" of {self.num_measured:,} measured"
         share = f" ({self.num_cut / self.num_measured:.1%})" if self.num_cut else ""
-        found = f"{self.num_rows:,} rows, {self.num_cut or 'none'}{among} cut to fit{share}"
+        num_cut = f"{self.num_cut:,}" if self.num_cut else "none"
+        found = f"{self.num_rows:,} rows, {num_cut}{among}{share} cut to {self.limits}"
         found += f"; the longest has {self.longest:,} tokens"
         if self.num_with_control_text:
             found += f"; in {self.num_with_control_text:,}{among} control tokens are written, which are read as text"
@@ -47,7 +50,9 @@ class RowDataset(ABC, Generic[Encoded]):
 
     kind: ClassVar[str]
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, limits: dict[str, int]) -> None:
+        """limits: key of the section data -> tokens."""
+        self._limits = limits
         self._records = read_records(path, self.kind)
         self._tokenizer = tokenizer
         self._cut_rows: set[int] = set()
@@ -75,6 +80,7 @@ class RowDataset(ABC, Generic[Encoded]):
             num_cut, longest = num_cut + cut, max(longest, num_tokens)
             num_with_control_text += any(map(control_text.search, iter_texts(row)))
         return Lengths(
+            limits=", ".join(f"data.{key}={value}" for key, value in self._limits.items()),
             num_rows=num_rows,
             num_measured=count,
             num_cut=num_cut,

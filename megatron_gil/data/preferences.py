@@ -24,8 +24,7 @@ class PreferenceDataset(RowDataset[list[EncodedRow]]):
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_tokens: int, max_prompt_tokens: int) -> None:
         check_lengths(max_tokens, max_prompt_tokens)
-        super().__init__(path, tokenizer)
-        self._limits = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
+        super().__init__(path, tokenizer, {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens})
 
     def collate(self, row_ids: Sequence[int], *, pad_to_multiple: int = 1) -> PreferenceBatch:
         """The pairs, in that order; both replies follow the same prompt and end in an end-of-sequence token."""

@@ -23,8 +23,7 @@ class PromptDataset(RowDataset[EncodedPrompt]):
     kind = "prompts"
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_prompt_tokens: int) -> None:
-        super().__init__(path, tokenizer)
-        self._max_prompt_tokens = max_prompt_tokens
+        super().__init__(path, tokenizer, {"max_prompt_tokens": max_prompt_tokens})
 
     @property
     def num_labelled(self) -> int:
@@ -60,7 +59,7 @@ class PromptDataset(RowDataset[EncodedPrompt]):
         return {"prompt": format_dialogue(prompt), "messages": prompt}
 
     def _encode_row(self, row: Row) -> EncodedPrompt:
-        return encode_prompt(self._tokenizer, _prompt_of(row), self._max_prompt_tokens)
+        return encode_prompt(self._tokenizer, _prompt_of(row), self._limits["max_prompt_tokens"])
 
     def _measure(self, encoded: EncodedPrompt) -> tuple[int, bool]:
         return encoded.num_tokens, encoded.cut

@@ -43,7 +43,7 @@ class Subwords(Protocol):
 
     def id_of(self, token: str) -> int | None: ...
 
-    def token_of(self, token_id: int) -> str: ...
+    def token_of(self, token_id: int) -> str | None: ...
 
 
 class SentencePieceModel:
@@ -107,7 +107,7 @@ class SentencePieceModel:
         text, model = "", self._model
         for is_added, run in groupby(ids, key=self._added_token_of.__contains__):
             found = list(run)
-            text += "".join(map(self.token_of, found)) if is_added else model.decode(found)
+            text += "".join(self._added_token_of[i] for i in found) if is_added else model.decode(found)
             model = self._model_without_prefix
         return text
 
@@ -119,8 +119,10 @@ class SentencePieceModel:
         token_id = self._model.piece_to_id(token)
         return None if token_id == self._model.unk_id() else token_id
 
-    def token_of(self, token_id: int) -> str:
+    def token_of(self, token_id: int) -> str | None:
         added = self._added_token_of.get(token_id)
+        if added is None and token_id >= self._model.vocab_size():
+            return None
         return self._model.id_to_piece(token_id) if added is None else added
 
     @property
@@ -212,7 +214,7 @@ class FastModel:
     def id_of(self, token: str) -> int | None:
         return self._model.token_to_id(token)
 
-    def token_of(self, token_id: int) -> str:
+    def token_of(self, token_id: int) -> str | None:
         return self._model.id_to_token(token_id)
 
     def adds_first(self, token_id: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from megatron_gil.config import ConfigError
@@ -50,19 +51,53 @@ class Tokenizer:
     def read(cls, directory: str | Path) -> Tokenizer:
         """From a directory with tokenizer.json (taken where both are there, as in transformers) or tokenizer.model."""
         directory = Path(directory)
-        if not any((directory / name).is_file() for name in _VOCABULARY_FILES):
+        if not cls.is_in(directory):
             raise ConfigError(f"{directory}: holds neither tokenizer.json nor tokenizer.model; set data.tokenizer")
-        names = [name for name in (*_OWN_FILES, *JSON_FILES[3:]) if (directory / name).is_file()]
-        return cls(str(directory), {name: (directory / name).read_bytes() for name in names})
+        return cls(str(directory), _read_files(directory, (*_OWN_FILES, *JSON_FILES[3:])))
+
+    def is_copied_in(self, directory: Path) -> bool:
+        """Whether the directory holds the same files, so that none need be read to compare the two."""
+        names = (*_OWN_FILES, *JSON_FILES[3:4])
+        same = _read_files(directory, names) == {name: self._files[name] for name in names if name in self._files}
+        return same and read_special_tokens(str(directory), _read_files(directory, JSON_FILES)).ids == self._special.ids
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @staticmethod
+    def is_in(directory: Path) -> bool:
+        return any((directory / name).is_file() for name in _VOCABULARY_FILES)
+
     @property
+    def chat_template(self) -> str | None:
+        return self._special.chat_template
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the beginning-of-sequence token stands before every text."""
+        return self._add_bos
+
+    @cached_property
     def control_tokens(self) -> frozenset[str]:
         """What text never makes."""
         return frozenset(self._subwords.control)
+
+    @cached_property
+    def made_control_tokens(self) -> dict[str, int]:
+        """Control token -> id of those that rows can hold: bos, eos, and those that the chat template names."""
+        ends, template = (self.bos_id, *self.eos_ids), self.chat_template or ""
+        return {token: c.id for token, c in self._subwords.control.items() if c.id in ends or token in template}
+
+    @cached_property
+    def num_ids(self) -> int:
+        """1 + the largest id that rows can hold. A token that only pads, as many add to a model, is not among them."""
+        made = self.made_control_tokens
+        for i in reversed(range(self.vocab_size)):
+            token = self._subwords.token_of(i)
+            if token is not None and (token in made or token not in self.control_tokens):
+                return i + 1
+        return 0
 
     def encode(self, text: str | ChatText, *, bos: bool = False) -> list[int]:
         """The library's own ids.
@@ -108,9 +143,12 @@ class Tokenizer:
         # cut inside a character, the text before is not a prefix of the whole
         return whole[len(before) :] if whole.startswith(before) else self._subwords.decode(ids)
 
-    def token(self, token_id: int) -> str:
-        """How the vocabulary spells one id, special or not."""
+    def token(self, token_id: int) -> str | None:
+        """How the vocabulary spells one id, special or not; None for an id between others that has no token."""
         return self._subwords.token_of(token_id)
+
+    def id_of(self, token: str) -> int | None:
+        return self._subwords.id_of(token)
 
     def format_prompt(self, messages: Sequence[Message]) -> ChatText:
         """A conversation up to where the assistant's reply begins: in the model's chat template where it has one, in
@@ -179,5 +217,10 @@ class Tokenizer:
 
     def _special_strings(self) -> dict[str, str]:
         known = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        named = {name: self._subwords.token_of(i) for name, i in known.items() if i is not None}
+        named = {name: self._subwords.token_of(i) or "" for name, i in known.items() if i is not None}
         return {**named, **self._special.tokens}
+
+
+def _read_files(directory: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """name -> content of those that are there."""
+    return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}

@@ -16,9 +16,8 @@ from megatron_gil.config import (
     TrainConfig,
     data_parallel_size,
 )
-from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.prompts import PromptDataset
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.parallel.collectives import agree
 from megatron_gil.parallel.layout import ParallelLayout, read_world_size
 from megatron_gil.training.best import check_keep_best
@@ -27,6 +26,7 @@ from megatron_gil.training.directory import RunDirectory, take_directory
 from megatron_gil.training.lock import SILENCE_S, FileLock
 from megatron_gil.training.output import new_file
 from megatron_gil.training.progress import Progress
+from megatron_gil.training.tokenizers import ROLES, RunTokenizers, read_tokenizers
 
 T = TypeVar("T", bound=Sized)
 
@@ -72,20 +72,23 @@ def _patience(config: CommandConfig) -> float:
     return min(2 * SILENCE_S, config.parallel.timeout_s / 2)
 
 
-def check_preferences(config: TrainConfig, role: str) -> tuple[Any, Any, Tokenizer, Path]:
-    check_model(config, role)
-    tokenizer, where = read_tokenizer(config, role)
-    return *read_train_and_eval(config, PreferenceDataset, tokenizer, **limits(config)), tokenizer, where
+def check_models(command: str, config: CommandConfig) -> RunTokenizers:
+    """Every model of the command, and the tokenizer that they share."""
+    roles = ROLES[command]
+    for role in roles:
+        check_model(config, role, scored=role == "reward_model" and command in ("ppo", "score"))
+    paths = {role: model_path(config, role) for role in roles}
+    return read_tokenizers(command, config, paths, {role: LlamaSpec.read(path) for role, path in paths.items()})
 
 
-def check_rollout(config: PpoConfig, layout: ParallelLayout, train: PromptDataset) -> None:
+def check_rollout(config: PpoConfig, dp_size: int, train: PromptDataset) -> None:
     num_rows = config.ppo.prompts * config.ppo.responses_per_prompt
     if num_rows % config.batch.global_size:
         raise ConfigError(
             f"ppo.prompts={config.ppo.prompts} x ppo.responses_per_prompt={config.ppo.responses_per_prompt} cannot "
             f"be divided by batch.global_size={config.batch.global_size}; change one of them"
         )
-    _check_comparisons(config, layout)
+    _check_comparisons(config, dp_size)
     if config.gil.groups == "known" and train.num_labelled < len(train):
         raise ConfigError(
             f"data.train={config.data.train}: gil.groups=known needs a group in every row, "
@@ -93,15 +96,15 @@ def check_rollout(config: PpoConfig, layout: ParallelLayout, train: PromptDatase
         )
 
 
-def _check_comparisons(config: PpoConfig, layout: ParallelLayout) -> None:
+def _check_comparisons(config: PpoConfig, dp_size: int) -> None:
     """What rloo and grpo need."""
     if config.ppo.advantages == "gae":
         return
-    share, count = config.batch.global_size // layout.dp_size, config.ppo.responses_per_prompt
+    share, count = config.batch.global_size // dp_size, config.ppo.responses_per_prompt
     if share % count:
         raise ConfigError(
             f"ppo.advantages={config.ppo.advantages} needs a prompt's responses on one rank: batch.global_size="
-            f"{config.batch.global_size} / {layout.dp_size} data-parallel ranks = {share} rows cannot be divided by "
+            f"{config.batch.global_size} / {dp_size} data-parallel ranks = {share} rows cannot be divided by "
             f"ppo.responses_per_prompt={count}"
         )
     if config.gil.num_groups > 1 and config.gil.groups == "learned" and config.gil.classifier == "critic_head":
@@ -113,12 +116,6 @@ def _check_comparisons(config: PpoConfig, layout: ParallelLayout) -> None:
 
 def limits(config: CommandConfig) -> dict[str, int]:
     return {"max_tokens": config.data.max_tokens, "max_prompt_tokens": config.data.max_prompt_tokens}
-
-
-def read_tokenizer(config: CommandConfig, role: str) -> tuple[Tokenizer, Path]:
-    """(tokenizer, its directory): data.tokenizer, or that of the role's model."""
-    path = Path(config.data.tokenizer) if config.data.tokenizer else model_path(config, role)
-    return Tokenizer.read(path), path
 
 
 def read_train_and_eval(config: TrainConfig, kind: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, T | None]:

@@ -18,9 +18,9 @@ from megatron_gil.config import (
     data_parallel_size,
 )
 from megatron_gil.data.demonstrations import DemonstrationDataset, TextDataset
+from megatron_gil.data.preferences import PreferenceDataset
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.sampler import Sampler
-from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
@@ -32,16 +32,14 @@ from megatron_gil.training.alarms import Range
 from megatron_gil.training.build import (
     build_frozen,
     build_trainable,
-    check_model,
     model_path,
     start_group_head,
     start_score_head,
 )
 from megatron_gil.training.checks import (
-    check_preferences,
+    check_models,
     check_rollout,
     limits,
-    read_tokenizer,
     read_train_and_eval,
     require,
     take_run_directory,
@@ -54,6 +52,7 @@ from megatron_gil.training.memory import explain_out_of_memory, is_out_of_memory
 from megatron_gil.training.ppo import PpoTrainer
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.respond import generate, score
+from megatron_gil.training.reward_text import RewardText
 from megatron_gil.training.score_range import RewardTrainer, read_score_range
 from megatron_gil.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 from megatron_gil.training.sources import PromptSource, RowSource
@@ -67,6 +66,7 @@ from megatron_gil.training.supervised import (
     reward_loss_fn,
     sft_loss,
 )
+from megatron_gil.training.tokenizers import RunTokenizers
 
 
 def run_command(name: str, config: Any, stop: StopSignal) -> int:
@@ -129,13 +129,7 @@ def _run_guarded(
 
 
 def _sft(config: SftConfig, layout: ParallelLayout, progress: Progress) -> int:
-    def check() -> tuple[Any, Any, Tokenizer, Path]:
-        check_model(config, "policy")
-        tokenizer, where = read_tokenizer(config, "policy")
-        return *read_train_and_eval(config, DemonstrationDataset, tokenizer, **limits(config)), tokenizer, where
-
-    train, held_out, tokenizer, tokenizer_dir = agree(layout, check)
-    directory = take_run_directory(config, layout, progress)
+    train, held_out, tokenizers, directory = _read_rows("sft", config, layout, progress, DemonstrationDataset)
     progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
     trainer = _supervised(
@@ -148,16 +142,15 @@ def _sft(config: SftConfig, layout: ParallelLayout, progress: Progress) -> int:
         held_out,
         ("sft/loss",),
         progress=progress,
-        tokenizer=tokenizer,
+        tokenizer=tokenizers.tokenizer,
         numbers=SFT_NUMBERS,
     )
-    rows = _first_rows(config, layout, {"policy": policy}, train, held_out, trainer)
-    return _train(trainer, config, layout, progress, tokenizer_dir, directory, rows)
+    rows = _first_rows(config, layout, {"policy": policy}, train, held_out, trainer, tokenizers)
+    return _train(trainer, config, layout, progress, tokenizers.directory, directory, rows)
 
 
 def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) -> int:
-    train, held_out, tokenizer, tokenizer_dir = agree(layout, lambda: check_preferences(config, "reward_model"))
-    directory = take_run_directory(config, layout, progress)
+    train, held_out, tokenizers, directory = _read_rows("reward", config, layout, progress, PreferenceDataset)
     progress.safe_point("building reward_model")
     model, absent = build_trainable(config, "reward_model", "score", layout, config.optimizer)
     if absent:
@@ -175,16 +168,15 @@ def _reward(config: RewardConfig, layout: ParallelLayout, progress: Progress) ->
         line,
         kind=RewardTrainer,
         progress=progress,
-        tokenizer=tokenizer,
+        tokenizer=tokenizers.tokenizer,
         numbers=REWARD_NUMBERS,
     )
-    rows = _first_rows(config, layout, {"reward_model": model}, train, held_out, trainer)
-    return _train(trainer, config, layout, progress, tokenizer_dir, directory, rows)
+    rows = _first_rows(config, layout, {"reward_model": model}, train, held_out, trainer, tokenizers)
+    return _train(trainer, config, layout, progress, tokenizers.directory, directory, rows)
 
 
 def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
-    train, held_out, tokenizer, tokenizer_dir = agree(layout, lambda: check_preferences(config, "policy"))
-    directory = take_run_directory(config, layout, progress)
+    train, held_out, tokenizers, directory = _read_rows("dpo", config, layout, progress, PreferenceDataset)
     progress.safe_point("building policy")
     policy, _ = build_trainable(config, "policy", "lm", layout, config.optimizer)
     progress.safe_point("building ref_policy")
@@ -199,19 +191,20 @@ def _dpo(config: DpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         held_out,
         ("dpo/loss", "dpo/accuracy", "dpo/margin"),
         progress=progress,
-        tokenizer=tokenizer,
+        tokenizer=tokenizers.tokenizer,
         numbers=dpo_numbers(config.dpo),
         prepare=lambda batch: fill_ref_log_probs(batch, ref_policy),
     )
-    rows = _first_rows(config, layout, {"policy": policy, "ref_policy": ref_policy}, train, held_out, trainer)
-    return _train(trainer, config, layout, progress, tokenizer_dir, directory, rows)
+    rows = _first_rows(
+        config, layout, {"policy": policy, "ref_policy": ref_policy}, train, held_out, trainer, tokenizers
+    )
+    return _train(trainer, config, layout, progress, tokenizers.directory, directory, rows)
 
 
 def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
-    def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, Tokenizer, Path, Range | None]:
-        for role in ("policy", "ref_policy", "reward_model", "critic"):
-            check_model(config, role, scored=role == "reward_model")
-        tokenizer, where = read_tokenizer(config, "policy")
+    def check() -> tuple[PromptDataset, PromptDataset | None, TextDataset | None, RunTokenizers, Range | None]:
+        tokenizers = check_models("ppo", config)
+        tokenizer = tokenizers.tokenizer
         train, held_out = read_train_and_eval(
             config, PromptDataset, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens
         )
@@ -219,10 +212,11 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         if config.ppo.ptx_coef:
             path = require(config.data.pretrain, "data.pretrain", "ppo.ptx_coef is above 0")
             pretrain = TextDataset(path, tokenizer, **limits(config))
-        check_rollout(config, layout, train)
-        return train, held_out, pretrain, tokenizer, where, read_score_range(model_path(config, "reward_model"))
+        check_rollout(config, layout.dp_size, train)
+        return train, held_out, pretrain, tokenizers, read_score_range(model_path(config, "reward_model"))
 
-    train, held_out, pretrain, tokenizer, tokenizer_dir, score_range = agree(layout, check)
+    train, held_out, pretrain, tokenizers, score_range = agree(layout, check)
+    tokenizer = tokenizers.tokenizer
     directory = take_run_directory(config, layout, progress)
     gil, sums = config.gil, all_sum(layout)
     grouping: Grouping = SingleGroup(sums)
@@ -253,6 +247,7 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
     ref_policy = build_frozen(config, "ref_policy", "lm", layout)
     progress.safe_point("building reward_model")
     reward_model = build_frozen(config, "reward_model", "score", layout)
+    positions = reward_model.spec.max_positions
     trainer = PpoTrainer(
         config,
         policy=policy,
@@ -269,10 +264,11 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         progress=progress,
         all_sum=sums,
         score_range=score_range,
+        reward_text=tokenizers.reward and RewardText(tokenizer, tokenizers.reward, max_tokens=positions),
     )
     models = {**trainer.models(), "ref_policy": ref_policy, "reward_model": reward_model}
-    rows = _first_rows(config, layout, models, train, held_out, trainer, pretrain)
-    return _train(trainer, config, layout, progress, tokenizer_dir, directory, rows)
+    rows = _first_rows(config, layout, models, train, held_out, trainer, tokenizers, pretrain)
+    return _train(trainer, config, layout, progress, tokenizers.directory, directory, rows)
 
 
 def _first_rows(
@@ -282,6 +278,7 @@ def _first_rows(
     train: Any,
     held_out: Any,
     trainer: Trainer,
+    tokenizers: RunTokenizers,
     pretrain: Any = None,
 ) -> list[FirstRow]:
     length = f"{trainer.num_iterations:,} updates of {config.batch.global_size} rows"
@@ -289,7 +286,25 @@ def _first_rows(
         replies = f" x {config.ppo.responses_per_prompt} replies" * (config.ppo.responses_per_prompt > 1)
         length = f"{trainer.num_iterations:,} iterations of {config.ppo.prompts} prompts{replies}"
     data = {"data.train": train, "data.eval": held_out, "data.pretrain": pretrain}
-    return first_rows(config, layout, where=Path(config.run.dir), models=models, data=data, length=length)
+    where = Path(config.run.dir)
+    return first_rows(config, layout, where=where, models=models, data=data, length=length, notes=tokenizers.notes)
+
+
+def _read_rows(
+    command: str,
+    config: SftConfig | RewardConfig | DpoConfig,
+    layout: ParallelLayout,
+    progress: Progress,
+    kind: Callable[..., Any],
+) -> tuple[Any, Any, RunTokenizers, RunDirectory | None]:
+    """(training rows, held-out rows, tokenizers, the run directory), with everything checked."""
+
+    def check() -> tuple[Any, Any, RunTokenizers]:
+        tokenizers = check_models(command, config)
+        return *read_train_and_eval(config, kind, tokenizers.tokenizer, **limits(config)), tokenizers
+
+    train, held_out, tokenizers = agree(layout, check)
+    return train, held_out, tokenizers, take_run_directory(config, layout, progress)
 
 
 def _train(

@@ -20,6 +20,7 @@ from megatron_gil.config import (
     data_parallel_size,
 )
 from megatron_gil.config_files import dump_config
+from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.models.llama import LlamaSpec, check_layout
 from megatron_gil.planning.command import memory_table, wide_console
 from megatron_gil.planning.memory import GIB, Cut
@@ -27,14 +28,7 @@ from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.workload import Workload, read_workload
 from megatron_gil.training.best import check_keep_best
 from megatron_gil.training.output import new_file
-
-ROLES = {
-    "sft": ("policy",),
-    "reward": ("reward_model",),
-    "dpo": ("policy", "ref_policy"),
-    "ppo": ("policy", "ref_policy", "reward_model", "critic"),
-}
-FALLBACKS = {"ref_policy": "policy", "critic": "reward_model"}
+from megatron_gil.training.tokenizers import FALLBACKS, ROLES, read_tokenizers
 
 
 def dry_run(command: str, config: TrainConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
@@ -49,7 +43,9 @@ def dry_run(command: str, config: TrainConfig, arguments: argparse.Namespace, co
     specs = {role: LlamaSpec.read(directory) for role, directory in directories.items()}
     for spec in specs.values():
         check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
-    data = _read_data(command, config, directories[roles[0]], plan)
+    there = {role: path for role, path in directories.items() if role == roles[0] or _is_there(config, role)}
+    tokenizers = read_tokenizers(command, config, there, specs)
+    data = [*tokenizers.notes, *_read_data(command, config, tokenizers.tokenizer, plan)]
     workload = read_workload(command, config, specs)
     cut = Cut(
         tp_size=parallel.tensor_size,
@@ -78,10 +74,7 @@ def dry_run_answers(config: GenerateConfig | ScoreConfig, arguments: argparse.Na
     spec = LlamaSpec.read(directories[role])
     check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
     new_file(config.output, may_lack_directory=sizes_from is not None)
-    if sizes_from is not None and config.data.train and not Path(config.data.train).exists():
-        notes.append(f"data.train={config.data.train} is not there yet")
-    else:
-        notes.append(_read_questions(config, role, directories[role]))
+    notes += _read_questions(config, role, directories[role], spec, sizes_from)
     console.print(dump_config(config), markup=False)
     notes.append(f"{dp_size} data-parallel rank(s); rows to {config.output}")
     for line in notes:
@@ -89,24 +82,26 @@ def dry_run_answers(config: GenerateConfig | ScoreConfig, arguments: argparse.Na
     return 0
 
 
-def _read_questions(config: GenerateConfig | ScoreConfig, role: str, model_dir: Path) -> str:
-    """What is answered or scored, read as the command would; a line about it."""
+def _read_questions(
+    config: GenerateConfig | ScoreConfig, role: str, directory: Path, spec: LlamaSpec, sizes_from: Path | None
+) -> list[str]:
+    """What is answered or scored, read as the command would; lines about it."""
     from megatron_gil.data.demonstrations import ResponseDataset
     from megatron_gil.data.prompts import PromptDataset
-    from megatron_gil.data.tokenizer import Tokenizer
 
+    command = "generate" if role == "policy" else "score"
+    tokenizers = read_tokenizers(command, config, {role: directory}, {role: spec})
     data = config.data
     if not data.train:
         raise ConfigError("data.train is not set: it is what the command reads; give a file as data.train=PATH")
-    tokenizer = Tokenizer.read(Path(data.tokenizer) if data.tokenizer else model_dir)
-    rows: Any = (
-        PromptDataset(data.train, tokenizer, max_prompt_tokens=data.max_prompt_tokens)
-        if role == "policy"
-        else ResponseDataset(
-            data.train, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens
-        )
-    )
-    return f"data.train={data.train}: {len(rows):,} rows"
+    if sizes_from is not None and not Path(data.train).exists():
+        return [*tokenizers.notes, f"data.train={data.train} is not there yet"]
+    limits = {"max_prompt_tokens": data.max_prompt_tokens}
+    if role == "policy":
+        rows: Any = PromptDataset(data.train, tokenizers.tokenizer, **limits)
+    else:
+        rows = ResponseDataset(data.train, tokenizers.tokenizer, max_tokens=data.max_tokens, **limits)
+    return [*tokenizers.notes, f"data.train={data.train}: {rows.measure()}"]
 
 
 def _find_models(
@@ -134,6 +129,10 @@ def _find_models(
     return directories, notes
 
 
+def _is_there(config: TrainConfig, role: str) -> bool:
+    return Path(getattr(config.models, role) or getattr(config.models, FALLBACKS.get(role, role))).is_dir()
+
+
 def _check_weights(role: str, path: Path, *, scored: bool) -> None:
     """The headers of the weight files: every tensor is there, as config.json says, and no file is cut off."""
     from megatron_gil.models.convert.check import SCORE_HEAD, check_tensors
@@ -147,14 +146,13 @@ def _check_weights(role: str, path: Path, *, scored: bool) -> None:
     check_tensors(files, spec, head, path, others=True)
 
 
-def _read_data(command: str, config: TrainConfig, model_dir: Path, plan: BatchPlan) -> list[str]:
+def _read_data(command: str, config: TrainConfig, tokenizer: Tokenizer, plan: BatchPlan) -> list[str]:
     """Every file is read and checked row by row, as the run would; a line for each."""
     from megatron_gil.data.demonstrations import DemonstrationDataset, TextDataset
     from megatron_gil.data.preferences import PreferenceDataset
     from megatron_gil.data.prompts import PromptDataset
-    from megatron_gil.data.tokenizer import Tokenizer
+    from megatron_gil.training.checks import check_rollout
 
-    tokenizer = Tokenizer.read(Path(config.data.tokenizer) if config.data.tokenizer else model_dir)
     limits = {"max_tokens": config.data.max_tokens, "max_prompt_tokens": config.data.max_prompt_tokens}
     kind: Any = {"sft": DemonstrationDataset, "ppo": PromptDataset}.get(command, PreferenceDataset)
     if command == "ppo":
@@ -162,10 +160,12 @@ def _read_data(command: str, config: TrainConfig, model_dir: Path, plan: BatchPl
     if not config.data.train:
         raise ConfigError("data.train is not set: it is what the command trains on; give a file as data.train=PATH")
     train = kind(config.data.train, tokenizer, **limits)
-    lines = [f"data.train={config.data.train}: {len(train):,} rows, {_length_line(config, len(train))}"]
+    if isinstance(config, PpoConfig):
+        check_rollout(config, plan.dp_size, train)
+    lines = [f"data.train={config.data.train}: {train.measure()}", _length_line(config, len(train))]
     if config.data.eval:
         held_out = kind(config.data.eval, tokenizer, **limits)
-        lines.append(f"data.eval={config.data.eval}: {len(held_out):,} rows")
+        lines.append(f"data.eval={config.data.eval}: {held_out.measure()}")
         if len(held_out) < plan.dp_size:
             raise ConfigError(
                 f"data.eval={config.data.eval}: {len(held_out)} rows are too few for {plan.dp_size} data-parallel "
@@ -180,7 +180,7 @@ def _read_data(command: str, config: TrainConfig, model_dir: Path, plan: BatchPl
             max_tokens=config.data.max_tokens,
             max_prompt_tokens=config.data.max_prompt_tokens,
         )
-        lines.append(f"data.pretrain={config.data.pretrain}: {len(texts):,} rows")
+        lines.append(f"data.pretrain={config.data.pretrain}: {texts.measure()}")
     return lines
 
 

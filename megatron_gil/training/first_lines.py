@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from megatron_gil.config import CommandConfig, TrainConfig
+from megatron_gil.data.dataset import RowDataset
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.kernels import Kernels, attention_backend
 from megatron_gil.parallel.layout import ParallelLayout
@@ -29,16 +31,19 @@ def first_rows(
     *,
     where: Path,
     models: Mapping[str, MegatronModel],
-    data: Mapping[str, Sized | None],
+    data: Mapping[str, RowDataset[Any] | None],
     length: str,
+    notes: Sequence[str] = (),
 ) -> list[FirstRow]:
     """Rows of any command. where: what it writes. models: by role, built. data: key -> rows, None where it is not set.
-    length: how much there is to do."""
+    length: how much there is to do. notes: what else is worth a line. Empty but on rank 0."""
+    if not layout.is_main:
+        return []
     rows = [("writes", str(where)), ("device", _device(layout)), ("layout", _layout(config, layout))]
     rows += [(role, _model(config, role, model)) for role, model in models.items()]
     rows += _kernels(config, layout, list(models.values()))
     rows += [(key, _data(config, key, found)) for key, found in data.items() if found is not None]
-    return [*rows, ("to do", length), ("memory", _memory(layout))]
+    return [*rows, ("to do", length), ("memory", _memory(layout)), *(("note", note) for note in notes)]
 
 
 def print_rows(rows: Sequence[FirstRow], layout: ParallelLayout) -> None:
@@ -108,10 +113,9 @@ def _model(config: CommandConfig, role: str, model: MegatronModel) -> str:
     return f"{count_text(num_parameters(use, Cut(), 0))} parameters, {dtype}, {does}, from {path}"
 
 
-def _data(config: CommandConfig, key: str, rows: Sized) -> str:
-    """The rows of a file. What is cut of them to fit belongs here."""
-    path = getattr(config.data, key.partition(".")[2])
-    return f"{len(rows):,} rows of {path}"
+def _data(config: CommandConfig, key: str, rows: RowDataset[Any]) -> str:
+    """The rows of a file, and what is cut of them to fit."""
+    return f"{getattr(config.data, key.partition('.')[2])}: {rows.measure()}"
 
 
 def _memory(layout: ParallelLayout) -> str:

@@ -24,8 +24,9 @@ from megatron_gil.training.experience import rollout_means, shape_experience, wi
 from megatron_gil.training.grouping import Grouping
 from megatron_gil.training.metrics import Means
 from megatron_gil.training.progress import Progress
+from megatron_gil.training.reward_text import RewardText
 from megatron_gil.training.samples import sample_texts
-from megatron_gil.training.sources import PromptSource, RowSource
+from megatron_gil.training.sources import PromptSource, RowSource, truncated_fraction
 from megatron_gil.types import (
     AllSum,
     Experience,
@@ -69,16 +70,18 @@ class PpoTrainer:
         progress: Progress,
         all_sum: AllSum,
         score_range: tuple[float, float] | None = None,
+        reward_text: RewardText | None = None,
     ) -> None:
         """critic: None where advantages come from comparing a prompt's responses (rloo, grpo). classifier: the group
         classifier's own model; None where it is a head of the critic, or there is none. score_range: of the reward
-        model's training; None where that is not known.
+        model's training; None where that is not known. reward_text: of a reward model with a tokenizer of its own.
         """
         self.config, self.num_iterations = config, config.ppo.iterations
         self.policy, self.ref_policy, self.critic, self.reward_model = policy, ref_policy, critic, reward_model
         self.classifier, self.grouping, self.generator = classifier, grouping, generator
         self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
         self.tokenizer, self.progress, self.all_sum = tokenizer, progress, all_sum
+        self.reward_text = reward_text
         self.moments = ScoreMoments()
         self.alarms = Alarms(
             config.alarms,
@@ -114,9 +117,9 @@ class PpoTrainer:
     def score(self, rollout: Rollout) -> Scores:
         """What every model says of the rollout, before any update."""
 
-        def read(role: str, model: MegatronModel, **kwargs: Any) -> Readout:
-            self.progress.safe_point(f"scoring by {role}", rollout)
-            return model.evaluate(rollout, **kwargs)
+        def read(role: str, model: MegatronModel, rows: Rollout | TokenBatch = rollout, **kwargs: Any) -> Readout:
+            self.progress.safe_point(f"scoring by {role}", rows)
+            return model.evaluate(rows, **kwargs)
 
         policy = read("policy", self.policy, entropy=True, temperature=self.temperature)
         critic = read("critic", self.critic) if self.critic else Readout(values=torch.zeros_like(policy.log_probs))
@@ -127,8 +130,12 @@ class PpoTrainer:
             ref_log_probs=read("ref_policy", self.ref_policy, temperature=self.temperature).log_probs,
             values=critic.values,
             group_probs=self.grouping.probs(rollout, groups),
-            scores=read("reward_model", self.reward_model).scores,
+            scores=read("reward_model", self.reward_model, self._rewarded(rollout, self.prompts)).scores,
         )
+
+    def _rewarded(self, rollout: Rollout, prompts: PromptSource) -> Rollout | TokenBatch:
+        """The rows that the reward model reads."""
+        return self.reward_text.rows(rollout, prompts.dataset) if self.reward_text else rollout
 
     def shape(self, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
         """Rewards, advantages, and the group weights: constants of this iteration."""
@@ -147,9 +154,17 @@ class PpoTrainer:
             mask = rollout.response_mask
             explained = explained_variance(scores.values, experience.returns, mask, all_sum=self.all_sum)
             metrics["critic/explained_variance"] = float(explained)
+        metrics |= self._truncation(rollout)
         metrics["response/duplicate_fraction"] = duplicate_fraction(rollout, self.policy.layout)
         metrics["reward/out_of_range_fraction"] = self.alarms.out_of_range_fraction(scores.scores, self.policy.layout)
         return experience, metrics
+
+    def _truncation(self, rollout: Rollout) -> dict[str, float]:
+        flags = {"data/truncated_fraction": self.prompts.dataset.truncated(rollout.row_ids.tolist())}
+        if self.reward_text:
+            flags["data/reward_truncated_fraction"] = self.reward_text.cut
+        layout = self.policy.layout
+        return {name: truncated_fraction(cut, layout, self.all_sum) for name, cut in flags.items()}
 
     def optimize(self, experience: Experience) -> dict[str, float]:
         """Both halves of the method: the critic with the classifier (stage 1), the policy with omega (stage 2)."""
@@ -244,7 +259,8 @@ class PpoTrainer:
         batches = self.eval_prompts.all_batches(self.generator.micro_size, before_batch)
         rollouts = [self.generator.sample(batch) for batch in batches]
         self.progress.safe_point("evaluation by reward_model")
-        scores = [self.reward_model.evaluate(rollout).scores for rollout in rollouts]
+        rows = [self._rewarded(rollout, self.eval_prompts) for rollout in rollouts]
+        scores = [self.reward_model.evaluate(batch).scores for batch in rows]
         names = self.eval_prompts.dataset.group_names
         parts = [rollout_means(r, s, names) for r, s in zip(rollouts, scores, strict=True)]
         metrics = with_deviations(Means.total(parts).reduce(self.all_sum))
@@ -254,8 +270,12 @@ class PpoTrainer:
         texts = sample_texts(self.last_rollout, self.tokenizer, count)
         scores = self.last_scores
         groups = scores.group_probs.tolist()
-        rows = zip(texts, scores.scores.tolist(), groups, strict=False)
-        return [{**text, "score": score, "group_probs": probs} for text, score, probs in rows]
+        cut = self.prompts.dataset.truncated(self.last_rollout.row_ids.tolist())
+        rows = zip(texts, cut, scores.scores.tolist(), groups, strict=False)
+        return [
+            {**text, **({"prompt_truncated": True} if is_cut else {}), "score": score, "group_probs": probs}
+            for text, is_cut, score, probs in rows
+        ]
 
     def models(self) -> dict[str, TrainableModel]:
         """What a checkpoint holds."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_gil.config import CommandConfig, GenerateConfig, ScoreConfig
 from megatron_gil.data.demonstrations import ResponseDataset
 from megatron_gil.data.prompts import PromptDataset
-from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.parallel.collectives import agree, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.answers import AnswerFile, what_rows_depend_on
-from megatron_gil.training.build import build_frozen, check_model
-from megatron_gil.training.checks import limits, read_tokenizer, require, take_output
+from megatron_gil.training.build import build_frozen
+from megatron_gil.training.checks import check_models, limits, require, take_output
 from megatron_gil.training.first_lines import first_rows, print_rows
 from megatron_gil.training.loop import RunFailed
 from megatron_gil.training.output import new_file
@@ -24,19 +24,20 @@ from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import sample_texts
 from megatron_gil.training.signals import EXIT_STOPPED, StopRequested
 from megatron_gil.training.sources import PromptSource, RowSource
+from megatron_gil.training.tokenizers import RunTokenizers
 
 
 def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress) -> int:
-    """One response per prompt of data.train, into `output`."""
+    """One response per prompt of data.train, into `output`; of a prompt that was cut also what the model read."""
 
-    def check() -> tuple[PromptDataset, Tokenizer, Path]:
-        tokenizer, _ = read_tokenizer(config, "policy")
-        check_model(config, "policy")
+    def check() -> tuple[PromptDataset, RunTokenizers, Path]:
+        tokenizers = check_models("generate", config)
         path = require(config.data.train, "data.train", "its prompts are answered")
-        prompts = PromptDataset(path, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
-        return prompts, tokenizer, new_file(config.output)
+        prompts = PromptDataset(path, tokenizers.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
+        return prompts, tokenizers, new_file(config.output)
 
-    prompts, tokenizer, output = agree(layout, check)
+    prompts, tokenizers, output = agree(layout, check)
+    tokenizer = tokenizers.tokenizer
     depends_on = what_rows_depend_on(config, "models.policy", "data.train", "data.tokenizer")
     take_output(config, layout, progress)
     answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(prompts))
@@ -45,7 +46,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
         progress.safe_point("building policy")
         policy = build_frozen(config, "policy", "lm", layout)
         generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
-        _say_first(config, layout, answers, {"policy": policy}, prompts)
+        _say_first(config, layout, answers, {"policy": policy}, prompts, tokenizers)
 
         def before_batch() -> None:
             answers.flush()
@@ -59,7 +60,8 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
                 batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
             ):
                 label = {"group": prompts.group_names[group]} if group >= 0 else {}
-                answers.add({row_id: {**prompts.fields(row_id), "response": text["response"], **label}})
+                read = {"prompt_read": text["prompt"]} if prompts.truncated([row_id])[0] else {}
+                answers.add({row_id: {**prompts.fields(row_id), **read, "response": text["response"], **label}})
 
     return _collect(answers, answer_all, progress)
 
@@ -67,13 +69,13 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
 def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> int:
     """The reward model's score of every {prompt, response} of data.train, into `output`."""
 
-    def check() -> tuple[ResponseDataset, Path]:
-        tokenizer, _ = read_tokenizer(config, "reward_model")
-        check_model(config, "reward_model", scored=True)
+    def check() -> tuple[ResponseDataset, RunTokenizers, Path]:
+        tokenizers = check_models("score", config)
         path = require(config.data.train, "data.train", "its responses are scored")
-        return ResponseDataset(path, tokenizer, **limits(config)), new_file(config.output)
+        responses = ResponseDataset(path, tokenizers.tokenizer, **limits(config))
+        return responses, tokenizers, new_file(config.output)
 
-    responses, output = agree(layout, check)
+    responses, tokenizers, output = agree(layout, check)
     depends_on = what_rows_depend_on(config, "models.reward_model", "data.train", "data.tokenizer")
     take_output(config, layout, progress)
     answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(responses))
@@ -81,7 +83,7 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
     def answer_all() -> None:
         progress.safe_point("building reward_model")
         model = build_frozen(config, "reward_model", "score", layout)
-        _say_first(config, layout, answers, {"reward_model": model}, responses)
+        _say_first(config, layout, answers, {"reward_model": model}, responses, tokenizers)
 
         def before_batch() -> None:
             answers.flush()
@@ -115,10 +117,20 @@ def _check_scores(without: dict[int, float], config: ScoreConfig, layout: Parall
 
 
 def _say_first(
-    config: CommandConfig, layout: ParallelLayout, answers: AnswerFile, models: Mapping[str, MegatronModel], rows: Sized
+    config: CommandConfig,
+    layout: ParallelLayout,
+    answers: AnswerFile,
+    models: Mapping[str, MegatronModel],
+    rows: Any,
+    tokenizers: RunTokenizers,
 ) -> None:
     length, data = f"{len(rows) - len(answers.done):,} rows", {"data.train": rows}
-    print_rows(first_rows(config, layout, where=answers.output, models=models, data=data, length=length), layout)
+    print_rows(
+        first_rows(
+            config, layout, where=answers.output, models=models, data=data, length=length, notes=tokenizers.notes
+        ),
+        layout,
+    )
 
 
 def _collect(answers: AnswerFile, answer_all: Callable[[], None], progress: Progress) -> int:

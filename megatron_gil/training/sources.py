@@ -5,14 +5,16 @@ What iteration k gets is a pure function of (seed, k): no position is kept, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
+
+import torch
 
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.sampler import Sampler
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.types import PromptBatch
+from megatron_gil.types import AllSum, PromptBatch
 
 Rows = TypeVar("Rows")
 
@@ -81,6 +83,12 @@ def _deal(num_rows: int, size: int, layout: ParallelLayout, done: Collection[int
     step = size * layout.dp_size
     left = [[row for row in range(i, min(i + step, num_rows)) if row not in done] for i in range(0, num_rows, step)]
     return [[row for row in rows if row % layout.dp_size == layout.dp_rank] for rows in left if rows]
+
+
+def truncated_fraction(flags: Sequence[bool], layout: ParallelLayout, all_sum: AllSum) -> float:
+    """Share of rows over all data-parallel ranks; `flags` says which of this rank's were cut to fit."""
+    num_cut, num_rows = all_sum(torch.tensor([sum(flags), len(flags)], device=layout.device)).tolist()
+    return num_cut / num_rows
 
 
 def to_device(batch: Rows, layout: ParallelLayout) -> Rows:

@@ -21,7 +21,7 @@ from megatron_gil.parallel.collectives import share_from_last_pp_stage
 from megatron_gil.training.metrics import Means
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.samples import row_samples
-from megatron_gil.training.sources import RowSource
+from megatron_gil.training.sources import RowSource, truncated_fraction
 from megatron_gil.types import AllSum, LossSum, Metrics, PreferenceBatch, Readout, TokenBatch
 
 
@@ -76,8 +76,10 @@ class SupervisedTrainer:
         num_tokens = float(self._all_sum(batch.lengths.sum()))
         seconds = time.perf_counter() - started
         own = {name if "/" in name else f"{self._role}/{name}": value for name, value in metrics.items()}
+        cut = self._rows.dataset.truncated(batch.row_ids.tolist())
         return {
             **own,
+            "data/truncated_fraction": truncated_fraction(cut, self._rows.layout, self._all_sum),
             "time/data_s": loaded - started,
             "time/iteration_s": seconds,
             "time/tokens_per_s": num_tokens / seconds,

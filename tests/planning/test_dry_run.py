@@ -20,6 +20,7 @@ from megatron_gil.cli import main
 def ppo(world: Path, *more: str) -> list[str]:
     models = (f"models.policy={world / 'policy'}", f"models.reward_model={world / 'reward_model'}")
     sizes = ("batch.global_size=16", "batch.micro_size=4", "ppo.prompts=16", "sampling.max_new_tokens=8")
+    sizes = (*sizes, "data.max_prompt_tokens=40")
     return ["ppo", f"run.dir={world / 'never'}", f"data.train={world / 'prompts.jsonl'}", *models, *sizes, *more]
 
 
@@ -30,7 +31,8 @@ def test_every_rank_and_model_is_shown(world: Path, capsys: pytest.CaptureFixtur
         "each of ranks 0 to 1: layers 0 to 0, embedding",
         "each of ranks 2 to 3: layers 1 to 1, head",
         "1 tensor- x 2 pipeline- x 2 data-parallel",
-        "prompts.jsonl: 24 rows, 2,000 iterations of 16 prompts",
+        "prompts.jsonl: 24 rows, none cut to data.max_prompt_tokens=40; the longest has ",
+        "2,000 iterations of 16 prompts",
         "global_size: 16",
         "KV cache",
         *("policy", "ref_policy", "critic", "reward_model", "rollout", "update critic"),

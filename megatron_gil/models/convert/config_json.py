@@ -68,7 +68,7 @@ def write_small_files(config: dict[str, Any], head: Head, tokenizer: Tokenizer, 
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     if head != "lm":
-        _set_pad_token(target, tokenizer.token(config["pad_token_id"]))
+        _set_pad_token(target, tokenizer.token(config["pad_token_id"]) or "")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
