@@ -6,12 +6,20 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo paper test faults soak fuzz lint clean
+ifeq ($(SETUP),no)
+RUN := PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PYTHON)
+else
+RUN := $(BIN)/python
+endif
+
+.PHONY: help setup demo paper test gpu faults soak fuzz lint clean
 
 help:
 	@echo "make demo    the whole pipeline in miniature, ending in runs/demo/report.html (under 10 minutes on two cores)"
 	@echo "make paper   every method on five seeds, into runs/paper/results (under 100 minutes on two cores, restartable)"
 	@echo "make test    every test that needs no GPU (under 10 minutes on two cores)"
+	@echo "make gpu     on a machine with a CUDA GPU: its tests and benchmark, into runs/gpu (under 8 minutes on one H200);"
+	@echo "             make gpu SETUP=no PYTHON=python3 makes no .venv and takes that Python as it is (docs/gpu.md)"
 	@echo "make faults  every stop, kill and failed save, in every phase; longer than make test"
 	@echo "make soak    a hundred random kill -9s of a PPO run, then its weights compared with a run never killed"
 	@echo "make fuzz    15,000 damaged or made-up files and settings through every reader"
@@ -34,6 +42,13 @@ paper: setup
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --ignore tests/slurm
 	$(BIN)/python -m pytest -m "not gpu and not long" tests/slurm
+
+# Started again it goes on with the tests that have not passed and with what is not measured yet.
+gpu: $(if $(filter no,$(SETUP)),,setup)
+	@failed=0; \
+	$(RUN) -m pytest -m gpu tests/gpu --record runs/gpu/results.json || failed=1; \
+	$(RUN) tools/bench.py gpu --resume --json runs/gpu/results.json --markdown runs/gpu/results.md || failed=1; \
+	exit $$failed
 
 faults: setup
 	$(BIN)/python -m pytest -m "not gpu" tests/faults

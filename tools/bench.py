@@ -2,6 +2,7 @@
 
 python tools/bench.py convert [--size-gib 2] [--rounds 7] [--directory DIR]
 python tools/bench.py ppo [--rounds 9] [--threads 2]
+python tools/bench.py gpu [--resume] [--shapes 160m,1.3b,3b] [--json FILE] [--markdown FILE] [--device cpu]
 """
 
 from __future__ import annotations
@@ -23,16 +24,45 @@ def main(arguments: list[str] | None = None) -> int:
     ppo = benches.add_parser("ppo", help=text, description=text)
     ppo.add_argument("--rounds", type=int, default=9, help="interleaved steps of each (default 9)")
     ppo.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
+    text = "training, scoring, decoding and PPO-GIL on one GPU, as shares of what the GPU can do"
+    gpu = benches.add_parser("gpu", help=text, description=text)
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the script")
+    gpu.add_argument(
+        "--shapes", metavar="NAMES", help="of 160m, 1.3b, 3b and tiny (default: the three; on the CPU, tiny)"
+    )
+    gpu.add_argument("--json", type=Path, default=Path("runs/gpu/results.json"), metavar="FILE")
+    gpu.add_argument("--markdown", type=Path, default=Path("runs/gpu/results.md"), metavar="FILE")
+    gpu.add_argument("--resume", action="store_true", help="measure only what the JSON file does not hold yet")
     given = parser.parse_args(arguments)
     if given.bench == "convert":
         from bench_convert import bench_convert
 
         print(bench_convert(size=int(given.size_gib * 2**30), rounds=given.rounds, directory=given.directory))
-    else:
+    elif given.bench == "ppo":
         from bench_ppo import bench_ppo
 
         print(bench_ppo(rounds=given.rounds, num_threads=given.threads))
+    else:
+        return _gpu(given)
     return 0
+
+
+def _gpu(given: argparse.Namespace) -> int:
+    from bench_gpu import bench_gpu, parse_shapes
+
+    from megatron_gil.config import ConfigError
+
+    try:
+        return bench_gpu(
+            device=given.device,
+            shapes=parse_shapes(given.shapes, given.device),
+            json_file=given.json,
+            markdown_file=given.markdown,
+            resume=given.resume,
+        )
+    except ConfigError as error:
+        print(f"bench gpu: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

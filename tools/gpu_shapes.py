@@ -1,0 +1,159 @@
+"""Llamas and workloads of `bench.py gpu`: sizes, the operations and bytes they cost, and what `plan` says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_gil import config as c
+from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.planning.memory import OVERHEAD_BYTES, Cut, ModelUse, num_parameters
+from megatron_gil.planning.rank import rank_memory
+from megatron_gil.planning.workload import read_workload
+
+
+def _llama(
+    hidden_size: int, ffn_size: int, num_layers: int, num_heads: int, num_kv_heads: int, vocab_size: int, tied: bool
+) -> LlamaSpec:
+    return LlamaSpec(
+        hidden_size=hidden_size,
+        ffn_size=ffn_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        vocab_size=vocab_size,
+        max_positions=4096,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tied=tied,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+SHAPES = {
+    "160m": _llama(768, 3072, 12, 12, 12, 32000, False),  # JackFram/llama-160m
+    "1.3b": _llama(2048, 5504, 24, 16, 16, 32000, False),  # Sheared-LLaMA 1.3B
+    "3b": _llama(3072, 8192, 28, 24, 8, 128256, True),  # Llama 3.2 3B: grouped-query attention, a large vocabulary
+    "tiny": _llama(64, 160, 2, 4, 2, 301, False),  # for the script's own test
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Rows and lengths of the measurements, and how often each is taken."""
+
+    rows: int = 32
+    tokens: int = 1024
+    """Of a row that is trained on or scored."""
+    decoded_rows: int = 64
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    prompts: int = 16
+    responses_per_prompt: int = 2
+    iteration_prompt_tokens: int = 256
+    warm_up: int = 2
+    repetitions: int = 5
+    product_size: int = 8192
+    """Rows and columns of the matrices whose product measures the device."""
+    copy_bytes: int = 4 << 30
+
+
+TINY_WORK = Work(
+    rows=4,
+    tokens=32,
+    decoded_rows=4,
+    prompt_tokens=12,
+    new_tokens=6,
+    prompts=2,
+    responses_per_prompt=2,
+    iteration_prompt_tokens=8,
+    warm_up=1,
+    repetitions=3,
+    product_size=256,
+    copy_bytes=1 << 22,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A config that should fit, and the bytes that `plan` gives its tensors (without its OVERHEAD_BYTES)."""
+
+    config: Any
+    tensor_bytes: int
+
+
+def plan_train(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | None:
+    """SFT with the largest microbatch that fits; None where none does."""
+
+    def config(micro_size: int, recompute: Any) -> c.SftConfig:
+        return c.SftConfig(
+            run=c.TrainingRunSection(dir="unused"),
+            models=c.ModelsSection(dtype="bfloat16", recompute=recompute),
+            data=c.DataSection(max_tokens=work.tokens),
+            batch=c.BatchSection(global_size=work.rows, micro_size=micro_size),
+            optimizer=c.OptimizerSection(lr=1e-6),
+        )
+
+    return _first_that_fits("sft", {"policy": spec}, config, work.rows, memory_bytes)
+
+
+def plan_iteration(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | None:
+    """PPO-GIL with four models of this size, and both updates in every iteration."""
+    rows = work.prompts * work.responses_per_prompt
+
+    def config(micro_size: int, recompute: Any) -> c.PpoConfig:
+        optimizer = c.OptimizerSection(lr=1e-6)
+        return c.PpoConfig(
+            run=c.TrainingRunSection(dir="unused"),
+            models=c.ModelsSection(dtype="bfloat16", recompute=recompute),
+            data=c.DataSection(max_prompt_tokens=work.iteration_prompt_tokens),
+            batch=c.BatchSection(global_size=rows, micro_size=micro_size),
+            optimizer=optimizer,
+            critic_optimizer=optimizer,
+            sampling=c.SamplingSection(max_new_tokens=work.new_tokens, micro_size=rows),
+            ppo=c.PpoSection(prompts=work.prompts, responses_per_prompt=work.responses_per_prompt),
+            gil=c.GilSection(warmup_updates=0, ramp_updates=0),
+        )
+
+    specs: dict[str, LlamaSpec] = {role: spec for role in ("policy", "ref_policy", "critic", "reward_model")}
+    return _first_that_fits("ppo", specs, config, rows, memory_bytes)
+
+
+def _first_that_fits(
+    command: str, specs: dict[str, LlamaSpec], config: Callable[[int, Any], Any], rows: int, memory_bytes: int
+) -> Plan | None:
+    for recompute in ("none", "full"):
+        for micro_size in _halves(min(rows, 16)):
+            tried = config(micro_size, recompute)
+            rank = rank_memory(read_workload(command, tried, specs), Cut(), 0)
+            if rank.peak <= memory_bytes:
+                return Plan(config=tried, tensor_bytes=rank.peak - OVERHEAD_BYTES)
+    return None
+
+
+def _halves(size: int) -> Iterator[int]:
+    while size:
+        yield size
+        size //= 2
+
+
+def forward_flops(spec: LlamaSpec, num_tokens: int) -> float:
+    """Of one token in a row of `num_tokens`: 2 for each weight that it is multiplied with, the head's among them, the
+    embedding's not; and causal attention's two products, each over half the row on average."""
+    weights = num_parameters(_use(spec), Cut(), 0) - spec.vocab_size * spec.hidden_size * (not spec.tied)
+    return 2 * weights + 2 * spec.num_layers * spec.num_heads * spec.head_dim * num_tokens
+
+
+def decoding_bytes(spec: LlamaSpec, num_rows: int, num_columns: float) -> float:
+    """What one decoding step must read in bfloat16: every weight but the embedding, and the key-value cache."""
+    cache = 2 * spec.num_layers * num_rows * num_columns * spec.num_kv_heads * spec.head_dim
+    return 2 * (forward_flops(spec, 0) / 2 + cache)
+
+
+def _use(spec: LlamaSpec) -> ModelUse:
+    return ModelUse(role="policy", spec=spec, head="lm", trained=False)
