@@ -1,8 +1,9 @@
 # Two commands do everything: `make demo` and `make test`. Both set up .venv first; a second run installs nothing.
+# Any of them takes PYTHON=python3.12, or python3.13.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed-$(notdir $(PYTHON))
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -29,7 +30,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(wildcard $@),,--clear) $(VENV)  # another Python than before: made anew
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[judge,test,peer]'
 	touch $@
 

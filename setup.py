@@ -11,9 +11,9 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_gil", "megatron_gil.*"]),
     package_data={"megatron_gil.demo": ["recipes/*.yaml"]},
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",  # megatron-core 0.16.1 has wheels for no other
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.11",  # tested with 2.11 and 2.13
         "megatron-core>=0.16.1,<0.17",
         "transformers>=4.50",  # Llama configs and tokenizers; not needed by the engine
         "datasets>=4.0",
@@ -30,7 +30,9 @@ setup(
     ],
     extras_require={
         "judge": ["openai"],
-        "gpu": ["transformer-engine[pytorch]"],  # Apex comes from NVIDIA's source: `apex` on PyPI is another project
+        # What megatron-core 0.16.1 takes, for CUDA 13, as PyPI's torch is. Apex comes from NVIDIA's source: `apex` on PyPI
+        # is another project.
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "peer": ["trl==1.12.0"],  # tests/peer compares with its private functions too: no other version will do
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"],
     },

@@ -120,8 +120,8 @@ def plan_iteration(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | Non
             gil=c.GilSection(warmup_updates=0, ramp_updates=0),
         )
 
-    specs: dict[str, LlamaSpec] = {role: spec for role in ("policy", "ref_policy", "critic", "reward_model")}
-    return _first_that_fits("ppo", specs, config, rows, memory_bytes)
+    roles: list[str] = ["policy", "ref_policy", "critic", "reward_model"]
+    return _first_that_fits("ppo", dict.fromkeys(roles, spec), config, rows, memory_bytes)
 
 
 def _first_that_fits(

@@ -1,4 +1,4 @@
-"""Host synchronisations on a real GPU, counted by the line that made them, and set against another count of the same."""
+"""Host synchronisations on a real GPU, counted by the line that made them, and compared with another count."""
 
 from __future__ import annotations
 
