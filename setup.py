@@ -30,8 +30,8 @@ setup(
     ],
     extras_require={
         "judge": ["openai"],
-        # What megatron-core 0.16.1 takes, for CUDA 13, as PyPI's torch is. Apex comes from NVIDIA's source: `apex` on PyPI
-        # is another project.
+        # As megatron-core 0.16.1 asks; for CUDA 13, as PyPI's torch is. Apex comes from NVIDIA's source: `apex` on
+        # PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "peer": ["trl==1.12.0"],  # tests/peer compares with its private functions too: no other version will do
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"],

@@ -79,6 +79,10 @@ TINY_WORK = Work(
 )
 
 
+EASILY = 0.9
+"""Of the device's memory: what a plan may need, so that its error does not end the measurement."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """A config that should fit, and the bytes that `plan` gives its tensors (without its OVERHEAD_BYTES)."""
@@ -99,7 +103,7 @@ def plan_train(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | None:
             optimizer=c.OptimizerSection(lr=1e-6),
         )
 
-    return _first_that_fits("sft", {"policy": spec}, config, work.rows, memory_bytes)
+    return _choose("sft", {"policy": spec}, config, work.rows, memory_bytes)
 
 
 def plan_iteration(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | None:
@@ -121,19 +125,22 @@ def plan_iteration(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | Non
         )
 
     roles: list[str] = ["policy", "ref_policy", "critic", "reward_model"]
-    return _first_that_fits("ppo", dict.fromkeys(roles, spec), config, rows, memory_bytes)
+    return _choose("ppo", dict.fromkeys(roles, spec), config, rows, memory_bytes)
 
 
-def _first_that_fits(
+def _choose(
     command: str, specs: dict[str, LlamaSpec], config: Callable[[int, Any], Any], rows: int, memory_bytes: int
 ) -> Plan | None:
+    """The largest microbatch that fits easily, without recomputation where that goes; else what needs least."""
+    plans = []
     for recompute in ("none", "full"):
         for micro_size in _halves(min(rows, 16)):
             tried = config(micro_size, recompute)
-            rank = rank_memory(read_workload(command, tried, specs), Cut(), 0)
-            if rank.peak <= memory_bytes:
-                return Plan(config=tried, tensor_bytes=rank.peak - OVERHEAD_BYTES)
-    return None
+            peak = rank_memory(read_workload(command, tried, specs), Cut(), 0).peak
+            plans.append(Plan(config=tried, tensor_bytes=peak - OVERHEAD_BYTES))
+    within = [plan for plan in plans if plan.tensor_bytes + OVERHEAD_BYTES <= memory_bytes]
+    easily = [plan for plan in within if plan.tensor_bytes + OVERHEAD_BYTES <= EASILY * memory_bytes]
+    return easily[0] if easily else min(within, key=lambda plan: plan.tensor_bytes, default=None)
 
 
 def _halves(size: int) -> Iterator[int]:

@@ -23,8 +23,8 @@ TIMEOUT_S = 300
 
 
 def start(device: str, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`python -m module` to its end; on the CPU it sees no GPU."""
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    """`python -m module` to its end; only on the device `cuda` it sees a GPU."""
+    environment = os.environ | ({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
 
@@ -49,7 +49,7 @@ class Sides:
         if not wide.exists():
             make_llama(wide, **WIDE)
         more: list[object] = []
-        if dtype != "float32":
+        if device != "pretended" and dtype != "float32":
             self.of("cpu")
             more = ["--rollout", self.place / "cpu_float32.pt"]
         inputs = ["--world", self.world, "--wide", wide, "--device", device, "--dtype", dtype, "--out", out]

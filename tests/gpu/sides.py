@@ -9,6 +9,8 @@ megatron-core for as long as the process lives where there is none.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo import PpoTrainer
 from megatron_gil.training.supervised import sft_loss
 from megatron_gil.types import Rollout, TokenBatch
-from tests.gpu.synchronisations import count_synchronisations
+from tests.gpu.synchronisations import count_pretended, count_synchronisations
 from tests.training.running import (
     ONE,
     GradientModel,
@@ -60,13 +62,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("world", "wide", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda", "pretended"), required=True)
     parser.add_argument("--dtype", choices=tuple(DTYPES), required=True)
     parser.add_argument("--rollout", type=Path, help="another side's file: score and learn from its samples")
     given = parser.parse_args()
     torch.set_float32_matmul_precision("highest")  # no TF32
     torch.backends.cudnn.allow_tf32 = False
     dtype = DTYPES[given.dtype]
+    if given.device == "pretended":
+        torch.save(pretended_synchronisations(given.world, dtype), given.out)
+        return
     with parallel(ONE) as layout:
         assert layout.device.type == given.device, f"this process runs on {layout.device}"
         rollout = None if given.rollout is None else _read_rollout(given.rollout, layout)
@@ -76,7 +81,9 @@ def main() -> None:
             "samples": {} if rollout else samples(given.world, layout, dtype),
             "iteration": iteration(given.world, layout, dtype, rollout),
             "updates": {} if rollout else updates(given.world, layout, dtype),
-            "synchronisations": synchronisations(given.world, layout, dtype) if given.device == "cuda" else {},
+            "synchronisations": {}
+            if given.device == "cpu"
+            else synchronisations(given.world, layout, dtype, count_synchronisations()),
         }
     torch.save(_on_host(found), given.out)
 
@@ -139,13 +146,24 @@ def updates(world: Path, layout: ParallelLayout, dtype: torch.dtype) -> Found:
     return {"metrics": metrics, "moved": moved}
 
 
-def synchronisations(world: Path, layout: ParallelLayout, dtype: torch.dtype) -> Found:
+def synchronisations(
+    world: Path, layout: ParallelLayout, dtype: torch.dtype, counted: AbstractContextManager[Counter[str]]
+) -> Found:
     """Host synchronisations by line, in the second of two iterations: the first one makes what stays."""
     trainer = _learner(world, layout, dtype)
     trainer.iterate(0)
-    with count_synchronisations() as counts:
+    with counted as counts:
         trainer.iterate(1)
     return dict(counts)
+
+
+def pretended_synchronisations(world: Path, dtype: torch.dtype) -> Found:
+    """The same on a pretended GPU."""
+    from tests.pretend.device import pretended_gpus
+
+    with pretended_gpus() as report, parallel(ONE) as layout:
+        assert layout.device.type == "cuda", f"this process runs on {layout.device}"
+        return {"synchronisations": synchronisations(world, layout, dtype, count_pretended(report))}
 
 
 def _learner(world: Path, layout: ParallelLayout, dtype: torch.dtype) -> PpoTrainer:

@@ -30,6 +30,16 @@ def count_synchronisations() -> Iterator[Counter[str]]:
 
 
 @contextmanager
+def count_pretended(report: Any) -> Iterator[Counter[str]]:
+    """The same of a pretended device, from its report (tests/pretend)."""
+    counts: Counter[str] = Counter()
+    before = report.syncs.copy()
+    yield counts
+    for sync, count in (report.syncs - before).items():
+        counts[sync.line.number.split(" > ")[0]] += count
+
+
+@contextmanager
 def record_lines(text: str, counts: Counter[str]) -> Iterator[None]:
     """Counts the warnings that say `text` by the line of this project that they come from; others are shown."""
     show = warnings.showwarning
@@ -41,7 +51,7 @@ def record_lines(text: str, counts: Counter[str]) -> Iterator[None]:
             show(message, *args, **kwargs)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always")
+        warnings.filterwarnings("always", message=text)
         warnings.showwarning = count  # type: ignore[assignment]  catch_warnings puts the old one back
         yield
 

@@ -10,8 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.gpu.compare import apart
-from tests.gpu.processes import Sides, compare_runs, ppo_arguments, start, write_long_world
-from tests.gpu.synchronisations import compare_counts
+from tests.gpu.processes import compare_runs, ppo_arguments, start, write_long_world
 
 pytestmark = pytest.mark.gpu
 
@@ -92,10 +91,3 @@ def test_out_of_memory_is_one_line(command: str, expected: list[str], world: Pat
     assert len(said) == 1, done.stderr[-3000:]
     for text in (f"megatron-gil {command}: rank 0: ", *expected):
         assert text in said[0]
-
-
-def test_the_pretended_device_synchronises_where_the_real_one_does(sides: Sides) -> None:
-    pretend = pytest.importorskip("tests.pretend", reason="the pretended device is not part of this checkout")
-    real = sides.of("cuda")["synchronisations"]
-    assert sum(real.values()) > 0
-    assert compare_counts(real, pretend.count_synchronisations_of_an_iteration(sides.world)) == []

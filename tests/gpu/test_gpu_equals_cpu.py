@@ -9,6 +9,7 @@ import torch
 
 from tests.gpu.compare import apart, flatten, norm_distance
 from tests.gpu.processes import Sides
+from tests.gpu.synchronisations import compare_counts
 
 pytestmark = pytest.mark.gpu
 
@@ -57,3 +58,10 @@ def test_the_first_kl_is_exactly_0_and_the_first_ratio_exactly_1(dtype: str, sid
     for name in ("policy/kl", "policy/kl_sequence", "policy/approx_kl", "policy/clip_fraction"):
         assert metrics[name] == 0.0, name
     assert metrics["policy/ratio"] == 1.0
+
+
+def test_the_pretended_gpu_synchronises_where_the_real_one_does(sides: Sides) -> None:
+    pytest.importorskip("tests.pretend", reason="this checkout has no tests/pretend")
+    real, pretended = (sides.of(device)["synchronisations"] for device in ("cuda", "pretended"))
+    assert sum(real.values()) > 0
+    assert compare_counts(real, pretended) == []
