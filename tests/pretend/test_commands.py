@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.faults.running import final_weights, metrics_of
-from tests.pretend.running import LAYOUTS, Answer, embeddings_as_on_the_cpu, losses_not_a_number, run_commands, settings
+from tests.pretend.running import (
+    LAYOUTS,
+    Answer,
+    embeddings_as_on_the_cpu,
+    losses_not_a_number,
+    models_left_where_they_were_made,
+    run_commands,
+    settings,
+)
+from tests.ranks import RankError
 from tests.world import write_rows
 
 OWN_MODEL = ("gil.classifier=own_model",)
@@ -140,3 +149,8 @@ def test_pretending_changes_no_value(root: Path, tmp_path: Path) -> None:
         assert (answer.num_launches > 0) == pretend
     assert metrics_of(tmp_path / "pretended") == metrics_of(tmp_path / "plain")
     assert final_weights(tmp_path / "pretended") == final_weights(tmp_path / "plain")
+
+
+def test_a_mistake_in_the_package_is_refused_with_its_line(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"DeviceMistake.* at megatron_gil/models/norm\.py:\d+\)"):
+        run_commands(root, 1, [settings("sft", root, tmp_path / "run")], change=models_left_where_they_were_made)
