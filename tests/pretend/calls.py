@@ -16,9 +16,14 @@ from tests.pretend.report import Report, find_line
 # Past what the shim for megatron.core may have put in the place of Tensor.cuda and Tensor.type in this process.
 BASE: Any = torch._C.TensorBase
 
+
+def _getter(name: str) -> Any:
+    return inspect.getattr_static(Tensor, name).__get__
+
+
 # Reading `shape`, `grad`, ... makes nothing on any device.
 _ATTRIBUTES = frozenset(
-    found.__get__ for name in dir(Tensor) if inspect.isgetsetdescriptor(found := inspect.getattr_static(Tensor, name))
+    _getter(n) for n in dir(Tensor) if inspect.isgetsetdescriptor(inspect.getattr_static(Tensor, n))
 )
 
 
@@ -29,9 +34,9 @@ class Calls(TorchFunctionMode):
         super().__init__()
         self._places, self._report = places, report
         self._answers: dict[Any, Callable[..., Any]] = {
-            Tensor.device.__get__: places.of,
-            Tensor.is_cuda.__get__: self._is_on_gpu,
-            Tensor.is_cpu.__get__: lambda tensor: not self._is_on_gpu(tensor),
+            _getter("device"): places.of,
+            _getter("is_cuda"): self._is_on_gpu,
+            _getter("is_cpu"): lambda tensor: not self._is_on_gpu(tensor),
             Tensor.get_device: lambda tensor: places.of(tensor).index if self._is_on_gpu(tensor) else -1,
             Tensor.numpy: self._host_only(Tensor.numpy),
             Tensor.__array__: self._host_only(Tensor.__array__),

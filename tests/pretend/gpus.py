@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import os
 import types
@@ -41,8 +42,9 @@ def answered_by(places: Places, report: Report, calls: TorchFunctionMode) -> Ite
                 stack.enter_context(mock.patch.object(torch.cuda.random, name, value))
         engine = _Engine(Variable._execution_engine, places, calls)
         stack.enter_context(mock.patch.object(Variable, "_execution_engine", engine))
-        hooks = _under(calls, torch._C._autograd._push_saved_tensors_default_hooks)
-        stack.enter_context(mock.patch.object(torch._C._autograd, "_push_saved_tensors_default_hooks", hooks))
+        graph: Any = importlib.import_module("torch._C._autograd")
+        hooks = _under(calls, graph._push_saved_tensors_default_hooks)
+        stack.enter_context(mock.patch.object(graph, "_push_saved_tensors_default_hooks", hooks))
         for name in ("cuda", "type"):
             stack.enter_context(mock.patch.object(torch.Tensor, name, getattr(BASE, name)))
         for name in ("init_process_group", "new_group"):

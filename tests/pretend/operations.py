@@ -33,16 +33,16 @@ class Operations(TorchDispatchMode):
         else:
             device = self._check(func, rule, args, kwargs, tensors)
         target = self._target(rule, device, bool(tensors))
-        is_on_gpu = rule is not None and "cuda" in (device.type, target.type)
-        if is_on_gpu:
+        kernel = rule if "cuda" in (device.type, target.type) else None
+        if kernel is not None:
             self._check_beside(func, args, kwargs)
         known = {_storage(tensor) for tensor in tensors}
         result = func(*args, **kwargs)
         for output in () if rule is not None and rule.check is Check.NONE else tensors_in(result):
             if _storage(output) not in known:
                 self._places.put(output, target)
-        if is_on_gpu:
-            self._count(func, rule, args, kwargs)
+        if kernel is not None:
+            self._count(func, kernel, args, kwargs)
         return result
 
     def _target(self, rule: Rule | None, device: torch.device, has_tensors: bool) -> torch.device:
@@ -63,7 +63,8 @@ class Operations(TorchDispatchMode):
             return self._alike(func, tensors)
         if rule.check is Check.LISTS:
             return self._alike(func, tensors_in(*(a for a in args if isinstance(a, list | tuple))))
-        written = [args[i] if isinstance(i, int) and i < len(args) else kwargs.get(i) for i in rule.written]
+        given = dict(enumerate(args)) | kwargs
+        written = [given.get(key) for key in rule.written]
         if rule.check in (Check.ITERATOR, Check.SCALARS):
             return self._iterate(func, tensors, list(tensors_in(written)), takes_one=rule.check is Check.ITERATOR)
         columns = [list(a) for a in (*args, *kwargs.values()) if isinstance(a, list | tuple)]

@@ -143,6 +143,7 @@ NOT_DETERMINISTIC: dict[str, tuple[tuple[str, ...], Refuses]] = {
     "torch.nn.AdaptiveMaxPool2d": (("adaptive_max_pool2d_backward",), _always),
     "torch.nn.FractionalMaxPool2d": (("fractional_max_pool2d_backward",), _always),
     "torch.nn.FractionalMaxPool3d": (("fractional_max_pool3d_backward",), _always),
+    "torch.nn.MaxPool3d": (("max_pool3d_with_indices_backward",), _always),  # of torch 2.11; not of 2.13
     "torch.nn.MaxUnpool1d": (("max_unpool2d",), _always),
     "torch.nn.MaxUnpool2d": (("max_unpool2d",), _always),
     "torch.nn.MaxUnpool3d": (("max_unpool3d",), _always),
@@ -159,7 +160,6 @@ NOT_DETERMINISTIC: dict[str, tuple[tuple[str, ...], Refuses]] = {
     "torch.Tensor.put_": (("put_",), _always),
     "torch.histc": (("histc",), _always),
     "torch.bincount": (("bincount",), _has_weights),
-    "torch.kthvalue": (("kthvalue",), _always),
     "torch.median": (("median.dim", "nanmedian.dim"), _always),
     "torch.nn.functional.grid_sample": (("grid_sampler_2d_backward", "grid_sampler_3d_backward"), _always),
     "torch.cumsum": (("cumsum", "cumsum_"), _is_not_integral),

@@ -133,3 +133,10 @@ def embeddings_as_on_the_cpu() -> Iterator[None]:
     made = transformer.TransformerConfig
     with mock.patch.object(transformer, "TransformerConfig", lambda **k: made(**{**k, "deterministic_mode": False})):
         yield
+
+
+@contextlib.contextmanager
+def models_left_where_they_were_made() -> Iterator[None]:
+    """megatron's layers on the GPU, and the norms between them not."""
+    with mock.patch.object(transformer.GPTModel, "to", lambda model, device: model):
+        yield

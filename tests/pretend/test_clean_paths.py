@@ -235,7 +235,7 @@ def _collectives() -> list[float]:
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-        group = dist.new_group([0, 1], backend="nccl")
+        group: Any = dist.new_group([0, 1], backend="nccl")
         x = torch.full((4,), rank + 1.0, device=device)
         dist.all_reduce(x, group=group)
         parts = [torch.empty_like(x) for _ in range(world_size)]

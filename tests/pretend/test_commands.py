@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.faults.running import final_weights, metrics_of
-from tests.pretend.running import LAYOUTS, Answer, embeddings_as_on_the_cpu, losses_not_a_number, run_commands, settings
+from tests.pretend.running import (
+    LAYOUTS,
+    Answer,
+    embeddings_as_on_the_cpu,
+    losses_not_a_number,
+    models_left_where_they_were_made,
+    run_commands,
+    settings,
+)
+from tests.ranks import RankError
 from tests.world import write_rows
 
 OWN_MODEL = ("gil.classifier=own_model",)
@@ -16,6 +25,7 @@ SAMPLING = ("sampling.temperature=0.7", "sampling.top_k=8", "sampling.top_p=0.9"
 BFLOAT16 = ("models.dtype=bfloat16",)
 DISTRIBUTED = ("parallel.distributed_optimizer=true",)
 FULL, SELECTIVE = ("models.recompute=full",), ("models.recompute=selective",)
+OPTIMIZERS = {"sft": ("optimizer",), "ppo": ("optimizer", "critic_optimizer")}
 PAIRS = ("ppo.prompts=8", "ppo.responses_per_prompt=2")
 BACKGROUND = ("checkpoint.background=true", "checkpoint.every=1")
 
@@ -85,19 +95,23 @@ def test_command(root: Path, tmp_path: Path, layout: str, command: str, options:
         assert ("eval" in options) == any(name.startswith("eval/") for name in rows[-1])
 
 
-@pytest.mark.parametrize(("layout", "more"), [("one", BFLOAT16), ("dp2", DISTRIBUTED)], ids=["one", "dp2"])
-def test_resume(root: Path, tmp_path: Path, layout: str, more: tuple[str, ...]) -> None:
-    """A checkpoint after one iteration, and another process of two; the same as two at once."""
+@pytest.mark.parametrize(
+    ("layout", "command", "more"), [("one", "ppo", BFLOAT16), ("dp2", "sft", DISTRIBUTED)], ids=["one", "dp2"]
+)
+def test_resume(root: Path, tmp_path: Path, layout: str, command: str, more: tuple[str, ...]) -> None:
+    """A checkpoint after one iteration, and another process that goes on to two; the same as two at once."""
     world_size, parallel = LAYOUTS[layout]
+    steady = [f"{name}.{key}" for name in OPTIMIZERS[command] for key in ("schedule=constant", "warmup_fraction=0")]
     cut, whole = (
-        [*settings("ppo", root, tmp_path / name), *parallel, *more, "checkpoint.every=1", "optimizer.schedule=constant"]
+        [*settings(command, root, tmp_path / name), *parallel, *more, *steady, "checkpoint.every=1"]
         for name in ("cut", "whole")
     )
-    steady = ["critic_optimizer.schedule=constant", "optimizer.warmup_fraction=0", "critic_optimizer.warmup_fraction=0"]
-    check_ran(run_commands(root, world_size, [[*cut, *steady]]))
-    ranks = run_commands(root, world_size, [[*run, *steady, "ppo.iterations=2"] for run in (cut, whole)])
+    length = "ppo.iterations" if command == "ppo" else "train.updates"
+    check_ran(run_commands(root, world_size, [[*cut, f"{length}=1"]]))
+    ranks = run_commands(root, world_size, [[*run, f"{length}=2"] for run in (cut, whole)])
     check_ran(ranks)
     assert "resuming" in ranks[0].said
+    assert len(metrics_of(tmp_path / "cut")) == 2
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     assert final_weights(tmp_path / "cut") == final_weights(tmp_path / "whole")
 
@@ -129,9 +143,14 @@ def test_verify(root: Path, layout: str, flags: list[str]) -> None:
 def test_pretending_changes_no_value(root: Path, tmp_path: Path) -> None:
     """The metrics and the weights of a PPO run, bit for bit those of the CPU's."""
     for name, pretend in (("pretended", True), ("plain", False)):
-        run = [*settings("ppo", root, tmp_path / name), "ppo.iterations=2", "ppo.epochs=2"]
+        run = [*settings("ppo", root, tmp_path / name), "gil.warmup_updates=0", "ppo.epochs=2"]
         (answer,) = run_commands(root, 1, [run], pretend=pretend, change=embeddings_as_on_the_cpu)
         assert answer.codes == [0], answer.said
         assert (answer.num_launches > 0) == pretend
     assert metrics_of(tmp_path / "pretended") == metrics_of(tmp_path / "plain")
     assert final_weights(tmp_path / "pretended") == final_weights(tmp_path / "plain")
+
+
+def test_a_mistake_in_the_package_is_refused_with_its_line(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"DeviceMistake.* at megatron_gil/models/norm\.py:\d+\)"):
+        run_commands(root, 1, [settings("sft", root, tmp_path / "run")], change=models_left_where_they_were_made)

@@ -18,7 +18,7 @@ GPU = "cuda"
 
 
 def on_gpu(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=GPU)
+    return torch.randn(shape, device=GPU)
 
 
 def mask_on_cpu() -> None:
@@ -40,7 +40,7 @@ def token_ids_on_cpu() -> None:
 
 
 def index_on_gpu_into_cpu() -> None:
-    torch.randn(5)[torch.zeros(2, dtype=torch.long, device=GPU)]
+    _ = torch.randn(5)[torch.zeros(2, dtype=torch.long, device=GPU)]
 
 
 def put_values_from_cpu() -> None:
@@ -108,7 +108,7 @@ def result_by_out_on_cpu() -> None:
 
 
 def wide_cpu_beside_gpu_scalar() -> None:
-    torch.ones(3) * on_gpu(())
+    _ = torch.ones(3) * on_gpu()
 
 
 def cat_of_both() -> None:
@@ -116,11 +116,11 @@ def cat_of_both() -> None:
 
 
 def stack_of_scalars_of_both() -> None:
-    torch.stack([on_gpu(()), torch.zeros(())])
+    torch.stack([on_gpu(), torch.zeros(())])
 
 
 def matrix_product_of_both() -> None:
-    on_gpu(3, 4) @ torch.ones(4, 2)
+    _ = on_gpu(3, 4) @ torch.ones(4, 2)
 
 
 def two_cpu_scalars() -> None:
@@ -149,7 +149,7 @@ def optimizer_state_on_cpu() -> None:
 
 
 def another_gpu() -> None:
-    on_gpu(3) + torch.zeros(3, device="cuda:1")
+    _ = on_gpu(3) + torch.zeros(3, device="cuda:1")
 
 
 def gpu_that_is_not_there() -> None:

@@ -1,0 +1,198 @@
+"""Host synchronisations are a budget: where the host may wait for the GPU, and how often.
+
+Each line allows a function so many for every unit of the work: Python that waits for the GPU cannot give it the next
+kernels meanwhile. An iteration is run in two sizes, so that a figure for a microbatch cannot pass as one for an update.
+The figures are exact: whoever takes a synchronisation out takes it out here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megatron_gil.training import ppo as training_ppo
+from tests.pretend.report import Line, Sync
+from tests.pretend.running import Change, run_commands, settings
+
+Budget = dict[str, dict[str, int]]
+"""file:function -> unit -> synchronisations."""
+
+UPDATE: Budget = {
+    "megatron/core/utils.py:local_multi_tensor_l2_norm": {"parameter": 1, "update": 1},  # without Apex or its like
+    "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": {"update": 1},  # decides whether the step is taken
+    "megatron/core/distributed/finalize_model_grads.py:finalize_model_grads": {"update": 1},  # whether there are tokens
+}
+
+SUPERVISED: Budget = {
+    **UPDATE,
+    "training/supervised.py:SupervisedTrainer.iterate": {"iteration": 1},  # tokens of the batch
+    "parallel/collectives.py:_reduce_int": {"iteration": 2},  # safe points, there and back
+}
+
+BUDGETS: dict[str, Budget] = {
+    "sft": {
+        **SUPERVISED,
+        "engine/megatron.py:TrainableModel._reduce": {
+            "microbatch": 3,
+            "update": 1,
+        },  # each metric, and all of them back
+        "training/sources.py:to_device": {"iteration": 4},  # one a field
+    },
+    "reward": {
+        **SUPERVISED,
+        "engine/megatron.py:TrainableModel._reduce": {"microbatch": 6, "update": 1},
+        "training/sources.py:to_device": {"iteration": 5},
+        "algo/preference.py:_num_pairs": {"microbatch": 1},
+    },
+    "dpo": {
+        **SUPERVISED,
+        "engine/megatron.py:TrainableModel._reduce": {"microbatch": 7, "update": 1},
+        "training/sources.py:to_device": {"iteration": 5},
+        "algo/preference.py:_num_pairs": {"microbatch": 1},
+    },
+    "ppo": {
+        **UPDATE,
+        "engine/generation.py:Generator._sample_chunk": {
+            "token": 1,
+            "chunk": 1,
+        },  # whether all rows have ended; numbers
+        "engine/generation.py:_uniforms": {"row": 1},
+        "engine/generation.py:_trim": {"iteration": 1},
+        "engine/megatron.py:TrainableModel._reduce": {"microbatch": 5, "update": 1},
+        "parallel/collectives.py:_reduce_int": {"iteration": 10, "chunk": 2},
+        "training/sources.py:to_device": {"iteration": 5},
+        "algo/groups.py:group_statistics": {"iteration": 8},  # twice: by scores, and by returns
+        "algo/groups.py:HighGroup.update": {"iteration": 2},
+        "algo/masked.py:ScoreMoments.merge": {"iteration": 3},
+        "training/experience.py:_group_metrics": {"iteration": 5},
+        "training/alarms.py:duplicate_fraction": {"iteration": 4},
+        "training/alarms.py:Alarms.out_of_range_fraction": {"iteration": 1},
+        "training/metrics.py:Means.reduce": {"iteration": 1},
+        "training/ppo.py:PpoTrainer.shape": {"iteration": 1},
+    },
+}
+
+NUM_PARAMETERS = {"policy": 15, "critic": 16}
+"""Of the tiny world's models: 6 a layer, two layers, and those outside."""
+
+
+def place(sync: Sync) -> str:
+    return sync.line.function.rpartition(" > ")[2].removeprefix("megatron_gil/")
+
+
+def complaints(found: Counter[Sync], budget: Budget, units: dict[str, int]) -> list[str]:
+    """What differs from the budget, a line each with where it is and how often."""
+    counts, lines = Counter[str](), dict[str, list[str]]()
+    for sync, count in found.items():
+        counts[place(sync)] += count
+        lines.setdefault(place(sync), []).append(f"{count} x {sync}")
+    said = []
+    for name in sorted(counts.keys() | budget.keys()):
+        allowed = sum(count * units[unit] for unit, count in budget.get(name, {}).items())
+        if counts[name] != allowed:
+            rule = " + ".join(f"{count} a {unit} ({units[unit]})" for unit, count in budget.get(name, {}).items())
+            advice = "take them out of the loop" if counts[name] > allowed else "tighten the budget"
+            where = "".join(f"\n    {line}" for line in lines.get(name, []))
+            said.append(f"{name}: {counts[name]}, the budget says {allowed} = {rule or 'nothing'}: {advice}{where}")
+    return said
+
+
+def check(found: Counter[Sync], command: str, units: dict[str, int]) -> None:
+    said = complaints(found, BUDGETS[command], units)
+    assert not said, f"host synchronisations of an iteration of {command}:\n" + "\n".join(said)
+
+
+def ppo_sizes(*, prompts: int, tokens: int, micro_size: int) -> tuple[list[str], dict[str, int]]:
+    """(settings, units of one iteration)."""
+    minibatches, chunks = prompts // 8, prompts // 4
+    units = {
+        "iteration": 1,
+        "row": prompts,
+        "chunk": chunks,
+        "token": chunks * tokens,
+        "update": 2 * minibatches,
+        "microbatch": 2 * minibatches * 8 // micro_size,
+        "parameter": minibatches * sum(NUM_PARAMETERS.values()),
+    }
+    changes = {
+        "ppo.prompts": prompts,
+        "gil.warmup_updates": 0,
+        "batch.micro_size": micro_size,
+        "sampling.max_new_tokens": tokens,
+        "sampling.min_new_tokens": tokens,
+    }
+    return [f"{key}={value}" for key, value in changes.items()], units
+
+
+SMALL = ppo_sizes(prompts=8, tokens=3, micro_size=4)
+LARGE = ppo_sizes(prompts=16, tokens=5, micro_size=2)
+
+
+def iterations(
+    root: Path, command: str, runs: dict[Path, list[str]], change: Change | None = None
+) -> list[Counter[Sync]]:
+    """The one iteration of each run, in one process."""
+    commands = [[*settings(command, root, run), *changes] for run, changes in runs.items()]
+    (answer,) = run_commands(root, 1, commands, change=change)
+    assert set(answer.codes) == {0}, answer.said
+    assert len(answer.iterations) == len(commands)
+    return answer.iterations
+
+
+def test_ppo(world: Path, tmp_path: Path) -> None:
+    sizes = {tmp_path / name: size for name, size in {"small": SMALL, "large": LARGE}.items()}
+    found = iterations(world, "ppo", {run: changes for run, (changes, _) in sizes.items()})
+    for counts, (_, units) in zip(found, sizes.values(), strict=True):
+        check(counts, "ppo", units)
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo"])
+def test_supervised(world: Path, tmp_path: Path, command: str) -> None:
+    runs = {tmp_path / f"micro_{size}": ["train.updates=1", f"batch.micro_size={size}"] for size in (4, 1)}
+    units = {"iteration": 1, "update": 1, "parameter": NUM_PARAMETERS["policy"]}
+    for counts, microbatches in zip(iterations(world, command, runs), (2, 8), strict=True):
+        check(counts, command, {**units, "microbatch": microbatches})
+
+
+@contextlib.contextmanager
+def loss_that_is_read() -> Iterator[None]:
+    """A policy loss that somebody looks at, in every microbatch."""
+    policy_loss = training_ppo.policy_loss
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        loss = policy_loss(*args, **kwargs)
+        assert float(loss.total) < 1e9
+        return loss
+
+    with mock.patch.object(training_ppo, "policy_loss", read):
+        yield
+
+
+def test_a_new_synchronisation_fails_and_is_shown(world: Path, tmp_path: Path) -> None:
+    changes, units = SMALL
+    (counts,) = iterations(world, "ppo", {tmp_path / "run": changes}, loss_that_is_read)
+    (said,) = complaints(counts, BUDGETS["ppo"], units)
+    rule, line = said.splitlines()
+    function = "PpoTrainer._update_policy.<locals>.invariant_policy_loss"
+    assert rule == f"training/ppo.py:{function}: 2, the budget says 0 = nothing: take them out of the loop"
+    assert line.startswith("    2 x megatron_gil/training/ppo.py:")
+    assert line.endswith(f" (value, in {function})")
+
+
+def test_a_higher_and_a_lower_count_fail() -> None:
+    _, units = SMALL
+    budget: Budget = {"a.py:f": {"token": 1, "chunk": 1}}
+    line = Sync("value", Line("megatron_gil/a.py:f", "megatron_gil/a.py:3"))
+    assert complaints(Counter({line: 8}), budget, units) == []
+    for count, advice in ((9, "take them out of the loop"), (7, "tighten the budget")):
+        (said,) = complaints(Counter({line: count}), budget, units)
+        assert said.startswith(f"a.py:f: {count}, the budget says 8 = 1 a token (6) + 1 a chunk (2): {advice}")
+    assert complaints(Counter(), budget, units) == [
+        "a.py:f: 0, the budget says 8 = 1 a token (6) + 1 a chunk (2): tighten the budget"
+    ]
