@@ -86,9 +86,14 @@ def test_generate_and_score_leave_no_part_of_their_output(world: Path, tmp_path:
     responses, scores = tmp_path / "responses.jsonl", tmp_path / "scores.jsonl"
     sizes = ["batch.micro_size=2", "batch.global_size=5"]  # which no ranks divide, and which does not matter
     generate = ["generate", f"models.policy={world / 'policy'}", f"data.train={world / 'prompts.jsonl'}", *sizes]
-    generate += ["sampling.max_new_tokens=4", "sampling.micro_size=5", f"output={responses}"]
+    generate += [
+        "data.max_prompt_tokens=40",
+        "sampling.max_new_tokens=4",
+        "sampling.micro_size=5",
+        f"output={responses}",
+    ]
     score = ["score", f"models.reward_model={world / 'reward_model'}", f"data.train={responses}", *sizes]
-    score += [f"output={scores}"]
+    score += ["data.max_prompt_tokens=40", "data.max_tokens=60", f"output={scores}"]
     answers = run_ranks(
         call_all,
         2,
