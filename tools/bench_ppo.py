@@ -177,7 +177,9 @@ def _run_command(turns: Turns, root: Path, sizes: Sizes, num_steps: int, name: s
         batch=c.BatchSection(global_size=sizes.num_rows, micro_size=sizes.num_rows),
         optimizer=optimizer,
         critic_optimizer=optimizer,
-        sampling=c.SamplingSection(max_new_tokens=sizes.response_tokens, micro_size=sizes.num_rows),
+        sampling=c.SamplingSection(  # TRL's samples have no end either
+            max_new_tokens=sizes.response_tokens, min_new_tokens=sizes.response_tokens, micro_size=sizes.num_rows
+        ),
         ppo=c.PpoSection(iterations=num_steps, prompts=sizes.num_rows, kl_coef=KL_COEF),
         gil=c.GilSection(**gil),
         checkpoint=c.CheckpointSection(every=num_steps),
@@ -293,7 +295,7 @@ def _spread(values: Sequence[float]) -> str:
 def write_inputs(root: Path, sizes: Sizes) -> None:
     """policy/ and reward_model/, which differ in their heads alone, and prompts.jsonl, all of the same length.
 
-    The tokenizer's ids for end and padding lie outside the model's vocabulary: neither can be sampled.
+    The last two ids end and pad; no prompt holds them.
     """
     config = llama_config(
         vocab_size=sizes.vocab_size,
@@ -309,7 +311,7 @@ def write_inputs(root: Path, sizes: Sizes) -> None:
     _write_model(root / "policy", config, policy)
     _write_model(root / "reward_model", config | heads, reward_model)
     draw = random.Random(1)
-    words = [f"w{i}" for i in range(sizes.vocab_size)]
+    words = [f"w{i}" for i in range(sizes.vocab_size - 2)]
     prompts = [" ".join(draw.choices(words, k=sizes.prompt_tokens)) for _ in range(8 * sizes.num_rows)]
     (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
@@ -319,7 +321,7 @@ def _write_model(directory: Path, config: dict[str, object], weights: dict[str, 
     (directory / "config.json").write_text(json.dumps(config))
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     size = int(str(config["vocab_size"]))
-    names = [*(f"w{i}" for i in range(size)), "</s>", "<pad>"]
+    names = [*(f"w{i}" for i in range(size - 2)), "</s>", "<pad>"]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -43,7 +43,7 @@ def group_statistics(
     """
     weights, num_groups = probs.double(), probs.shape[1]
     weighted_returns = (weights * returns.double()[:, None]).sum(dim=0)
-    num_rows = weights.new_tensor([len(weights)])
+    num_rows = weights.new_full((1,), len(weights))
     summed = all_sum(torch.cat([weighted_returns, weights.sum(dim=0), num_rows]))
     weighted_returns, mass, num_rows = summed.split([num_groups, num_groups, 1])
 
@@ -52,12 +52,13 @@ def group_statistics(
     num_counted = counts.sum().clamp(min=1)
     mean_return = torch.where(counts, group_return, 0).sum() / num_counted
     variance = torch.where(counts, (group_return - mean_return).square(), 0).sum() / num_counted
+    scalars = torch.stack([num_rows[0], mean_return, variance]).tolist()  # read by the host at once
     return GroupStats(
-        num_rows=num_rows.item(),
+        num_rows=scalars[0],
         mass=mass,
         group_return=group_return,
-        mean_return=mean_return.item(),
-        variance=variance.item(),
+        mean_return=scalars[1],
+        variance=scalars[2],
         counts=counts,
     )
 

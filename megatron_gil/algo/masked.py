@@ -62,7 +62,7 @@ class ScoreMoments:
         one is NaN or infinite leave the moments as they are: they would never recover.
         """
         scores = scores.double()
-        total, count = all_sum(torch.stack([scores.sum(), scores.new_tensor(scores.numel())])).tolist()
+        total, count = all_sum(torch.stack([scores.sum(), scores.new_full((), scores.numel())])).tolist()
         mean = total / count
         m2 = all_sum((scores - mean).square().sum()).item()
         if not math.isfinite(m2):

@@ -67,4 +67,4 @@ def _wins(margin: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
 
 
 def _num_pairs(rows: Tensor) -> Tensor:
-    return torch.tensor(len(rows), device=rows.device)
+    return torch.full((), len(rows), device=rows.device)

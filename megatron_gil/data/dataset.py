@@ -69,7 +69,7 @@ class RowDataset(ABC, Generic[Encoded]):
         """Which of these rows, all asked for before, were cut to fit."""
         return [row_id in self._cut_rows for row_id in row_ids]
 
-    def measure(self, max_rows: int = 10_000) -> Lengths:
+    def measure(self, max_rows: int = 5_000) -> Lengths:
         """Encode every row, or `max_rows` of them at even distances where there are more."""
         num_rows = len(self)
         count = min(num_rows, max_rows)

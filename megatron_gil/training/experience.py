@@ -139,7 +139,7 @@ def _group_metrics(grouping: Grouping, invariance: Invariance, flipped: bool, ro
         "group/flipped": float(flipped),
         "group/information": (float(torch.special.entr(mass).sum()) - row_entropy) / math.log(grouping.num_groups),
     }
-    for group in range(grouping.num_groups):
-        metrics[f"group/mass_{group}"] = float(mass[group])
-        metrics[f"group/return_{group}"] = float(stats.group_return[group])
+    for group, (share, earned) in enumerate(torch.stack([mass, stats.group_return], dim=1).tolist()):
+        metrics[f"group/mass_{group}"] = share
+        metrics[f"group/return_{group}"] = earned
     return metrics
