@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from megatron_gil import cli
+from megatron_gil.engine.optimizer import ModelOptimizer
 from megatron_gil.models import transformer
 from megatron_gil.training import commands as training_commands
 from megatron_gil.training.ppo import PpoTrainer
@@ -20,7 +21,6 @@ from tests.pretend.device import pretended_gpus
 from tests.pretend.report import Report, Sync
 from tests.ranks import run_ranks
 from tests.training.running import use_cache
-from tools import convert_hf
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
@@ -73,26 +73,32 @@ def settings(command: str, root: Path, run: Path) -> list[str]:
 
 
 def run_commands(
-    root: Path, world_size: int, commands: list[list[str]], *, pretend: bool = True, change: Change | None = None
+    root: Path,
+    world_size: int,
+    commands: list[list[str]],
+    *,
+    pretend: bool = True,
+    num_gpus: int | None = None,
+    change: Change | None = None,
 ) -> list[Answer]:
-    """Commands one after the other in fresh ranks; what each rank says. `verify` stands for tools/convert_hf.py verify.
+    """Commands one after the other in fresh ranks; what each rank says.
 
-    change: what is patched in the package meanwhile.
+    num_gpus: of the machine; None: one for each rank. change: what is patched in the package meanwhile.
     """
-    return run_ranks(_run, world_size, root, commands, pretend, change)
+    return run_ranks(_run, world_size, root, commands, pretend, num_gpus, change)
 
 
-def _run(root: Path, commands: list[list[str]], pretend: bool, change: Change | None) -> Answer:
+def _run(root: Path, commands: list[list[str]], pretend: bool, num_gpus: int | None, change: Change | None) -> Answer:
     use_cache(root)
     said, iterations = io.StringIO(), []
     with contextlib.ExitStack() as stack:
-        report = stack.enter_context(pretended_gpus()) if pretend else Report()
+        report = stack.enter_context(pretended_gpus(num_gpus)) if pretend else Report()
         stack.enter_context(contextlib.redirect_stderr(said))
         stack.enter_context(contextlib.redirect_stdout(said))
         stack.enter_context(_iterations_counted(report, iterations))
         if change is not None:
             stack.enter_context(change())
-        codes = [convert_hf.main(c) if c[0] == "verify" else cli.main(c) for c in commands]
+        codes = [cli.main(c) for c in commands]
     return Answer(codes, said.getvalue(), report.num_launches, iterations)
 
 
@@ -128,10 +134,13 @@ def losses_not_a_number() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def embeddings_as_on_the_cpu() -> Iterator[None]:
-    """megatron-core's deterministic mode, which a GPU has on, adds the gradients of a token's rows in another order."""
-    made = transformer.TransformerConfig
-    with mock.patch.object(transformer, "TransformerConfig", lambda **k: made(**{**k, "deterministic_mode": False})):
+def kernels_as_on_the_cpu() -> Iterator[None]:
+    """Neither Adam in one kernel, rounded lengths nor repeated key heads: they add the same numbers in another order."""
+    with (
+        mock.patch.object(ModelOptimizer, "_fuse"),
+        mock.patch("megatron_gil.engine.megatron.CUDA_LENGTH_MULTIPLE", 1),
+        mock.patch("megatron_gil.models.attention.expands_kv_heads", return_value=False),
+    ):
         yield
 
 

@@ -11,7 +11,7 @@ from tests.faults.running import final_weights, metrics_of
 from tests.pretend.running import (
     LAYOUTS,
     Answer,
-    embeddings_as_on_the_cpu,
+    kernels_as_on_the_cpu,
     losses_not_a_number,
     models_left_where_they_were_made,
     run_commands,
@@ -27,6 +27,7 @@ DISTRIBUTED = ("parallel.distributed_optimizer=true",)
 FULL, SELECTIVE = ("models.recompute=full",), ("models.recompute=selective",)
 OPTIMIZERS = {"sft": ("optimizer",), "ppo": ("optimizer", "critic_optimizer")}
 PAIRS = ("ppo.prompts=8", "ppo.responses_per_prompt=2")
+DETERMINISTIC = ("run.deterministic=true",)
 BACKGROUND = ("checkpoint.background=true", "checkpoint.every=1")
 
 CASES: list[tuple[str, str, tuple[str, ...]]] = [
@@ -39,6 +40,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("one", "ppo", ("ppo.advantages=grpo", *PAIRS, "gil.num_groups=1", "sampling.temperature=0", "ptx")),
     ("one", "ppo", ("gil.groups=known", "gil.group_value=weighted_log_prob", *BFLOAT16, *FULL)),
     ("one", "ppo", ("gil.num_groups=1", "ppo.kl_coef=0", "ppo.whiten_advantages=false", *SELECTIVE)),
+    ("one", "ppo", (*DETERMINISTIC, *SAMPLING, "gil.group_value=weighted_log_prob", "ptx", *FULL)),
+    ("one", "reward", (*DETERMINISTIC, *BFLOAT16, "eval")),
+    ("one", "dpo", (*DETERMINISTIC, "eval")),
+    ("tp2_sp", "ppo", (*DETERMINISTIC, *OWN_MODEL)),
+    ("dp2", "sft", (*DETERMINISTIC, *DISTRIBUTED, "eval")),
     ("one", "generate", SAMPLING),
     ("one", "score", BFLOAT16),
     ("tp2", "ppo", (*OWN_MODEL, "gil.group_return=score", "eval")),
@@ -134,7 +140,7 @@ def test_an_update_that_is_skipped(root: Path, tmp_path: Path, layout: str) -> N
 )
 def test_verify(root: Path, layout: str, flags: list[str]) -> None:
     models = [str(root / name) for name in ("policy", "reward_model")]
-    commands = [["verify", path, path, "--tolerance", "1e-5", *flags] for path in models]
+    commands = [["convert", "verify", path, path, "--tolerance", "1e-5", *flags] for path in models]
     ranks = run_commands(root, LAYOUTS[layout][0], commands)
     check_ran(ranks)
     assert ranks[0].said.count("top-1 agreement 100.00%") == 2
@@ -144,7 +150,7 @@ def test_pretending_changes_no_value(root: Path, tmp_path: Path) -> None:
     """The metrics and the weights of a PPO run, bit for bit those of the CPU's."""
     for name, pretend in (("pretended", True), ("plain", False)):
         run = [*settings("ppo", root, tmp_path / name), "gil.warmup_updates=0", "ppo.epochs=2"]
-        (answer,) = run_commands(root, 1, [run], pretend=pretend, change=embeddings_as_on_the_cpu)
+        (answer,) = run_commands(root, 1, [run], pretend=pretend, change=kernels_as_on_the_cpu)
         assert answer.codes == [0], answer.said
         assert (answer.num_launches > 0) == pretend
     assert metrics_of(tmp_path / "pretended") == metrics_of(tmp_path / "plain")
@@ -154,3 +160,11 @@ def test_pretending_changes_no_value(root: Path, tmp_path: Path) -> None:
 def test_a_mistake_in_the_package_is_refused_with_its_line(root: Path, tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"DeviceMistake.* at megatron_gil/models/norm\.py:\d+\)"):
         run_commands(root, 1, [settings("sft", root, tmp_path / "run")], change=models_left_where_they_were_made)
+
+
+def test_two_ranks_on_one_gpu_are_refused(root: Path, tmp_path: Path) -> None:
+    ranks = run_commands(root, 2, [settings("sft", root, tmp_path / "run")], num_gpus=1)
+    assert [answer.codes for answer in ranks] == [[2], [2]]
+    assert "ranks 0 and 1 have the same GPU of" in ranks[0].said
+    assert "start as many processes on a machine as it has GPUs" in ranks[0].said
+    assert len(ranks[0].said.strip().splitlines()) == 1

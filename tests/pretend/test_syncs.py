@@ -24,37 +24,29 @@ Budget = dict[str, dict[str, int]]
 """file:function -> unit -> synchronisations."""
 
 UPDATE: Budget = {
-    "megatron/core/utils.py:local_multi_tensor_l2_norm": {"parameter": 1, "update": 1},  # without Apex or its like
-    "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": {"update": 1},  # decides whether the step is taken
+    "engine/megatron.py:TrainableModel._reduce": {"update": 1},  # all metrics
+    "engine/optimizer.py:ModelOptimizer._gradient_norm": {"update": 1},  # decides whether the step is taken
     "megatron/core/distributed/finalize_model_grads.py:finalize_model_grads": {"update": 1},  # whether there are tokens
 }
 
 SUPERVISED: Budget = {
     **UPDATE,
-    "training/supervised.py:SupervisedTrainer.iterate": {"iteration": 1},  # tokens of the batch
-    "parallel/collectives.py:_reduce_int": {"iteration": 2},  # safe points, there and back
+    "training/supervised.py:SupervisedTrainer.iterate": {"iteration": 2},  # tokens and rows of the batch
+    "training/sources.py:truncated_fraction": {"iteration": 2},  # there and back
 }
 
 BUDGETS: dict[str, Budget] = {
     "sft": {
         **SUPERVISED,
-        "engine/megatron.py:TrainableModel._reduce": {
-            "microbatch": 3,
-            "update": 1,
-        },  # each metric, and all of them back
         "training/sources.py:to_device": {"iteration": 4},  # one a field
     },
     "reward": {
         **SUPERVISED,
-        "engine/megatron.py:TrainableModel._reduce": {"microbatch": 6, "update": 1},
         "training/sources.py:to_device": {"iteration": 5},
-        "algo/preference.py:_num_pairs": {"microbatch": 1},
     },
     "dpo": {
         **SUPERVISED,
-        "engine/megatron.py:TrainableModel._reduce": {"microbatch": 7, "update": 1},
         "training/sources.py:to_device": {"iteration": 5},
-        "algo/preference.py:_num_pairs": {"microbatch": 1},
     },
     "ppo": {
         **UPDATE,
@@ -64,22 +56,19 @@ BUDGETS: dict[str, Budget] = {
         },  # whether all rows have ended; numbers
         "engine/generation.py:_uniforms": {"row": 1},
         "engine/generation.py:_trim": {"iteration": 1},
-        "engine/megatron.py:TrainableModel._reduce": {"microbatch": 5, "update": 1},
-        "parallel/collectives.py:_reduce_int": {"iteration": 10, "chunk": 2},
         "training/sources.py:to_device": {"iteration": 5},
-        "algo/groups.py:group_statistics": {"iteration": 8},  # twice: by scores, and by returns
+        "algo/groups.py:group_statistics": {"iteration": 2},  # twice: by scores, and by returns
         "algo/groups.py:HighGroup.update": {"iteration": 2},
-        "algo/masked.py:ScoreMoments.merge": {"iteration": 3},
-        "training/experience.py:_group_metrics": {"iteration": 5},
+        "algo/masked.py:ScoreMoments.merge": {"iteration": 2},
+        "training/experience.py:_group_metrics": {"iteration": 2},
         "training/alarms.py:duplicate_fraction": {"iteration": 4},
         "training/alarms.py:Alarms.out_of_range_fraction": {"iteration": 1},
         "training/metrics.py:Means.reduce": {"iteration": 1},
         "training/ppo.py:PpoTrainer.shape": {"iteration": 1},
+        "training/ppo.py:PpoTrainer._truncation": {"iteration": 1},
+        "training/sources.py:truncated_fraction": {"iteration": 2},
     },
 }
-
-NUM_PARAMETERS = {"policy": 15, "critic": 16}
-"""Of the tiny world's models: 6 a layer, two layers, and those outside."""
 
 
 def place(sync: Sync) -> str:
@@ -118,7 +107,6 @@ def ppo_sizes(*, prompts: int, tokens: int, micro_size: int) -> tuple[list[str],
         "token": chunks * tokens,
         "update": 2 * minibatches,
         "microbatch": 2 * minibatches * 8 // micro_size,
-        "parameter": minibatches * sum(NUM_PARAMETERS.values()),
     }
     changes = {
         "ppo.prompts": prompts,
@@ -155,7 +143,7 @@ def test_ppo(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["sft", "reward", "dpo"])
 def test_supervised(world: Path, tmp_path: Path, command: str) -> None:
     runs = {tmp_path / f"micro_{size}": ["train.updates=1", f"batch.micro_size={size}"] for size in (4, 1)}
-    units = {"iteration": 1, "update": 1, "parameter": NUM_PARAMETERS["policy"]}
+    units = {"iteration": 1, "update": 1}
     for counts, microbatches in zip(iterations(world, command, runs), (2, 8), strict=True):
         check(counts, command, {**units, "microbatch": microbatches})
 
