@@ -135,7 +135,7 @@ def losses_not_a_number() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kernels_as_on_the_cpu() -> Iterator[None]:
-    """Neither Adam in one kernel, rounded lengths nor repeated key heads: they add the same numbers in another order."""
+    """Neither Adam in one kernel, rounded lengths nor repeated key heads, which add numbers in another order."""
     with (
         mock.patch.object(ModelOptimizer, "_fuse"),
         mock.patch("megatron_gil.engine.megatron.CUDA_LENGTH_MULTIPLE", 1),
