@@ -23,7 +23,7 @@ help:
 	@echo "             make gpu SETUP=no PYTHON=python3 makes no .venv and takes that Python as it is (docs/gpu.md)"
 	@echo "make faults  every stop, kill and failed save, in every phase; longer than make test"
 	@echo "make soak    a hundred random kill -9s of a PPO run, then its weights compared with a run never killed"
-	@echo "make fuzz    15,000 damaged or made-up files and settings through every reader"
+	@echo "make fuzz    18,000 damaged or made-up files and settings through every reader"
 	@echo "make lint    formatting, lint and types"
 	@echo "make setup   only create .venv with the pinned versions"
 

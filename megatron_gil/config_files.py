@@ -45,6 +45,10 @@ def load_config(cls: type[Config], path: Path | None, overrides: Sequence[str]) 
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise ConfigError(f"{source}: {error.full_key}: {reason}") from None
+    except ConfigError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits, where it is no number
+        raise ConfigError(f"{source:.200}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, cls)
     return config
 

@@ -76,6 +76,7 @@ def test_the_whole_config_is_looked_through(value: str) -> None:
         ("run.max_skipped_updates=-1", "run.max_skipped_updates=-1 must be at least 0 and at most 1000000000"),
         ("run.seed=99999999999999999999", "run.seed=99999999999999999999 must be at least 0 and at most 4294967295"),
         ("run.seed=0x" + "f" * 9000, "run.seed=an integer of thousands of digits must be at least 0"),
+        ("run.dir=0x" + "f" * 9000, "override run.dir=0xff"),
         ("parallel.timeout_s=-1", "parallel.timeout_s=-1 must be at least 1 and at most 2592000"),
         ("gil.weight_floor=2", "gil.weight_floor=2 must be at most 1"),
         ("gil.init_scale=nan", "gil.init_scale=nan must be finite"),
