@@ -31,7 +31,8 @@ th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line);
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 table:not(.text) td { white-space: nowrap; }
 table.text th, table.text td { text-align: left; }
-table.text td { overflow-wrap: break-word; } table.samples td { overflow-wrap: anywhere; } td.key { white-space: nowrap; }
+table.text td { overflow-wrap: break-word; } table.samples td { overflow-wrap: anywhere; }
+td.key { white-space: nowrap; }
 tbody tr { background: #fff; } tbody tr:nth-child(even) { background: var(--band); }
 td.best { font-weight: 700; }
 table.samples { table-layout: fixed; width: 100%; }
