@@ -41,11 +41,11 @@ class SmallFiles:
     def __call__(self, rank: int) -> None:
         begin = CheckpointStore.begin
 
-        def begin_on_a_full_disk(store: CheckpointStore, iteration: int, *rest: Any) -> None:
+        def begin_on_a_full_disk(store: CheckpointStore, iteration: int, *rest: Any, **options: Any) -> None:
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             if iteration == self.iteration and rank == 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-            begin(store, iteration, *rest)
+            begin(store, iteration, *rest, **options)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
         mock.patch.object(CheckpointStore, "begin", begin_on_a_full_disk).start()
@@ -60,10 +60,10 @@ class GoneDirectory:
     def __call__(self, rank: int) -> None:
         begin = CheckpointStore.begin
 
-        def begin_elsewhere(store: CheckpointStore, iteration: int, *rest: Any) -> None:
+        def begin_elsewhere(store: CheckpointStore, iteration: int, *rest: Any, **options: Any) -> None:
             if iteration == LAST and rank == 0:
                 shutil.rmtree(self.directory)
-            begin(store, iteration, *rest)
+            begin(store, iteration, *rest, **options)
 
         mock.patch.object(CheckpointStore, "begin", begin_elsewhere).start()
 
