@@ -38,7 +38,6 @@ from megatron_gil.training.build import (
 )
 from megatron_gil.training.checks import (
     check_models,
-    check_rollout,
     limits,
     read_train_and_eval,
     require,
@@ -53,6 +52,7 @@ from megatron_gil.training.ppo import PpoTrainer
 from megatron_gil.training.progress import Progress
 from megatron_gil.training.respond import generate, score
 from megatron_gil.training.reward_text import RewardText
+from megatron_gil.training.rollout_checks import check_rollout
 from megatron_gil.training.score_range import RewardTrainer, read_score_range
 from megatron_gil.training.signals import EXIT_STOPPED, StopRequested, StopSignal
 from megatron_gil.training.sources import PromptSource, RowSource

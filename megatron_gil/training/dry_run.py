@@ -151,7 +151,7 @@ def _read_data(command: str, config: TrainConfig, tokenizer: Tokenizer, plan: Ba
     from megatron_gil.data.demonstrations import DemonstrationDataset, TextDataset
     from megatron_gil.data.preferences import PreferenceDataset
     from megatron_gil.data.prompts import PromptDataset
-    from megatron_gil.training.checks import check_rollout
+    from megatron_gil.training.rollout_checks import check_rollout
 
     limits = {"max_tokens": config.data.max_tokens, "max_prompt_tokens": config.data.max_prompt_tokens}
     kind: Any = {"sft": DemonstrationDataset, "ppo": PromptDataset}.get(command, PreferenceDataset)
