@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -24,15 +23,6 @@ from tests.world import write_rows
 ROOT = Path(__file__).parents[1]
 
 
-def _tool(name: str) -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def _commands(world: Path, tmp_path: Path) -> dict[str, tuple[Callable[[list[str]], int], list[str], str]]:
     """name -> (main, arguments, a function that it calls in the middle)."""
     replies = str(write_rows(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r", "score": 1.0}]))
@@ -46,16 +36,16 @@ def _commands(world: Path, tmp_path: Path) -> dict[str, tuple[Callable[[list[str
         "evaluate": (main, ["evaluate", replies, replies, "--output", output], "paths.os.fsync"),
         "sft": (main, [*ppo(world), "--dry-run"], "training.dry_run.rank_memory"),
         "demo": (main, ["demo", "--quick", "--output", output], "demo.world.write_tiny_llama"),
-        "prepare_data": (_tool("prepare_data"), data, "data.prepare.write_card"),
-        "convert_hf": (
-            _tool("convert_hf"),
-            ["import", str(world / "policy"), output],
+        "prepare-data": (main, ["prepare-data", *data], "data.prepare.write_card"),
+        "convert": (
+            main,
+            ["convert", "import", str(world / "policy"), output],
             "models.convert.copy.shutil.copyfile",
         ),
     }
 
 
-@pytest.mark.parametrize("name", ["plan", "report", "evaluate", "sft", "demo", "prepare_data", "convert_hf"])
+@pytest.mark.parametrize("name", ["plan", "report", "evaluate", "sft", "demo", "prepare-data", "convert"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_ctrl_c_is_one_line_and_leaves_nothing(
     name: str, number: signal.Signals, world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,13 @@ def test_a_byte_order_mark_and_blank_lines_are_passed_over_everywhere(tmp_path: 
     rows = [{"iteration": i, "prompt": "a", "response": "b\u2028"} for i in range(3)]
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
     content = b"\xef\xbb\xbf" + lines[0] + b"\r\n\n \t\n\xef\xbb\xbf\n\xef\xbb\xbf" + lines[1] + b"\n\n" + lines[2]
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / "samples.jsonl").write_bytes(content)
+    numbers = re.sub(rb', "prompt.*?}', b"}", content)
+    (tmp_path / "metrics.jsonl").write_bytes(numbers)
     (tmp_path / "samples.jsonl.gz").write_bytes(gzip.compress(content))
     assert list(iter_jsonl(tmp_path / "samples.jsonl.gz")) == [(1, rows[0]), (5, rows[1]), (7, rows[2])]
-    assert read_replies(tmp_path / "samples.jsonl") == read_run(tmp_path).metrics == read_run(tmp_path).samples == rows
+    assert read_replies(tmp_path / "samples.jsonl") == read_run(tmp_path).samples == rows
+    assert read_run(tmp_path).metrics == [{"iteration": i} for i in range(3)]
     keep_iterations_below(tmp_path / "samples.jsonl", 9)
     assert read_replies(tmp_path / "samples.jsonl") == rows
 

@@ -163,7 +163,7 @@ def _check_sample(row: Json) -> Json:
     score, probs = row.get("score"), row.get("group_probs") or []
     if not isinstance(probs, list) or not all(map(_can_be_drawn, probs)):
         raise ValueError('has "group_probs" that are no list of numbers')
-    return {**row, "score": score if _can_be_drawn(score) else None, "group_probs": probs}
+    return row if score is None or _can_be_drawn(score) else {**row, "score": None}
 
 
 def _check_change(row: Json) -> Json:

@@ -225,5 +225,5 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     given = ["jsonl", "--input", str(source), "--output", str(tmp_path / "out")]
     command = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh", sys.executable, str(tool), *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (1, f"prepare_data: {tmp_path / 'out'}: File too large\n")
+    assert (done.returncode, done.stderr) == (1, f"megatron-gil prepare-data: {tmp_path / 'out'}: File too large\n")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

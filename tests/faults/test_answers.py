@@ -19,17 +19,26 @@ from tests.ranks import run_ranks
 from tests.world import write_rows
 
 NUM_ROWS = 24
+LIMITS = ("data.max_prompt_tokens=32", "data.max_tokens=48")
 
 
 def _generate(world: Path, output: Path, *more: str) -> list[str]:
     """12 rows on each of two ranks, in batches of 5, 5 and 2."""
     fixed = [f"models.policy={world / 'policy'}", f"data.train={world / 'prompts.jsonl'}", f"output={output}"]
-    return ["generate", *fixed, "batch.micro_size=2", "sampling.max_new_tokens=6", "sampling.micro_size=5", *more]
+    return [
+        "generate",
+        *fixed,
+        "batch.micro_size=2",
+        "sampling.max_new_tokens=6",
+        "sampling.micro_size=5",
+        *LIMITS,
+        *more,
+    ]
 
 
 def _score(world: Path, responses: Path, output: Path, *more: str) -> list[str]:
     fixed = [f"models.reward_model={world / 'reward_model'}", f"data.train={responses}", f"output={output}"]
-    return ["score", *fixed, "batch.micro_size=2", *more]
+    return ["score", *fixed, "batch.micro_size=2", *LIMITS, *more]
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,8 @@ def test_gold_drops_when_it_falls_for_good(
     monkeypatch.setattr("alarms.gold_curve", lambda samples: [row["gold"] for row in samples])
     run_dir = tmp_path / "seed_3" / "ppo" / "run"
     run_dir.mkdir(parents=True)
-    samples = [{"iteration": 5 * i + 4, "gold": gold} for i, gold in enumerate(curve)]
+    texts = {"prompt": "", "response": ""}
+    samples = [{"iteration": 5 * i + 4, "gold": gold, **texts} for i, gold in enumerate(curve)]
     (run_dir / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     raised = [{"iteration": i, "alarm/kl": float(i in (7, 9))} for i in range(40)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raised), encoding="utf-8")

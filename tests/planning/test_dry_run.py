@@ -127,6 +127,8 @@ def test_answers_can_be_checked_before_the_model_is_trained(
     generate = ["generate", f"models.policy={later}", f"data.train={world / 'prompts.jsonl'}", "--dry-run"]
     score = ["score", f"models.reward_model={later}", f"data.train={tmp_path / 'later.jsonl'}", "--dry-run"]
     output = f"output={tmp_path / 'later' / 'rows.jsonl'}"
+    limits = ["data.max_prompt_tokens=32", "data.max_tokens=48"]
+    generate, score = [*generate, *limits, "sampling.max_new_tokens=8"], [*score, *limits]
     sizes = ["--sizes-from", str(world / "policy")]
     assert main([*generate, output, *sizes]) == 0
     assert "prompts.jsonl: 24 rows" in capsys.readouterr().out

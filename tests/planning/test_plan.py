@@ -125,7 +125,7 @@ def test_sizes_from_a_config_file_and_a_name_that_is_none(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_model(str(tmp_path / "config.json")) == read_model(str(tmp_path))
     assert read_model(str(tmp_path)).num_layers == 5
-    with pytest.raises(ConfigError, match="7b, 13b, 70b"):
+    with pytest.raises(ConfigError, match="7b, 8b, 13b, 70b"):
         read_model("8x7b")
 
 
@@ -174,7 +174,7 @@ def test_time_of_a_published_run_within_a_factor_of_two() -> None:
 def test_the_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "7b", "--gpus", "8", "--gpu-memory", "80"]) == 0
     shown = capsys.readouterr().out
-    for text in ("KV cache", "logits", "gradients", "optimizer", "update critic", "ppo_gil", "estimates", "4 x 1 x 2"):
+    for text in ("KV cache", "logits", "grads", "optim", "update critic", "ppo_gil", "estimates", "4 x 1 x 2"):
         assert text in shown
 
 

@@ -89,7 +89,7 @@ def test_config_yaml_holds_what_is_in_force_and_a_history_what_was(tmp_path: Pat
     _checkpoint(run)
     later = _ppo(run, "optimizer.lr=0.5", "ppo.iterations=9")
     with _taken(later) as taken:
-        assert [str(change) for change in taken.changes] == ["optimizer.lr: 1e-05 -> 0.5", "ppo.iterations: 2000 -> 9"]
+        assert [str(change) for change in taken.changes] == ["optimizer.lr: 1e-06 -> 0.5", "ppo.iterations: 2000 -> 9"]
         assert load_config(c.PpoConfig, run / "config.yaml", []) == _ppo(run)  # nothing was trained with it yet
         taken.record(7)
     assert load_config(c.PpoConfig, run / "config.yaml", []) == later

@@ -57,8 +57,8 @@ def test_the_first_lines_say_what_is_about_to_happen(stage: str, runs: dict[tupl
         "device CPU, 1 thread(s) a process",
         "layout 2 process(es): 1 tensor- x 2 pipeline- x 1 data-parallel; an update is 4 microbatch(es) of 2 on each",
         *(rf"{model} [\d.]+ thousand parameters, float32, (trained|frozen), from /" for model in models),
-        r"data.train 24 rows of /\S+",
-        r"data.eval 23 rows of /\S+",
+        r"data.train /\S+: 24 rows, ",
+        r"data.eval /\S+: 23 rows, ",
         f"to do {length}",
         r"memory [\d.]+ GiB in this process",
     ]
