@@ -57,6 +57,9 @@ class RandomPrompts:
     def collate(self, row_ids: Sequence[int], sample_ids: Sequence[int], **_: Any) -> PromptBatch:
         return _prompts(self._vocab_size, len(row_ids), self._num_tokens, torch.tensor(sample_ids))
 
+    def truncated(self, row_ids: Sequence[int]) -> list[bool]:
+        return [False] * len(row_ids)
+
 
 class Bench:
     """One shape on one device, of one layout."""

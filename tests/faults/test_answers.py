@@ -187,7 +187,7 @@ def test_two_at_a_time_are_refused(world: Path, tmp_path: Path) -> None:
     (second,) = run_ranks(call_all, 1, [Call(_generate(world, output))], world)[0]
     first.kill()
     assert second.code == 2
-    assert "another process is writing it" in second.stderr
+    assert "is in use by process" in second.stderr
 
 
 def test_a_name_that_no_command_reads_is_refused_at_once(world: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_config_yaml_holds_what_is_in_force_and_a_history_what_was(tmp_path: Pat
         taken.record(7)
     assert load_config(c.PpoConfig, run / "config.yaml", []) == later
     rows = [
-        {"iteration": 7, "key": "optimizer.lr", "old": 1e-5, "new": 0.5},
+        {"iteration": 7, "key": "optimizer.lr", "old": 1e-6, "new": 0.5},
         {"iteration": 7, "key": "ppo.iterations", "old": 2000, "new": 9},
     ]
     assert _rows(run) == rows
