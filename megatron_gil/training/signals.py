@@ -5,6 +5,7 @@ Imports nothing heavy, so that the command line can listen before the slow libra
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -43,6 +44,8 @@ class StopSignal:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             signal.signal(number, lambda *_: None)  # the pipe is written only where there is a handler
+        # Python puts the system's handlers back as it ends: a signal that comes then would kill a run that has saved.
+        atexit.register(_ignore_signals)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
 
@@ -62,3 +65,8 @@ class StopSignal:
                 if self._signal and number != signal.SIGHUP:
                     os._exit(128 + number)
                 self._signal = self._signal or number
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

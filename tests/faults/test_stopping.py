@@ -122,3 +122,17 @@ def test_torchrun_restarts_and_resumes_by_itself(world: Path, tmp_path: Path) ->
 def _worker(agent: int) -> int:
     """The first process that torchrun has started."""
     return int(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[0])
+
+
+def test_a_signal_while_the_process_ends_does_not_kill_it() -> None:
+    """It would be taken for the run's own fault: Python puts the system's handlers back before the process is gone."""
+    program = """
+import ctypes, signal, sys
+from megatron_gil.training.signals import StopSignal
+
+StopSignal()
+libc = ctypes.CDLL(None)
+libc.on_exit(getattr(libc, "raise"), None)  # the last thing to happen: raise(exit code)
+sys.exit(int(signal.SIGUSR1))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == signal.SIGUSR1
