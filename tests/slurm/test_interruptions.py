@@ -73,7 +73,7 @@ def test_the_time_limit_saves_and_requeues_and_scancel_ends_for_good(
     assert done == list(range(len(done)))
     log = (slurm.root / "limit.log").read_text()
     assert "saved; requeueing" in log
-    assert "run.max_minutes=0.3" in (run_dir / "config.yaml").read_text().replace("max_minutes: ", "run.max_minutes=")
+    assert '"key": "run.max_minutes", "old": 0.3' in (run_dir / "config_history.jsonl").read_text()  # it is 9 now
     assert "after TERM" in log
 
 
