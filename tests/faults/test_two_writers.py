@@ -26,7 +26,9 @@ class WaitForEver:
 
 
 def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
     while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.05)
 
 
@@ -55,7 +57,7 @@ def test_a_second_start_in_a_run_directory(world: Path, tmp_path: Path) -> None:
 def test_a_second_writer_of_an_output(world: Path, tmp_path: Path) -> None:
     output = tmp_path / "responses.jsonl"
     command = ["generate", f"models.policy={world / 'policy'}", f"data.train={world / 'prompts.jsonl'}"]
-    command += ["sampling.max_new_tokens=4", f"output={output}"]
+    command += ["sampling.max_new_tokens=4", "data.max_prompt_tokens=32", f"output={output}"]
     first = Ranks(command, world, tmp_path / "first", change=WaitForEver("engine.generation.Generator.sample"))
     _wait_for(tmp_path / ".responses.jsonl.lock")
     assert f"output={output} is in use by process " in _refused(command, world, tmp_path / "second")
