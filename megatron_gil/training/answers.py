@@ -6,7 +6,6 @@ all ranks. A batch is there whole or not at all, so that what is left is answere
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -39,8 +38,8 @@ class AnswerFile:
     """The rows of one `output`, kept by rank 0. All methods but `add` are collective."""
 
     def __init__(self, output: Path, layout: ParallelLayout, *, begun_with: Mapping[str, str], num_rows: int) -> None:
-        """begun_with: what the rows depend on. ConfigError where OUTPUT.part was begun with something else, is no such
-        file, or is being written by another process."""
+        """begun_with: what the rows depend on. ConfigError where OUTPUT.part was begun with something else, or is no such
+        file. The lock of `output` keeps other processes away (checks.py: take_output)."""
         self.output, self.part = output, output.with_name(f"{output.name}.part")
         self._layout, self._num_rows = layout, num_rows
         self._waiting: dict[int, Row] = {}
@@ -101,8 +100,7 @@ class AnswerFile:
     def _open(self, begun_with: dict[str, str]) -> list[int]:
         """The rows that are there; the file is cut after the last whole batch."""
         try:
-            self._lock = self.part.open("ab")  # held until the process ends
-            self._take_lock()
+            self.part.touch()
             header, rows, end = _read_part(self.part)
             if header is not None:
                 self._compare(header, begun_with)
@@ -115,14 +113,6 @@ class AnswerFile:
         except OSError as refused:
             raise ConfigError(f"output={self.output}: {self.part} cannot be written: {reason(refused)}") from None
         return list(rows)
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{self.part}: another process is writing it; wait, or name another output") from None
-        except OSError:
-            return  # a file system without locks
 
     def _compare(self, before: Mapping[str, str], now: Mapping[str, str]) -> None:
         fix = f"start with what it was begun with, or delete {self.part} to begin anew"
