@@ -38,8 +38,8 @@ class AnswerFile:
     """The rows of one `output`, kept by rank 0. All methods but `add` are collective."""
 
     def __init__(self, output: Path, layout: ParallelLayout, *, begun_with: Mapping[str, str], num_rows: int) -> None:
-        """begun_with: what the rows depend on. ConfigError where OUTPUT.part was begun with something else, or is no such
-        file. The lock of `output` keeps other processes away (checks.py: take_output)."""
+        """begun_with: what the rows depend on. ConfigError where OUTPUT.part was begun with something else, or is
+        no such file. The lock of `output` keeps other processes away (checks.py: take_output)."""
         self.output, self.part = output, output.with_name(f"{output.name}.part")
         self._layout, self._num_rows = layout, num_rows
         self._waiting: dict[int, Row] = {}
