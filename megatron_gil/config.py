@@ -202,8 +202,11 @@ class SamplingSection(Section):
     max_new_tokens: int = integer(128, least=1)
     min_new_tokens: int = integer(1, least=1)
     """No end-of-sequence token before this many."""
-    micro_size: int = integer(64, least=1)
-    """Rows decoded together on one rank; bounds the key-value cache."""
+    micro_size: int | None = integer(None, least=1)
+    """Slots: rows decoded together on one rank, each replaced by the next when it ends; bounds the key-value cache.
+    null: 64; on a GPU as many, a power of two up to 256, as fit in half of the memory that is free."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """auto: on a GPU a decoding step is captured and replayed, which takes its start-up time away."""
 
     def truncations(self) -> list[str]:
         """What keeps the sampler from drawing from the whole softmax, as section.key=value."""

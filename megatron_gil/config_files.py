@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -123,6 +123,8 @@ def _check_keys(cls: type, layer: Any, prefix: str, source: str) -> None:
                 found = type(_plain(layer, key)).__name__
                 raise ConfigError(f"{source}: {prefix}{key} is a section of keys, found a value of type {found}")
             _check_keys(default, layer[key], f"{prefix}{key}.", source)
+        elif "off" in get_args(get_type_hints(cls)[key]) and _plain(layer, key) is False:
+            layer[key] = "off"  # what YAML reads as a truth value
         elif type(value := _plain(layer, key)) is int and (text := refusal(known[key], value)):
             raise ConfigError(f"{prefix}{text}")  # OmegaConf cannot make a float of the largest ones
 

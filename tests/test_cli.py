@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from megatron_gil.cli import COMMANDS, main
+from megatron_gil.config import PpoConfig
+from megatron_gil.config_files import dump_config, load_config
 from tests.ranks import run_ranks
 from tests.training.running import use_cache
 from tests.world import write_json, write_rows
@@ -224,3 +226,12 @@ def test_overrides_may_stand_on_both_sides_of_an_option(
     with pytest.raises(SystemExit, match="2"):
         main(["sft", first, "--dryrun"])
     assert "unrecognized arguments: --dryrun" in capsys.readouterr().err
+
+
+def test_off_is_a_word_where_yaml_reads_a_truth_value(tmp_path: Path) -> None:
+    (tmp_path / "ppo.yaml").write_text("run: {dir: x}\nsampling: {cuda_graphs: off}\n")
+    for path, overrides in ((tmp_path / "ppo.yaml", []), (None, ["run.dir=x", "sampling.cuda_graphs=off"])):
+        config = load_config(PpoConfig, path, overrides)
+        assert config.sampling.cuda_graphs == "off"
+        (tmp_path / "again.yaml").write_text(dump_config(config))
+        assert load_config(PpoConfig, tmp_path / "again.yaml", []) == config

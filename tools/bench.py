@@ -3,11 +3,14 @@
 python tools/bench.py convert [--size-gib 2] [--rounds 7] [--directory DIR]
 python tools/bench.py ppo [--rounds 9] [--threads 2]
 python tools/bench.py gpu [--resume] [--shapes 160m,1.3b,3b] [--json FILE] [--markdown FILE] [--device cpu]
+python tools/bench.py rollout [--rounds 5] [--threads 2] [--shapes small middle large] [--rows 1 16 64] [--compile]
+                              [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,11 +36,35 @@ def main(arguments: list[str] | None = None) -> int:
     gpu.add_argument("--json", type=Path, default=Path("runs/gpu/results.json"), metavar="FILE")
     gpu.add_argument("--markdown", type=Path, default=Path("runs/gpu/results.md"), metavar="FILE")
     gpu.add_argument("--resume", action="store_true", help="measure only what the JSON file does not hold yet")
+    text = "time of sampling against transformers' generate, on the same random weights"
+    rollout = benches.add_parser("rollout", help=text, description=text)
+    rollout.add_argument("--rounds", type=int, default=5, help="interleaved rollouts of each (default 5)")
+    rollout.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
+    rollout.add_argument(
+        "--shapes", nargs="+", choices=("small", "middle", "large"), default=["small", "middle", "large"]
+    )
+    rollout.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64], help="answered at once (default 1 16 64)")
+    rollout.add_argument("--compile", action="store_true", help="also try torch.compile on the step")
+    rollout.add_argument("--json", type=Path, help="write the figures of every round")
     given = parser.parse_args(arguments)
     if given.bench == "convert":
         from bench_convert import bench_convert
 
         print(bench_convert(size=int(given.size_gib * 2**30), rounds=given.rounds, directory=given.directory))
+    elif given.bench == "rollout":
+        # Before torch: threads that spin would measure whatever else runs on the machine.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from bench_rollout import bench_rollout
+
+        table = bench_rollout(
+            rounds=given.rounds,
+            num_threads=given.threads,
+            shapes=given.shapes,
+            rows=given.rows,
+            compiled=given.compile,
+            json_file=given.json,
+        )
+        print(table)
     elif given.bench == "ppo":
         from bench_ppo import bench_ppo
 

@@ -185,7 +185,7 @@ class Bench:
             reward_model=self._frozen("score", micro_size),
             classifier=None,
             grouping=LearnedGroups(config.gil, sums),
-            generator=Generator(policy, config.sampling, tokenizer=ids, seed=1),
+            sampler=Generator(policy, config.sampling, tokenizer=ids, seed=1),
             prompts=PromptSource(dataset, sampler, self.layout, rows),
             eval_prompts=None,
             pretrain=None,

@@ -1,5 +1,4 @@
-"""Attention on torch's fused kernel (megatron's own, for layers without Transformer Engine, stores all scores), with a
-cache of rotated keys for decoding."""
+"""Attention on torch's fused kernel (megatron's own, for layers without Transformer Engine, stores all scores)."""
 
 from __future__ import annotations
 
@@ -7,74 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_gil.models.kernels import expands_kv_heads
-
-
-class PromptContext(StaticInferenceContext):
-    """The key-value cache for prompts of different lengths, padded on the right to P, that are continued in step.
-
-    The first W = P - 1 columns hold the prompts; column W + j holds row i's token number lengths[i] - 1 + j. The last
-    token of each prompt is thus fed again, alone: its logits are those of the first token to choose, for every row in
-    the same place. Feed tokens[:, :W] without a mask (nothing where W is 0), then one token a step with `hidden()`.
-    """
-
-    def __init__(self, lengths: Tensor, prompt_width: int, max_new_tokens: int) -> None:
-        super().__init__(len(lengths), prompt_width - 1 + max_new_tokens)
-        self.lengths = lengths
-        self.prompt_columns = prompt_width - 1
-
-    def hidden(self) -> Tensor:
-        """[B, 1, 1, columns so far and the next] bool: padding, and each prompt's last token, fed again later."""
-        columns = torch.arange(self.sequence_len_offset + 1, device=self.lengths.device)
-        return ((columns >= self.lengths[:, None] - 1) & (columns < self.prompt_columns))[:, None, None, :]
-
-    def angles(self, all_angles: Tensor, start: int, stop: int) -> Tensor:
-        """RoPE's angles of columns [start, stop): [stop - start, B or 1, 1, D], of all_angles [positions, 1, 1, D]."""
-        if stop <= self.prompt_columns:
-            return all_angles[start:stop]
-        columns = torch.arange(start, stop, device=self.lengths.device)
-        positions = columns[:, None] - self.prompt_columns + self.lengths - 1
-        return all_angles[positions, 0]
-
-
-class CachedSelfAttention(SelfAttention):
-    """megatron's self-attention, except that the cache holds rotated keys: megatron's rotates all of them at each step,
-    by their column. A PromptContext says which position a column holds; any other static context, its own number."""
-
-    def _adjust_key_value_for_inference(
-        self,
-        inference_context: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rotary_pos_emb: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        rotary: tuple[Tensor, None] | None = rotary_pos_emb
-        if inference_context is not None:
-            start = inference_context.sequence_len_offset
-            stop = start + key.shape[0]
-            is_prompt = isinstance(inference_context, PromptContext)
-            find = inference_context.angles if is_prompt else _angles_by_column
-            angles = find(rotary_pos_emb[0], start, stop)
-            key = apply_rotary_pos_emb(key, angles, config=self.config)
-            rotary_pos_emb, rotary = None, (angles, None)
-        super_adjust: Any = super()._adjust_key_value_for_inference
-        query, key, value, _, mask_type, block_table = super_adjust(
-            inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
-        )
-        return query, key, value, rotary, mask_type, block_table
-
-
-def _angles_by_column(all_angles: Tensor, start: int, stop: int) -> Tensor:
-    return all_angles[start:stop]
 
 
 class FusedAttention(torch.nn.Module):

@@ -15,7 +15,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_gil.config import ModelsSection
-from megatron_gil.models.attention import CachedSelfAttention, FusedAttention
+from megatron_gil.models.attention import FusedAttention
 from megatron_gil.models.heads import ScalarHead
 from megatron_gil.models.hf import WeightMap
 from megatron_gil.models.kernels import Kernels
@@ -137,7 +137,5 @@ def _layer_specs(kernels: Kernels, num_layers: int) -> Any:
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = spec.submodules.self_attention
-    attention.module = CachedSelfAttention
-    attention.submodules.core_attention = FusedAttention
+    spec.submodules.self_attention.submodules.core_attention = FusedAttention
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=ModuleSpec(module=RMSNorm))

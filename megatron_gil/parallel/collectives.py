@@ -40,6 +40,26 @@ def max_over_ranks(value: int, layout: ParallelLayout) -> int:
     return _reduce_int(value, dist.ReduceOp.MAX, layout, layout.world_pg)
 
 
+def min_over_ranks(value: int, layout: ParallelLayout) -> int:
+    """The smallest of all ranks of the world."""
+    return _reduce_int(value, dist.ReduceOp.MIN, layout, layout.world_pg)
+
+
+def begin_max_over_ranks(value: int, layout: ParallelLayout) -> Callable[[], int]:
+    """As max_over_ranks, in two parts: holds nobody up until the function that it returns is called."""
+    if layout.world_size == 1:
+        return lambda: value
+    box = torch.tensor(value, dtype=torch.int64)  # in host memory: nothing that runs on a GPU waits for it
+    work = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=layout.world_pg, async_op=True)
+    assert work is not None
+
+    def finish() -> int:
+        work.wait()
+        return int(box.item())
+
+    return finish
+
+
 def any_rank(flag: bool, layout: ParallelLayout) -> bool:
     """Whether the flag is set on any rank of the world."""
     return bool(max_over_ranks(int(flag), layout))
@@ -47,7 +67,7 @@ def any_rank(flag: bool, layout: ParallelLayout) -> bool:
 
 def all_agree(flag: bool, layout: ParallelLayout) -> bool:
     """Whether the flag is set on every rank of the world."""
-    return bool(_reduce_int(int(flag), dist.ReduceOp.MIN, layout, layout.world_pg))
+    return bool(min_over_ranks(int(flag), layout))
 
 
 def share_from_last_pp_stage(
@@ -74,6 +94,21 @@ def gather_rows(rows: Rows, layout: ParallelLayout) -> Rows:
     batch: Any = rows
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return replace(batch, **{n: v if v is None else _gather_tensor(v, layout) for n, v in values.items()})
+
+
+def sum_over_tp(tensor: Tensor, layout: ParallelLayout) -> None:
+    """The tensor-parallel ranks' sum, in the place of this rank's part."""
+    if layout.tp_size > 1:
+        dist.all_reduce(tensor, group=layout.tp_pg)
+
+
+def concat_over_pp(part: Tensor, layout: ParallelLayout) -> Tensor:
+    """The pipeline ranks' rows, of equal shape, in the order of ranks."""
+    if layout.pp_size == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(layout.pp_size)]
+    dist.all_gather(parts, part.contiguous(), group=layout.pp_pg)
+    return torch.cat(parts)
 
 
 def concat_over_tp(part: Tensor, dim: int, layout: ParallelLayout) -> Tensor:

@@ -19,7 +19,6 @@ import torch
 # What the engine uses of megatron.core; imported before its modules are searched for the name `torch`.
 _PACKAGES = (
     "megatron.core.distributed",
-    "megatron.core.inference.contexts",
     "megatron.core.models.gpt",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",

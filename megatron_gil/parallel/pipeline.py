@@ -24,6 +24,18 @@ def send_to_next_pp_stage(hidden: Tensor, layout: ParallelLayout) -> None:
     dist.send(hidden.contiguous(), group=layout.pp_pg, group_dst=layout.pp_rank + 1)
 
 
+def share_from_pp_stage(
+    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, pp_rank: int, layout: ParallelLayout
+) -> Tensor:
+    """One stage's tensor, on every stage; the others give None."""
+    if tensor is None:
+        tensor = torch.empty(shape, dtype=dtype, device=layout.device)
+    assert tuple(tensor.shape) == shape, (tensor.shape, shape)
+    if layout.pp_size > 1:
+        dist.broadcast(tensor, group=layout.pp_pg, group_src=pp_rank)
+    return tensor
+
+
 def share_object_from_last_pp_stage(obj: Any, layout: ParallelLayout) -> Any:
     """The last stage's object on every stage (by pickle)."""
     if layout.pp_size == 1:

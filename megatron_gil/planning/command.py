@@ -152,7 +152,7 @@ def _recipe_table(spec: LlamaSpec, num_gpus: int, memory: int, gpu: Gpu, assume:
 def _assumptions(assume: Assumptions) -> str:
     return (
         f"Assumed: {assume.training_mfu:.0%} of peak in training, {assume.memory_share:.0%} of memory bandwidth in "
-        f"decoding, at least {assume.layer_launch_s * 1e3:g} ms a layer and token, "
+        f"decoding, at least {assume.layer_launch_s * 1e3:g} ms a layer and token (CUDA graphs), "
         f"{assume.network_bandwidth / 1e9:.0f} GB/s a GPU between nodes of {assume.gpus_per_node}; every row as long "
         "as the limits allow; nothing overlaps. docs/planning.md compares this with published runs."
     )

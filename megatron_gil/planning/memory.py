@@ -15,6 +15,8 @@ OVERHEAD_BYTES = 4 * GIB
 """Estimate, ours: CUDA context and kernels 1 GiB, NCCL's buffers 1 GiB, what the allocator cannot use 2 GiB."""
 CHUNK_ELEMENTS = 1 << 22
 """Logits that are widened to float32 at a time (parallel/vocab.py)."""
+CACHE_BUCKET, PREFILL_TOKENS = 128, 1 << 14
+"""Columns of the cache come in such pieces, and prompts are read so many tokens at a time (engine/slots.py)."""
 SAMPLING_BYTES = 32
 """Of a logit that is sampled from: float32 copies, the sorted values with their indices, and sums of them."""
 
@@ -84,10 +86,8 @@ class Resident:
 
 def num_parameters(model: ModelUse, cut: Cut, pp_rank: int) -> int:
     """Parameters of one model on one rank."""
-    spec, tp = model.spec, cut.tp_size
-    hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    matrices = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * spec.ffn_size
-    count = len(spec.layers_of(pp_rank, cut.pp_size)) * (matrices // tp + 2 * hidden)
+    spec, tp, hidden = model.spec, cut.tp_size, model.spec.hidden_size
+    count = len(spec.layers_of(pp_rank, cut.pp_size)) * layer_parameters(spec, cut)
     table = spec.padded_vocab_size(tp) // tp * hidden
     is_last = pp_rank == cut.pp_size - 1
     if pp_rank == 0:
@@ -99,6 +99,13 @@ def num_parameters(model: ModelUse, cut: Cut, pp_rank: int) -> int:
         elif not spec.tied or pp_rank > 0:  # a tied head on another rank is a copy of the embedding
             count += table
     return count
+
+
+def layer_parameters(spec: LlamaSpec, cut: Cut) -> int:
+    """Of one layer, on one tensor-parallel rank."""
+    hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    matrices = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * spec.ffn_size
+    return matrices // cut.tp_size + 2 * hidden
 
 
 def resident(model: ModelUse, cut: Cut, pp_rank: int, precision: Precision) -> Resident:
@@ -161,17 +168,37 @@ def layer_work(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> i
     return inside + _gathered_bytes(spec, cut, rows, precision)
 
 
-def key_value_cache(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
-    """Keys and values of every layer and column; rows.num_tokens counts the prompt less its last token, and the
-    response."""
+def key_value_cache(model: ModelUse, cut: Cut, rows: Rows, precision: Precision) -> int:
+    """Keys and values of every layer, slot and column: a pipeline rank decodes rows of its own through all layers."""
     spec = model.spec
+    columns = -(-rows.num_tokens // CACHE_BUCKET) * CACHE_BUCKET
     width = spec.num_kv_heads * spec.head_dim // cut.tp_size
-    return 2 * len(spec.layers_of(pp_rank, cut.pp_size)) * rows.total * width * precision.dtype_bytes
+    return 2 * spec.num_layers * rows.num_rows * columns * width * precision.dtype_bytes
 
 
-def sampling_work(model: ModelUse, cut: Cut, pp_rank: int, num_rows: int) -> int:
+def received_weights(model: ModelUse, cut: Cut, pp_rank: int, precision: Precision) -> int:
+    """What a pipeline rank is sent of the other ranks' weights for as long as it decodes."""
+    spec = model.spec
+    is_last = pp_rank == cut.pp_size - 1
+    table = spec.padded_vocab_size(cut.tp_size) // cut.tp_size * spec.hidden_size
+    layers = spec.num_layers - len(spec.layers_of(pp_rank, cut.pp_size))
+    count = layers * layer_parameters(spec, cut)
+    count += (0 if is_last else spec.hidden_size) + (0 if pp_rank == 0 else table)
+    if not spec.tied and not is_last:
+        count += table
+    return precision.dtype_bytes * count
+
+
+def sampling_work(model: ModelUse, num_rows: int) -> int:
     """The logits of the next token of every row, over the whole vocabulary, while one is chosen."""
-    return num_rows * model.spec.vocab_size * SAMPLING_BYTES if pp_rank == cut.pp_size - 1 else 0
+    return num_rows * model.spec.vocab_size * SAMPLING_BYTES
+
+
+def prefill_work(model: ModelUse, cut: Cut, rows: Rows, precision: Precision) -> int:
+    """Of the prompts that are read at once, one layer's inside."""
+    whole = Cut(tp_size=cut.tp_size)  # without sequence parallelism
+    num_rows = min(rows.num_rows, max(1, PREFILL_TOKENS // rows.num_tokens))
+    return layer_work(model.spec, whole, Rows(num_rows=num_rows, num_tokens=rows.num_tokens), precision)
 
 
 def step_work(model: ModelUse, cut: Cut, pp_rank: int) -> int:

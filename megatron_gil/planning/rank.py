@@ -16,7 +16,8 @@ class RankMemory:
     resident: Mapping[str, m.Resident]
     """By the model's role."""
     phases: Mapping[str, Mapping[str, int]]
-    """rollout, score, update of a model, its optimizer step -> activations, logits, KV cache."""
+    """rollout, score, update of a model, its optimizer step -> weights received for sampling, activations,
+    logits, KV cache."""
 
     @property
     def held(self) -> int:
@@ -44,9 +45,10 @@ def rank_memory(workload: Workload, cut: m.Cut, pp_rank: int) -> RankMemory:
         decoded = workload.decoded_rows(cut)
         prompts = m.Rows(num_rows=decoded.num_rows, num_tokens=workload.rollout.prompt_tokens)
         phases["rollout"] = {
-            "KV cache": m.key_value_cache(policy, cut, pp_rank, decoded, precision),
-            "logits": m.sampling_work(policy, cut, pp_rank, decoded.num_rows),
-            "activations": m.layer_work(policy.spec, cut, prompts, precision),
+            "weights": m.received_weights(policy, cut, pp_rank, precision),
+            "KV cache": m.key_value_cache(policy, cut, decoded, precision),
+            "logits": m.sampling_work(policy, decoded.num_rows),
+            "activations": m.prefill_work(policy, cut, prompts, precision),
         }
     frozen = [model for model in workload.models if not model.trained]
     if workload.rollout is not None or frozen:

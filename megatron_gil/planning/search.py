@@ -69,6 +69,12 @@ def advice(plans: Sequence[Plan], memory_bytes: int) -> list[str]:
     phases, held = best.worst.phases, best.worst.held
     if "rollout" in phases and best.worst.worst_phase == "rollout":
         lines.append("lower sampling.micro_size: the key-value cache shrinks with it")
+        received = phases["rollout"]["weights"]
+        if received:
+            lines.append(
+                f"or cut by parallel.tensor_size in place of pipeline_size: to sample, a pipeline rank receives the "
+                f"other ranks' part of the policy, {received / GIB:.1f} GiB here"
+            )
     if held > memory_bytes:
         state = held * best.cut.num_gpus
         enough = 2 ** (-(-state // memory_bytes) - 1).bit_length()
@@ -90,8 +96,7 @@ def limits(plan: Plan, assume: Assumptions) -> list[str]:
     found: list[tuple[float, str]] = []
     if workload.rollout:
         share = time.rollout / time.total
-        idle = f"; {cut.pp_size - 1} of {cut.pp_size} pipeline ranks wait at every token" if cut.pp_size > 1 else ""
-        found.append((share, f"decoding takes {share:.0%} of an iteration, and more GPUs do not shorten a token{idle}"))
+        found.append((share, f"decoding takes {share:.0%} of an iteration, and more GPUs do not shorten a token"))
     if time.bubble > 0.2:
         count = workload.num_microbatches(cut)
         found.append(

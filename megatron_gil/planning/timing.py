@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_gil.planning.hardware import Assumptions, Gpu
-from megatron_gil.planning.memory import Cut, ModelUse, num_parameters
+from megatron_gil.planning.memory import Cut, ModelUse, num_parameters, received_weights
 from megatron_gil.planning.workload import Workload
 
 
@@ -51,8 +51,8 @@ def iteration_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) 
 
 
 def decode_step_time(model: ModelUse, cut: Cut, num_rows: int, columns: float, gpu: Gpu, assume: Assumptions) -> float:
-    """One token for each of the rows: every layer's weights and cache are read once; pipeline ranks take turns, so that
-    only tensor parallelism makes a step shorter."""
+    """One token for each of the rows of a rank: every layer's weights and cache are read once. Only tensor parallelism
+    makes a step shorter; pipeline ranks take rows of their own."""
     spec = model.spec
     layer_params = (_parameters(model) - 2 * spec.vocab_size * spec.hidden_size) / spec.num_layers
     cache = 2 * num_rows * columns * spec.num_kv_heads * spec.head_dim * 2
@@ -60,9 +60,8 @@ def decode_step_time(model: ModelUse, cut: Cut, num_rows: int, columns: float, g
     layer = max(assume.layer_launch_s, reading)
     if cut.tp_size > 1:
         layer += 2 * (assume.collective_s + 2 * num_rows * spec.hidden_size * 2 / assume.bandwidth(gpu, cut.tp_size))
-    handover = assume.collective_s * cut.pp_size
     head = 2 * spec.vocab_size * spec.hidden_size / cut.tp_size / (assume.memory_share * gpu.memory_bandwidth)
-    return spec.num_layers * layer + head + handover
+    return spec.num_layers * layer + head
 
 
 def checkpoint_bytes(workload: Workload) -> int:
@@ -76,12 +75,14 @@ def _rollout_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -
     rollout, policy = workload.rollout, workload.models[0]
     assert rollout is not None
     decoded = workload.decoded_rows(cut)
-    chunks = math.ceil(rollout.num_rows / cut.dp_size / decoded.num_rows)
+    fillings = math.ceil(rollout.num_rows / (cut.dp_size * cut.pp_size) / decoded.num_rows)  # of the slots
     columns = rollout.prompt_tokens + rollout.new_tokens / 2
     step = decode_step_time(policy, cut, decoded.num_rows, columns, gpu, assume)
     flops = 2 * _parameters(policy) * decoded.num_rows * rollout.prompt_tokens
     prefill = flops / cut.tp_size / (assume.training_mfu * gpu.peak_flops)
-    return chunks * (prefill + rollout.new_tokens * step)
+    received = max(received_weights(policy, cut, pp_rank, workload.precision) for pp_rank in (0, cut.pp_size - 1))
+    sharing = received / assume.bandwidth(gpu, cut.tp_size * cut.dp_size * cut.pp_size)
+    return sharing + fillings * (prefill + rollout.new_tokens * step)
 
 
 def _forward_time(model: ModelUse, workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:

@@ -10,6 +10,8 @@ from megatron_gil.config import CommandConfig, ConfigError, PpoConfig
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.planning.memory import Cut, ModelUse, Precision, Rows
 
+DEFAULT_SLOTS = 64
+"""Where sampling.micro_size is null; a GPU with room takes more, one without takes fewer."""
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -21,7 +23,7 @@ class Rollout:
     prompt_tokens: int
     new_tokens: int
     micro_size: int
-    """Rows decoded together on one rank."""
+    """Slots: rows decoded together on one rank."""
     epochs: int
     num_iterations: int
 
@@ -53,12 +55,12 @@ class Workload:
         )
 
     def decoded_rows(self, cut: Cut) -> Rows:
-        """Of the key-value cache: the prompt less its last token, and the response."""
+        """The slots of one rank and the positions of each; pipeline ranks answer rows of their own."""
         assert self.rollout is not None
         rollout = self.rollout
         return Rows(
-            num_rows=min(rollout.micro_size, max(1, rollout.num_rows // cut.dp_size)),
-            num_tokens=rollout.prompt_tokens - 1 + rollout.new_tokens,
+            num_rows=min(rollout.micro_size, -(-rollout.num_rows // (cut.dp_size * cut.pp_size))),
+            num_tokens=rollout.prompt_tokens + rollout.new_tokens,
         )
 
     def shared_by(self, dp_size: int) -> Workload:
@@ -117,7 +119,7 @@ def _read_ppo(config: PpoConfig, specs: Mapping[str, LlamaSpec], settings: dict[
             num_rows=num_rows,
             prompt_tokens=config.data.max_prompt_tokens,
             new_tokens=sampling.max_new_tokens,
-            micro_size=sampling.micro_size,
+            micro_size=sampling.micro_size or DEFAULT_SLOTS,
             epochs=ppo.epochs,
             num_iterations=ppo.iterations,
         ),

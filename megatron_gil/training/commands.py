@@ -242,7 +242,7 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
             config, "reward_model", "critic", layout, config.critic_optimizer, num_groups=gil.num_groups
         )
         start_group_head(classifier, gil, config.run.seed)
-    generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+    sampler = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
     progress.safe_point("building ref_policy")
     ref_policy = build_frozen(config, "ref_policy", "lm", layout)
     progress.safe_point("building reward_model")
@@ -256,7 +256,7 @@ def _ppo(config: PpoConfig, layout: ParallelLayout, progress: Progress) -> int:
         reward_model=reward_model,
         classifier=classifier,
         grouping=grouping,
-        generator=generator,
+        sampler=sampler,
         prompts=_prompt_source(config, layout, train),
         pretrain=None if pretrain is None else _row_source(config, layout, pretrain),
         tokenizer=tokenizer,

@@ -214,8 +214,18 @@ def _rank_title(workload: Workload, cut: Cut, pp_rank: int) -> str:
 def _check_memory(ranks: list[RankMemory], gpu_memory: float | None) -> None:
     worst = max(range(len(ranks)), key=lambda i: ranks[i].peak)
     peak = ranks[worst].peak / GIB
+    phase = ranks[worst].worst_phase
+    fix = ""
+    if phase == "rollout":
+        received = ranks[worst].phases[phase]["weights"] / GIB
+        fix = "lower sampling.micro_size"
+        if received:
+            fix += (
+                f" or parallel.pipeline_size (to sample, the rank receives {received:.1f} GiB of the others' weights)"
+            )
+        fix += "; "
     if gpu_memory is not None and peak > gpu_memory:
         raise ConfigError(
-            f"estimated {peak:.1f} GiB on pipeline rank {worst} ({ranks[worst].worst_phase}) do not fit in "
-            f"--gpu-memory {gpu_memory:g}; `megatron-gil plan` lists layouts that do"
+            f"estimated {peak:.1f} GiB on pipeline rank {worst} ({phase}) do not fit in --gpu-memory "
+            f"{gpu_memory:g}; {fix}`megatron-gil plan` lists layouts that do"
         )

@@ -30,7 +30,8 @@ def explain_out_of_memory(error: BaseException, progress: Progress, config: Any)
         text += f", {rows} rows of up to {width} tokens"
     if phase in ("rollout", "evaluation") and hasattr(config, "sampling"):
         sampling = config.sampling
-        text += f" and {sampling.max_new_tokens} new ones; lower sampling.micro_size={sampling.micro_size}"
+        size = "" if sampling.micro_size is None else f"={sampling.micro_size}"
+        text += f" and {sampling.max_new_tokens} new ones; lower sampling.micro_size{size}"
         text += " or sampling.max_new_tokens"
     elif shape:
         text += f"; lower batch.micro_size={config.batch.micro_size}, set models.recompute=full"

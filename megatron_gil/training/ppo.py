@@ -15,10 +15,9 @@ from megatron_gil.algo.masked import ScoreMoments
 from megatron_gil.algo.ppo import explained_variance, policy_loss, value_loss
 from megatron_gil.config import PpoConfig
 from megatron_gil.data.tokenizer import Tokenizer
-from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
-from megatron_gil.engine.protocol import Part
+from megatron_gil.engine.protocol import Part, Sampler
 from megatron_gil.training.alarms import Alarms, duplicate_fraction
 from megatron_gil.training.experience import rollout_means, shape_experience, with_deviations
 from megatron_gil.training.grouping import Grouping
@@ -62,7 +61,7 @@ class PpoTrainer:
         reward_model: MegatronModel,
         classifier: TrainableModel | None,
         grouping: Grouping,
-        generator: Generator,
+        sampler: Sampler,
         prompts: PromptSource,
         eval_prompts: PromptSource | None,
         pretrain: RowSource | None,
@@ -78,7 +77,7 @@ class PpoTrainer:
         """
         self.config, self.num_iterations = config, config.ppo.iterations
         self.policy, self.ref_policy, self.critic, self.reward_model = policy, ref_policy, critic, reward_model
-        self.classifier, self.grouping, self.generator = classifier, grouping, generator
+        self.classifier, self.grouping, self.sampler = classifier, grouping, sampler
         self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
         self.tokenizer, self.progress, self.all_sum = tokenizer, progress, all_sum
         self.reward_text = reward_text
@@ -112,7 +111,8 @@ class PpoTrainer:
 
     def sample(self, prompts: PromptBatch) -> Rollout:
         """The policy's responses."""
-        return self.generator.sample(prompts, before_chunk=partial(self.progress.safe_point, "rollout"))
+        self.progress.safe_point("rollout", prompts)
+        return self.sampler.sample(prompts, meet=partial(self.progress.meet, "rollout", prompts))
 
     def score(self, rollout: Rollout) -> Scores:
         """What every model says of the rollout, before any update."""
@@ -255,9 +255,11 @@ class PpoTrainer:
         """Scores of responses to the held-out prompts, under eval/."""
         if self.eval_prompts is None:
             return {}
-        before_batch = partial(self.progress.safe_point, "evaluation")
-        batches = self.eval_prompts.all_batches(self.generator.micro_size, before_batch)
-        rollouts = [self.generator.sample(batch) for batch in batches]
+        rollouts = []
+        for batch in self.eval_prompts.all_batches():
+            self.progress.safe_point("evaluation", batch)
+            rollouts.append(self.sampler.sample(batch, meet=partial(self.progress.meet, "evaluation", batch)))
+        rollouts = [rollout for rollout in rollouts if len(rollout.tokens)]
         self.progress.safe_point("evaluation by reward_model")
         rows = [self._rewarded(rollout, self.eval_prompts) for rollout in rollouts]
         scores = [self.reward_model.evaluate(batch).scores for batch in rows]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from megatron_gil.parallel.collectives import max_over_ranks
+from megatron_gil.parallel.collectives import begin_max_over_ranks, max_over_ranks
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.parallel.watchdog import Whereabouts
 from megatron_gil.training.signals import StopRequested, StopSignal
@@ -46,3 +47,18 @@ class Progress:
         self.enter(phase, batch)
         if wanted := max_over_ranks(self._stop.wanted, self._layout):
             raise StopRequested(wanted)
+
+    def meet(self, phase: str, batch: Any, busy: bool) -> Callable[[], bool]:
+        """A safe point in the midst of a phase (Meet of engine/protocol.py): nobody waits until the answer is asked
+        for, which is whether any rank is busy."""
+        assert self._layout is not None, "there are no other ranks yet to agree with"
+        self.enter(phase, batch)
+        finish = begin_max_over_ranks(2 * self._stop.wanted + busy, self._layout)
+
+        def wait() -> bool:
+            wanted, busy = divmod(finish(), 2)
+            if wanted:
+                raise StopRequested(wanted)
+            return bool(busy)
+
+        return wait

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from megatron_gil.training.signals import EXIT_STOPPED, StopRequested
 from megatron_gil.training.sources import PromptSource, RowSource
 from megatron_gil.training.tokenizers import RunTokenizers
 
+BATCHES_OF_SLOTS = 4
+"""How often the slots are filled between two writes of what is answered, by which a stop loses less."""
+
 
 def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress) -> int:
     """One response per prompt of data.train, into `output`; of a prompt that was cut also what the model read."""
@@ -45,17 +49,14 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
     def answer_all() -> None:
         progress.safe_point("building policy")
         policy = build_frozen(config, "policy", "lm", layout)
-        generator = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+        sampler = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
         _say_first(config, layout, answers, {"policy": policy}, prompts, tokenizers)
 
-        def before_batch() -> None:
+        size = BATCHES_OF_SLOTS * (config.sampling.micro_size or 256)
+        for batch in PromptSource(prompts, None, layout, len(prompts)).all_batches(size, done=answers.done):
             answers.flush()
-            progress.safe_point("rollout")
-
-        source = PromptSource(prompts, None, layout, len(prompts))
-        for batch in source.all_batches(config.sampling.micro_size, before_batch, done=answers.done):
-            progress.enter("rollout", batch)
-            rollout = generator.sample(batch)
+            progress.safe_point("rollout", batch)
+            rollout = sampler.sample(batch, meet=partial(progress.meet, "rollout", batch))
             for row_id, group, text in zip(
                 batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
             ):

@@ -14,12 +14,13 @@ import torch
 from megatron_gil.data.prompts import PromptDataset
 from megatron_gil.data.sampler import Sampler
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.types import AllSum, PromptBatch
+from megatron_gil.types import AllSum, PromptBatch, take_rows
 
 Rows = TypeVar("Rows")
 
 EVALUATION = 1 << 62
 """First sample id of rows that are not trained on."""
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +65,16 @@ class PromptSource:
         sample_ids = [iteration * self.num_rows + place for place in places]
         return to_device(self.dataset.collate(row_ids, sample_ids), self.layout)
 
-    def all_batches(
-        self, size: int, before_batch: Callable[[], None], *, done: Collection[int] = ()
-    ) -> Iterator[PromptBatch]:
+    def all_batches(self, size: int = ROWS_AT_ONCE, *, done: Collection[int] = ()) -> Iterator[PromptBatch]:
         """Every prompt that is not `done` once, over all data-parallel ranks; sample ids apart from those of training.
 
-        `before_batch` is called as often on each rank.
+        As many batches on each rank, the last of them perhaps without rows; of at most `size`: that many responses
+        are held in memory, and lost by a stop.
         """
         for row_ids in _deal(len(self.dataset), size, self.layout, done):
-            before_batch()
-            if row_ids:
-                yield to_device(self.dataset.collate(row_ids, [EVALUATION + i for i in row_ids]), self.layout)
+            some = row_ids or [0]
+            batch = self.dataset.collate(some, [EVALUATION + i for i in some])
+            yield to_device(take_rows(batch, slice(len(row_ids))), self.layout)
 
 
 def _deal(num_rows: int, size: int, layout: ParallelLayout, done: Collection[int] = ()) -> list[list[int]]:

@@ -5,21 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from megatron_gil.algo.sampling import choose_tokens
 from megatron_gil.config import SamplingSection
 from megatron_gil.data.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import EOS_ID, PAD_ID
 from megatron_gil.engine.generation import Generator
+from megatron_gil.engine.slots import STEPS
+from megatron_gil.parallel.collectives import begin_max_over_ranks
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.types import PromptBatch, Rollout, take_rows
 from tests.ranks import run_ranks
 from tests.sampling_oracle import choose, penalize
-from tests.training.running import ONE, PP2, TP2_PP2, TP2_SP, build, layout_name, parallel, world_size
+from tests.training.running import DP2, ONE, PP2, TP2_PP2, TP2_SP, build, layout_name, parallel, world_size
 
 SEED, NUM_ROWS, MAX_NEW = 3, 12, 10
 SECTIONS = {
@@ -166,3 +170,58 @@ def test_sampled_log_probs_are_those_evaluate_reads(found: dict[str, Any]) -> No
     read = torch.where(rollout.response_mask, found["log_probs"], 0)
     torch.testing.assert_close(rollout.sampled_log_probs, read, atol=1e-5, rtol=0)
     assert rollout.sampled_log_probs.min() < -3
+
+
+def _meet_unevenly(layout: dict[str, Any], root: Path) -> tuple[list[bool], Rollout]:
+    """What each rank says as it meets the others; of the data-parallel ranks the first alone has rows."""
+    busy: list[bool] = []
+    with parallel(layout) as started:
+        model, section = build(root / "policy", started, "lm"), replace(SECTIONS["plain"], micro_size=1)
+        generator = Generator(model, section, tokenizer=Tokenizer.read(root / "policy"), seed=SEED)
+
+        def meet(mine: bool) -> Any:
+            busy.append(mine)
+            finish = begin_max_over_ranks(int(mine), started)
+            return lambda: bool(finish())
+
+        rows = slice(5 if started.dp_rank == 0 else 0)
+        return busy, generator.sample(take_rows(_prompts(), rows), meet=meet)
+
+
+@pytest.mark.parametrize("layout", [DP2, PP2], ids=layout_name)
+def test_ranks_meet_as_often_however_many_rows_they_have(
+    layout: dict[str, Any], world: Path, found: dict[str, Any]
+) -> None:
+    (first, whole), (second, other) = run_ranks(_meet_unevenly, 2, layout, world)
+    assert len(first) == len(second)
+    assert first.count(True) == (5 if layout == DP2 else 3), "one slot: a meeting for each row and one when all is done"
+    assert second.count(True) == (0 if layout == DP2 else 2)
+    assert _responses(whole) == _responses(found["plain"])[:5]
+    assert len(other.tokens) == (0 if layout == DP2 else 5)
+
+
+def test_a_stop_comes_between_two_steps(world: Path) -> None:
+    assert run_ranks(_stop, 1, world)[0] == STEPS
+
+
+def _stop(root: Path) -> int:
+    """Tokens chosen where the second meeting raises."""
+    chosen = 0
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        nonlocal chosen
+        chosen += 1
+        return choose_tokens(*args, **kwargs)
+
+    def meet(_: bool) -> Any:
+        if chosen:
+            raise InterruptedError
+        return lambda: True
+
+    with parallel(ONE) as layout, mock.patch("megatron_gil.engine.slots.choose_tokens", choose):
+        model, section = build(root / "policy", layout, "lm"), SamplingSection(max_new_tokens=40, min_new_tokens=40)
+        with pytest.raises(InterruptedError):
+            Generator(model, section, tokenizer=Tokenizer.read(root / "policy"), seed=SEED).sample(
+                _prompts(), meet=meet
+            )
+    return chosen

@@ -51,7 +51,7 @@ def _hang() -> None:
     time.sleep(600)
 
 
-CHOOSE, STEP = "engine.generation.Generator._choose", "engine.optimizer.ModelOptimizer.step"
+CHOOSE, STEP = "engine.slots.Slots._choose", "engine.optimizer.ModelOptimizer.step"
 
 
 def _run(world: Path, tmp_path: Path, misfortune: Misfortune, timeout_s: int = 24) -> tuple[list[Any], list[str]]:
@@ -66,7 +66,7 @@ def _run(world: Path, tmp_path: Path, misfortune: Misfortune, timeout_s: int = 2
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        (CHOOSE, "out of memory in rollout, 2 rows of up to 7 tokens and 6 new ones; lower sampling.micro_size=2"),
+        (CHOOSE, "out of memory in rollout, 4 rows of up to 7 tokens and 6 new ones; lower sampling.micro_size=2"),
         (STEP, "out of memory in critic update, 4 rows of up to"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Attention and norm against megatron's and transformers' own, and decoding from the cache against a full forward."""
+"""Attention and norm against megatron's and transformers' own."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from megatron_gil.models.attention import FusedAttention, PromptContext
+from megatron_gil.models.attention import FusedAttention
 from megatron_gil.models.norm import RMSNorm
-from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.parallel.pipeline import receive_from_previous_pp_stage, send_to_next_pp_stage
-from tests.models.running import LAYOUTS, layout_name, load_model, parallel, world_size
-from tests.models.tiny import SIZES, make_llama, sample_tokens
+from tests.models.running import LAYOUTS, load_model, parallel
+from tests.models.tiny import make_llama
 from tests.ranks import run_ranks
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}  # rounding of another order of sums
@@ -93,50 +90,3 @@ def test_rms_norm_keeps_float64() -> None:
     x = torch.randn(5, 48, dtype=torch.float64)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(RMSNorm(config, 48, eps=1e-6)(x), expected, atol=1e-15, rtol=1e-15)
-
-
-def _feed(model: Any, tokens: Tensor, context: Any, mask: Tensor | None, layout: ParallelLayout) -> Tensor | None:
-    """Logits of the last of `tokens`, on the last pipeline stage."""
-    shape = (tokens.shape[1], len(tokens), SIZES["hidden_size"])
-    model.set_input_tensor(receive_from_previous_pp_stage(shape, torch.float64, layout))
-    positions = torch.zeros_like(tokens)  # not read: the rotary embedding goes by columns, or by the context
-    output = model(tokens, positions, mask, inference_context=context, runtime_gather_output=True)
-    context.sequence_len_offset += tokens.shape[1]
-    if layout.is_last_pp_stage:
-        return output[:, -1, : SIZES["vocab_size"]]
-    return send_to_next_pp_stage(output, layout)
-
-
-PROMPT_LENGTHS = (9, 3, 1, 7)
-NUM_NEW = 6
-
-
-def _decode(layout: dict[str, Any], hf_dir: Path) -> tuple[Any, Any]:
-    """Logits [B, n, V] of every decoded position: with a PromptContext, then with megatron's own context."""
-    with parallel(layout) as started, torch.no_grad():
-        model = load_model(hf_dir, started, dtype=torch.float64)[1].eval()
-        lengths, tokens = torch.tensor(PROMPT_LENGTHS), sample_tokens(4, 15)
-        prompts = torch.where(torch.arange(9) < lengths[:, None], tokens[:, :9], 0)
-        ragged = PromptContext(lengths, 9, NUM_NEW)
-        _feed(model, prompts[:, :8], ragged, None, started)
-        fed = [tokens[torch.arange(4), lengths - 1 + step, None] for step in range(NUM_NEW)]
-        one = [_feed(model, column, ragged, ragged.hidden(), started) for column in fed]
-        even = StaticInferenceContext(4, 15)
-        two = [_feed(model, tokens[:, start:stop], even, None, started) for start, stop in ((0, 5), (5, 6), (6, 9))]
-        return (None, None) if one[0] is None else (torch.stack(one, 1), torch.stack(two, 1))  # type: ignore[arg-type]
-
-
-def _whole_logits(hf_dir: Path) -> Tensor:
-    with parallel(LAYOUTS[0]) as layout, torch.no_grad():
-        model, tokens = load_model(hf_dir, layout, dtype=torch.float64)[1], sample_tokens(4, 15)
-        return model(tokens, torch.zeros_like(tokens), None)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS[:4], ids=layout_name)
-def test_decoding_equals_a_full_forward(layout: dict[str, Any], llama_dir: Path) -> None:
-    whole = run_ranks(_whole_logits, 1, llama_dir)[0]
-    ragged, even = run_ranks(_decode, world_size(layout), layout, llama_dir)[-1]
-    for row, length in enumerate(PROMPT_LENGTHS):
-        expected = whole[row, length - 1 : length - 1 + NUM_NEW]
-        torch.testing.assert_close(ragged[row], expected, atol=1e-12, rtol=0)  # float64 sums in another order
-    torch.testing.assert_close(even, whole[:, [4, 5, 8]], atol=1e-12, rtol=0)

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_gil import config as c
-from megatron_gil.engine.generation import Generator
+from megatron_gil.engine.decoder import Decoder
+from megatron_gil.engine.decoder_weights import collect_weights
+from megatron_gil.engine.generation import num_columns
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
-from megatron_gil.models.attention import PromptContext
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.training.supervised import sft_loss
-from megatron_gil.types import LossSum, PromptBatch, Readout, TokenBatch
+from megatron_gil.types import LossSum, Readout, TokenBatch
 from tests.training.running import parallel
 
 SPEC = LlamaSpec(
@@ -73,7 +75,7 @@ def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict
             found["update"] = peak(lambda: model.accumulate(part))
             found["score"] = peak(lambda: model.evaluate(batch))
         if head == "lm":
-            found["cache"] = _cache_bytes(model)
+            found |= _decoder_bytes(model)
         return found
 
 
@@ -138,29 +140,12 @@ def _optimizer_bytes(model: TrainableModel) -> int:
     return parts
 
 
-def _cache_bytes(model: TrainableModel) -> int:
-    """Of the keys and values of one chunk of rows, by way of the contexts that the generator makes."""
-    contexts: list[PromptContext] = []
-    prompts = PromptBatch(
-        tokens=torch.randint(4, SPEC.vocab_size, (ROWS, PROMPT_TOKENS)),
-        lengths=torch.full((ROWS,), PROMPT_TOKENS),
-        row_ids=torch.arange(ROWS),
-        sample_ids=torch.arange(ROWS),
-        known_groups=torch.full((ROWS,), -1),
-    )
-    section = c.SamplingSection(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, micro_size=ROWS)
-    generator = Generator(model, section, tokenizer=_NoEnd(), seed=1)
-    forward = generator._forward
-
-    def watched(tokens: torch.Tensor, context: PromptContext, hidden: Any) -> Any:
-        contexts.append(context)
-        return forward(tokens, context, hidden)
-
-    generator._forward = watched  # type: ignore[method-assign]
-    generator.sample(prompts)
-    return sum(part.nbytes for pair in contexts[-1].key_value_memory_dict.values() for part in pair)
-
-
-class _NoEnd:
-    pad_id = 3
-    eos_ids = (2,)
+def _decoder_bytes(model: TrainableModel) -> dict[str, int]:
+    """Of the keys and values of every slot, and of the weights that this rank has of other pipeline ranks."""
+    weights = collect_weights(model)
+    decoder = Decoder(weights, SPEC, model.layout, num_slots=ROWS, num_columns=num_columns(PROMPT_TOKENS, NEW_TOKENS))
+    own = {parameter.data_ptr() for parameter in model.module.parameters()}
+    parts = [weights.embedding, weights.final_norm, weights.head]
+    parts += [getattr(layer, field.name) for layer in weights.layers for field in fields(layer)]
+    received = {part.data_ptr(): part.nbytes for part in parts if part.data_ptr() not in own}
+    return {"cache": decoder.cache.nbytes, "received": sum(received.values())}

@@ -46,7 +46,7 @@ def test_formula_agrees_with_what_is_allocated(case: tuple[dict[str, Any], str, 
         pp_rank = rank // (cut.tp_size * cut.dp_size)
         expected = predict(head, cut, pp_rank, settings)
         for part, measured in found.items():
-            exact = part in ("weights", "gradients", "optimizer", "cache")
+            exact = part in ("weights", "gradients", "optimizer", "cache", "received")
             assert measured == pytest.approx(expected[part], rel=1e-3 if exact else TOLERANCE), f"rank {rank}: {part}"
 
 
@@ -59,7 +59,7 @@ def predict(head: Any, cut: m.Cut, pp_rank: int, settings: dict[str, Any]) -> di
     held = m.resident(model, cut, pp_rank, precision)
     saved = m.saved_activations(model, cut, pp_rank, rows, precision)
     logits = m.saved_logits(model, cut, pp_rank, rows, precision)
-    columns = m.Rows(num_rows=ROWS, num_tokens=PROMPT_TOKENS - 1 + NEW_TOKENS)
+    slots = m.Rows(num_rows=ROWS, num_tokens=PROMPT_TOKENS + NEW_TOKENS)
     return {
         "weights": held.weights,
         "gradients": held.gradients,
@@ -67,5 +67,6 @@ def predict(head: Any, cut: m.Cut, pp_rank: int, settings: dict[str, Any]) -> di
         "saved": saved + logits,
         "update": saved + logits + m.backward_work(model, cut, pp_rank, rows, precision),
         "score": m.forward_work(model, cut, pp_rank, rows, precision),
-        "cache": m.key_value_cache(model, cut, pp_rank, columns, precision),
+        "cache": m.key_value_cache(model, cut, slots, precision),
+        "received": m.received_weights(model, cut, pp_rank, precision),
     }

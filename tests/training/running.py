@@ -178,7 +178,7 @@ def make_trainer(
         reward_model=build(root / "reward_model", layout, "score", **common),
         classifier=own,
         grouping=grouping,
-        generator=Generator(model, config.sampling, tokenizer=tokenizer, seed=config.run.seed),
+        sampler=Generator(model, config.sampling, tokenizer=tokenizer, seed=config.run.seed),
         prompts=prompts,
         eval_prompts=None,
         pretrain=None,
