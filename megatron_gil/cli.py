@@ -13,7 +13,7 @@ from typing import Any
 from megatron_gil import __version__
 from megatron_gil.console import OutputLost, lasting_output, run_interruptible
 from megatron_gil.paths import expand_user
-from megatron_gil.training.signals import StopSignal
+from megatron_gil.training.run.signals import StopSignal
 
 COMMANDS = {
     "sft": "train a policy on demonstrations",
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """Of the options, as config.py does for the keys."""
     from megatron_gil.config import ConfigError
-    from megatron_gil.ranges import LARGEST_SEED, Range
+    from megatron_gil.config.ranges import LARGEST_SEED, Range
 
     ranges = {
         "gpus": Range(low=1, high=1_000_000),
@@ -152,7 +152,7 @@ def _add_dry_run(command: argparse.ArgumentParser, *, trains: bool) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
     if arguments.command in CONFIGURED:
-        from megatron_gil.training.dry_run import dry_run, dry_run_answers
+        from megatron_gil.commands.dry_run import dry_run, dry_run_answers
 
         config = _read_config(arguments)
         return (
@@ -161,24 +161,24 @@ def _run(arguments: argparse.Namespace) -> int:
             else dry_run_answers(config, arguments)
         )
     if arguments.command == "evaluate":
+        from megatron_gil.commands.evaluate import evaluate
         from megatron_gil.demo.gold import gold_score
-        from megatron_gil.evaluation.command import evaluate
 
         return evaluate(arguments, gold_score=gold_score)
     if arguments.command == "report":
-        from megatron_gil.evaluation.command import report
+        from megatron_gil.commands.evaluate import report
 
         return report(arguments)
     if arguments.command == "plan":
-        from megatron_gil.planning.command import plan
+        from megatron_gil.commands.plan import plan
 
         return plan(arguments)
     if arguments.command == "prepare-data":
-        from megatron_gil.data.command import prepare_data
+        from megatron_gil.commands.prepare_data import prepare_data
 
         return prepare_data(arguments.arguments)
     if arguments.command == "convert":
-        from megatron_gil.models.convert.command import convert
+        from megatron_gil.commands.convert import convert
 
         return convert(arguments.arguments, verify=_verify)
     from megatron_gil.demo.pipeline import run_demo
@@ -195,14 +195,14 @@ def _verify(*directories: Path, **options: Any) -> int:
 def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
     _check_numbers(arguments)
     config = _read_config(arguments)
-    from megatron_gil.training.commands import run_command
+    from megatron_gil.commands.train import run_command
 
     return run_command(arguments.command, config, stop)
 
 
 def _read_config(arguments: argparse.Namespace) -> Any:
     from megatron_gil import config as c
-    from megatron_gil.config_files import load_config
+    from megatron_gil.config.files import load_config
 
     classes: dict[str, type[Any]] = {
         "sft": c.SftConfig,

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_gil.cli import COMMANDS, main
 from megatron_gil.config import PpoConfig
-from megatron_gil.config_files import dump_config, load_config
+from megatron_gil.config.files import dump_config, load_config
 from tests.ranks import run_ranks
 from tests.training.running import use_cache
 from tests.world import write_json, write_rows

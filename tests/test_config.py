@@ -14,8 +14,8 @@ import pytest
 from megatron_gil import config as c
 from megatron_gil.cli import _parse
 from megatron_gil.config import IS_PATH
-from megatron_gil.config_files import LARGEST_FILE, load_config
-from megatron_gil.ranges import RANGE, Range, refusal
+from megatron_gil.config.files import LARGEST_FILE, load_config
+from megatron_gil.config.ranges import RANGE, Range, refusal
 
 COMMANDS = (c.SftConfig, c.RewardConfig, c.DpoConfig, c.PpoConfig, c.GenerateConfig, c.ScoreConfig)
 REQUIRED = ["run.dir=x", "output=x"]

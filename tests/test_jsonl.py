@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_gil.commands.evaluate import read_replies
 from megatron_gil.config import ConfigError
-from megatron_gil.evaluation.command import read_replies
-from megatron_gil.evaluation.runs import read_run
+from megatron_gil.evaluation.report.runs import read_run
 from megatron_gil.jsonl import iter_jsonl
-from megatron_gil.training.rows import RowFile, keep_iterations_below
+from megatron_gil.training.run.row_file import RowFile, keep_iterations_below
 
 # Every character at which str.splitlines() cuts.
 ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"

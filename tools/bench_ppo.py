@@ -156,8 +156,8 @@ def run_gil(turns: Turns, root: Path, sizes: Sizes, num_steps: int) -> None:
 def _run_command(turns: Turns, root: Path, sizes: Sizes, num_steps: int, name: str, gil: dict[str, Any]) -> None:
     """`megatron-gil ppo`, whole; only its iterations wait for their turn."""
     from megatron_gil import config as c
-    from megatron_gil.training import commands
-    from megatron_gil.training.signals import StopSignal
+    from megatron_gil.commands import train as commands
+    from megatron_gil.training.run.signals import StopSignal
 
     class Paced(commands.PpoTrainer):
         def iterate(self, iteration: int) -> Any:

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_gil.config import ConfigError
-from megatron_gil.evaluation.runs import Run, config_differences, read_runs
+from megatron_gil.evaluation.report.runs import Run, config_differences, read_runs
 from megatron_gil.models.hf_files import HfTensors
 
 SHOWN = 15

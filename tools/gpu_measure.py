@@ -18,7 +18,7 @@ from gpu_results import Results
 from gpu_shapes import SHAPES, TINY_WORK, Plan, Work, decoding_bytes, forward_flops, plan_iteration, plan_train
 
 from megatron_gil import config as c
-from megatron_gil.data.sampler import Sampler
+from megatron_gil.data.rows.order import RowOrder
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.protocol import Part
@@ -26,13 +26,13 @@ from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.training.build import start_group_head
-from megatron_gil.training.grouping import LearnedGroups
-from megatron_gil.training.memory import is_out_of_memory
-from megatron_gil.training.ppo import PpoTrainer
-from megatron_gil.training.progress import Progress
-from megatron_gil.training.signals import StopSignal
-from megatron_gil.training.sources import PromptSource, to_device
-from megatron_gil.training.supervised import sft_loss
+from megatron_gil.training.ppo.grouping import LearnedGroups
+from megatron_gil.training.ppo.iteration import PpoTrainer
+from megatron_gil.training.row_source import PromptSource, to_device
+from megatron_gil.training.run.out_of_memory import is_out_of_memory
+from megatron_gil.training.run.progress import Progress
+from megatron_gil.training.run.signals import StopSignal
+from megatron_gil.training.supervised.trainer import sft_loss
 from megatron_gil.types import PromptBatch, TokenBatch
 
 Found = dict[str, Any]
@@ -170,7 +170,7 @@ class Bench:
         dataset: Any = RandomPrompts(self.spec, self.work.iteration_prompt_tokens)
         tokenizer: Any = ids
         rows = config.ppo.prompts * config.ppo.responses_per_prompt
-        sampler = Sampler(
+        order = RowOrder(
             10_000,
             seed=1,
             batch_size=config.ppo.prompts,
@@ -186,7 +186,7 @@ class Bench:
             classifier=None,
             grouping=LearnedGroups(config.gil, sums),
             sampler=Generator(policy, config.sampling, tokenizer=ids, seed=1),
-            prompts=PromptSource(dataset, sampler, self.layout, rows),
+            prompts=PromptSource(dataset, order, self.layout, rows),
             eval_prompts=None,
             pretrain=None,
             tokenizer=tokenizer,

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 import torch.cuda.nccl
 
-from megatron_gil.training.directory import git_commit
+from megatron_gil.training.run.directory import git_commit
 
 PACKAGES = ("megatron-core", "transformers", "transformer-engine", "apex", "flash-attn", "triton", "numpy")
 

@@ -16,8 +16,8 @@ from cells import GRID, read_grid
 from measure import gold_curve
 from tables import markdown
 
-from megatron_gil.evaluation.page import Table
-from megatron_gil.evaluation.runs import Json, Run, read_run
+from megatron_gil.evaluation.report.page import Table
+from megatron_gil.evaluation.report.runs import Json, Run, read_run
 
 FAULTS = {
     "duplicates": "canned",

@@ -17,7 +17,7 @@ from measure import gap_of_scores, gold_curve, measure
 from pictures import write_pictures
 from tables import Numbers, markdown, tables, win_rows, win_table
 
-from megatron_gil.evaluation.runs import Json, Run, read_run
+from megatron_gil.evaluation.report.runs import Json, Run, read_run
 from megatron_gil.jsonl import iter_jsonl
 
 Curves = dict[str, dict[str, dict[int, list[float]]]]

@@ -13,8 +13,8 @@ from tables import OURS
 from megatron_gil.demo.domains import TRAINING_DOMAINS, read_task
 from megatron_gil.demo.gold import count_flattery, gold_score
 from megatron_gil.evaluation.agreement import adjusted_rand_index
-from megatron_gil.evaluation.page import Table
-from megatron_gil.evaluation.runs import Json, Run
+from megatron_gil.evaluation.report.page import Table
+from megatron_gil.evaluation.report.runs import Json, Run
 
 GROUPED = (OURS, "gil_plain_kl", "gil_own_model", "gil_score_groups", "gil_floor", "beta_0", "beta_1")
 GROUPED += ("gil_m3", "grpo_gil")

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from megatron_gil.config import ConfigError
 from megatron_gil.demo.pipeline import HELD_OUT_PROMPTS, RECIPES
 from megatron_gil.demo.world import World, world_at, write_world
-from megatron_gil.evaluation.runs import Json
+from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.jsonl import iter_jsonl
 
 GRID = Path(__file__).with_name("grid.yaml")

@@ -12,7 +12,7 @@ from cells import EASY
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, read_task
 from megatron_gil.demo.gold import count_flattery, gold_score
 from megatron_gil.evaluation.agreement import adjusted_mutual_information, roc_auc
-from megatron_gil.evaluation.runs import Json, Run, read_run
+from megatron_gil.evaluation.report.runs import Json, Run, read_run
 from megatron_gil.evaluation.statistics import skewness, tail_mass
 from megatron_gil.jsonl import iter_jsonl
 

@@ -10,8 +10,15 @@ from typing import Any
 from tables import Numbers
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
-from megatron_gil.evaluation.figures import FrontierPoint, bars, curve_grid, frontier, score_distributions, to_svg
-from megatron_gil.evaluation.runs import Json
+from megatron_gil.evaluation.report.figures import (
+    FrontierPoint,
+    bars,
+    curve_grid,
+    frontier,
+    score_distributions,
+    to_svg,
+)
+from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.evaluation.statistics import bootstrap
 
 Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]

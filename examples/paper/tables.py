@@ -9,8 +9,8 @@ from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 from megatron_gil.demo.gold import gold_score
 from megatron_gil.demo.results import TIE_MARGIN
 from megatron_gil.evaluation.judge import ScoreJudge
-from megatron_gil.evaluation.page import Table
-from megatron_gil.evaluation.runs import Json
+from megatron_gil.evaluation.report.page import Table
+from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.evaluation.statistics import Estimate, bootstrap, paired_difference
 from megatron_gil.evaluation.winrate import verdicts
 

@@ -34,7 +34,7 @@ from megatron_gil.demo.results import POLICIES, read_results, write_results
 from megatron_gil.demo.stages import Runner, Stage, StageFailed
 from megatron_gil.demo.world import World, WorldSizes, world_at, write_world
 from megatron_gil.paths import write_whole
-from megatron_gil.training.lock import FileLock
+from megatron_gil.training.run.lock import FileLock
 
 CLI = ("-m", "megatron_gil")
 RECIPES = Path(__file__).with_name("recipes")

@@ -14,11 +14,11 @@ from rich.table import Table as ConsoleTable
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 from megatron_gil.demo.gold import gold_score
-from megatron_gil.evaluation.figures import FrontierPoint, bars, colors, frontier, score_distributions, to_svg
 from megatron_gil.evaluation.judge import ScoreJudge
-from megatron_gil.evaluation.page import Picture, Table
-from megatron_gil.evaluation.report import write_report
-from megatron_gil.evaluation.runs import Run, read_run
+from megatron_gil.evaluation.report.figures import FrontierPoint, bars, colors, frontier, score_distributions, to_svg
+from megatron_gil.evaluation.report.page import Picture, Table
+from megatron_gil.evaluation.report.report import write_report
+from megatron_gil.evaluation.report.runs import Run, read_run
 from megatron_gil.evaluation.statistics import bootstrap
 from megatron_gil.evaluation.winrate import HEADER, WinRate, table_rows, verdicts, win_rate
 from megatron_gil.jsonl import iter_jsonl

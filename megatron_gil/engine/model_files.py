@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.files import FileWriter
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.optimizer import MOMENTS, Fragment

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_gil.config import ConfigError, ParallelSection
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.models.convert.copy import ModelDirectory
 from megatron_gil.models.convert.locate import Role, find_model

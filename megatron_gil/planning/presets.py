@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_gil import config as c
-from megatron_gil.config_files import load_config
+from megatron_gil.config.files import load_config
 from megatron_gil.models.llama import LlamaSpec, read_config
 
 

@@ -16,7 +16,7 @@ BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
+class RolloutShape:
     """How a PPO iteration samples; over all ranks."""
 
     num_rows: int
@@ -40,7 +40,7 @@ class Workload:
     micro_size: int
     num_tokens: int
     precision: Precision
-    rollout: Rollout | None = None
+    rollout: RolloutShape | None = None
     """None: an iteration is one update of the only trained model."""
 
     def num_microbatches(self, cut: Cut) -> int:
@@ -115,7 +115,7 @@ def _read_ppo(config: PpoConfig, specs: Mapping[str, LlamaSpec], settings: dict[
         models=tuple(models),
         num_tokens=config.data.max_prompt_tokens + sampling.max_new_tokens,
         sequences_per_row=1,
-        rollout=Rollout(
+        rollout=RolloutShape(
             num_rows=num_rows,
             prompt_tokens=config.data.max_prompt_tokens,
             new_tokens=sampling.max_new_tokens,

@@ -18,12 +18,12 @@ from megatron_gil.config import (
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.parallel.collectives import agree
 from megatron_gil.parallel.layout import ParallelLayout, read_world_size
-from megatron_gil.training.best import check_keep_best
 from megatron_gil.training.build import check_model, model_path
-from megatron_gil.training.directory import RunDirectory, take_directory
-from megatron_gil.training.lock import SILENCE_S, FileLock
-from megatron_gil.training.output import new_file
-from megatron_gil.training.progress import Progress
+from megatron_gil.training.run.best import check_keep_best
+from megatron_gil.training.run.directory import RunDirectory, take_directory
+from megatron_gil.training.run.lock import SILENCE_S, FileLock
+from megatron_gil.training.run.output import new_file
+from megatron_gil.training.run.progress import Progress
 from megatron_gil.training.tokenizers import ROLES, RunTokenizers, read_tokenizers
 
 T = TypeVar("T", bound=Sized)

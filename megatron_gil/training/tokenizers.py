@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gil.config import CommandConfig, ConfigError, PpoConfig, require
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.llama import LlamaSpec
 
 ROLES = {

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_gil.config import SamplingSection
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.models.convert.copy import export_model, import_model

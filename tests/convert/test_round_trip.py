@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.convert.copy import export_model, import_model
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.rope import rope_frequencies

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.model_files import tokenizer_files
 from megatron_gil.models.convert.copy import export_model, import_model
 from tests.tokenizer_kinds import KINDS, write_kinds

@@ -47,7 +47,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) 
 
 
 def test_neither_import_nor_export_loads_torch() -> None:
-    check = "import sys, megatron_gil.models.convert.command; sys.exit('torch' in sys.modules)"
+    check = "import sys, megatron_gil.commands.convert; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 
 _CORPUS = """Human: Can you tell me how the old lighthouse keeper spent his days?
 Assistant: He cleaned the lamps, wrote the log, and looked at the sea. Is there anything else you would like to know?

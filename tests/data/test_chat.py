@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gil.data.chat import format_dialogue, merge_neighbours, parse_dialogue, split_exchanges
+from megatron_gil.data.text.chat import format_dialogue, merge_neighbours, parse_dialogue, split_exchanges
 
 said = st.text(min_size=1).map(str.strip).filter(bool).filter(lambda s: "Human:" not in s and "Assistant:" not in s)
 role = st.sampled_from(["system", "user", "assistant"])

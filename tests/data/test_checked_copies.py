@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.records import read_records
+from megatron_gil.data.rows.records import read_records
 from tests.world import write_rows
 
 READ = """
 import sys
-from megatron_gil.data.records import read_records
+from megatron_gil.data.rows.records import read_records
 records = read_records(sys.argv[1], "prompts")
 print(len(records), records[1]["prompt"], flush=True)
 sys.stdin.read()

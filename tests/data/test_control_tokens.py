@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gil.data.demonstrations import DemonstrationDataset, ResponseDataset, TextDataset
-from megatron_gil.data.encoding import encode_conversation, encode_prompt, encode_replies
-from megatron_gil.data.preferences import PreferenceDataset
-from megatron_gil.data.prompts import PromptDataset
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.rows.demonstrations import DemonstrationDataset, ResponseDataset, TextDataset
+from megatron_gil.data.rows.encoding import encode_conversation, encode_prompt, encode_replies
+from megatron_gil.data.rows.preferences import PreferenceDataset
+from megatron_gil.data.rows.prompts import PromptDataset
+from megatron_gil.data.text.tokenizer import Tokenizer
 from tests.tokenizer_kinds import CHATML, KINDS, TURNS, copy_kind, write_kinds
 
 INJECTED = ("<s>", "</s>", "<pad>", "<unk>", "<|eot|>", "<|begin|>", "<|role|>", "[INST]", *TURNS)

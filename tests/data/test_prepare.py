@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.chat import parse_dialogue
-from megatron_gil.data.demonstrations import DemonstrationDataset
-from megatron_gil.data.preferences import PreferenceDataset
-from megatron_gil.data.prepare import PrepareOptions, prepare, split_of
-from megatron_gil.data.prompts import PromptDataset
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.prepare.split import PrepareOptions, prepare, split_of
+from megatron_gil.data.rows.demonstrations import DemonstrationDataset
+from megatron_gil.data.rows.preferences import PreferenceDataset
+from megatron_gil.data.rows.prompts import PromptDataset
+from megatron_gil.data.text.chat import parse_dialogue
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.jsonl import iter_jsonl
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"

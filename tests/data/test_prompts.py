@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gil.data.dataset import number_groups
-from megatron_gil.data.encoding import EncodedPrompt, encode_prompt
-from megatron_gil.data.prompts import PromptDataset
-from megatron_gil.data.sampler import Sampler
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.rows.dataset import number_groups
+from megatron_gil.data.rows.encoding import EncodedPrompt, encode_prompt
+from megatron_gil.data.rows.order import RowOrder
+from megatron_gil.data.rows.prompts import PromptDataset
+from megatron_gil.data.text.tokenizer import Tokenizer
 
 LONG = (
     "".join(f"\n\nHuman: question {i}\n\nAssistant: answer {i}" for i in range(9)) + "\n\nHuman: the last\n\nAssistant:"
@@ -43,7 +43,7 @@ def test_prompts_are_padded_on_the_right_and_keep_their_ids(
 def test_a_draw_of_the_sampler_is_a_batch(write_rows: Callable[..., Path], plain_tokenizer: Tokenizer):
     path = write_rows([{"prompt": f"number {i}"} for i in range(10)])
     dataset = PromptDataset(path, plain_tokenizer, max_prompt_tokens=64)
-    batch = dataset.collate(*Sampler(10, seed=1, batch_size=2, repeats=3).next(0))
+    batch = dataset.collate(*RowOrder(10, seed=1, batch_size=2, repeats=3).next(0))
     texts = [plain_tokenizer.decode(row[:n]) for row, n in zip(batch.tokens.tolist(), batch.lengths, strict=True)]
     assert texts == [f"number {i}" for i in batch.row_ids]
     assert texts[0] == texts[2] != texts[3]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.fields import COLUMNS, check_record
-from megatron_gil.data.records import read_records
+from megatron_gil.data.rows.fields import COLUMNS, check_record
+from megatron_gil.data.rows.records import read_records
 from megatron_gil.jsonl import LONGEST_ROW, iter_jsonl
 
 KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.demonstrations import DemonstrationDataset, ResponseDataset, TextDataset
-from megatron_gil.data.encoding import encode_conversation, encode_replies
-from megatron_gil.data.preferences import PreferenceDataset
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.rows.demonstrations import DemonstrationDataset, ResponseDataset, TextDataset
+from megatron_gil.data.rows.encoding import encode_conversation, encode_replies
+from megatron_gil.data.rows.preferences import PreferenceDataset
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.types import PreferenceBatch, TokenBatch
 
 TALK = [

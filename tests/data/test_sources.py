@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.sources import SOURCES, guess_reader
-from megatron_gil.data.sources.example import Example, Origin, Tally
-from megatron_gil.data.sources.files import HubChoice, iter_native_rows, stream_hub
+from megatron_gil.data.prepare.sources import SOURCES, guess_reader
+from megatron_gil.data.prepare.sources.example import Example, Origin, Tally
+from megatron_gil.data.prepare.sources.files import HubChoice, iter_native_rows, stream_hub
 
 HI = "\n\nHuman: hi\n\nAssistant:"
 CUT_END = "question without a reply cut from the end"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 
 _SENTENCEPIECE = ["sentencepiece_dir", "stories_dir"]  # the second collapses runs of spaces
 _FAST = ["byte_level_dir", "metaspace_dir", "prepend_dir"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.domains import TRAINING_DOMAINS
 from megatron_gil.demo.world import World, WorldSizes, write_world
 from megatron_gil.jsonl import iter_jsonl

@@ -19,7 +19,7 @@ from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.supervised import sft_loss
+from megatron_gil.training.supervised.trainer import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch, take_rows
 from tests.models.tiny import sample_tokens
 from tests.ranks import run_ranks

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from megatron_gil.algo.sampling import choose_tokens
 from megatron_gil.config import SamplingSection
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import EOS_ID, PAD_ID
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.slots import STEPS

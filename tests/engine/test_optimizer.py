@@ -20,7 +20,7 @@ from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.supervised import sft_loss
+from megatron_gil.training.supervised.trainer import sft_loss
 from megatron_gil.types import TokenBatch, take_rows
 from tests.ranks import run_ranks
 from tests.training.running import (

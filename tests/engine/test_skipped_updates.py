@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_gil.config import OptimizerSection
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
-from megatron_gil.training.supervised import sft_loss
+from megatron_gil.training.supervised.trainer import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch, take_rows
 from tests.ranks import run_ranks
 from tests.training.running import (

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megatron_gil.config import SamplingSection
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.types import PromptBatch, Rollout

@@ -10,14 +10,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from megatron_gil.commands.evaluate import evaluate, report
 from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunSection
-from megatron_gil.config_files import dump_config
-from megatron_gil.evaluation import figures
-from megatron_gil.evaluation.command import evaluate, report
-from megatron_gil.evaluation.overview import ALARMS, overview
-from megatron_gil.evaluation.page import Picture, Table
-from megatron_gil.evaluation.report import CURVES, write_report
-from megatron_gil.evaluation.runs import config_differences, read_run, read_runs
+from megatron_gil.config.files import dump_config
+from megatron_gil.evaluation.report import figures
+from megatron_gil.evaluation.report.overview import ALARMS, overview
+from megatron_gil.evaluation.report.page import Picture, Table
+from megatron_gil.evaluation.report.report import CURVES, write_report
+from megatron_gil.evaluation.report.runs import config_differences, read_run, read_runs
 
 
 def make_run(directory: Path, *, num_groups: int, iterations: int = 30) -> Path:
@@ -320,7 +320,7 @@ def test_alarms_are_a_list_and_bands(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_every_alarm_of_training_is_explained() -> None:
-    source = (Path(__file__).parents[2] / "megatron_gil/training/alarms.py").read_text()
+    source = (Path(__file__).parents[2] / "megatron_gil/training/ppo/alarms.py").read_text()
     assert set(re.findall(r'Alarm\("(\w+)"', source)) == set(ALARMS)
     drawn = {metric for _, metrics in ALARMS.values() for metric in metrics}
     assert drawn <= set(CURVES)

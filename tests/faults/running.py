@@ -16,7 +16,7 @@ from unittest import mock
 from megatron_gil.cli import main
 from megatron_gil.engine.files import digest
 from megatron_gil.jsonl import iter_jsonl
-from megatron_gil.training.progress import Progress
+from megatron_gil.training.run.progress import Progress
 from tests.training.running import use_cache
 
 NUM_ITERATIONS = 4

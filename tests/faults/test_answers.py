@@ -154,7 +154,7 @@ def _call_with_full_disk(call: Call, root: Path) -> int:
             raise full
         return write(*arguments)
 
-    with mock.patch("megatron_gil.training.rows.os.pwrite", pwrite):
+    with mock.patch("megatron_gil.training.run.row_file.os.pwrite", pwrite):
         return call_all([call], root)[0].code
 
 
@@ -166,7 +166,7 @@ def test_a_full_disk_ends_it_in_one_line(world: Path, tmp_path: Path) -> None:
 
 
 def _call_with_lines(calls: list[Call], root: Path) -> list[str]:
-    with mock.patch("megatron_gil.training.answers.LINE_EVERY_S", 0.0):
+    with mock.patch("megatron_gil.training.run.answers.LINE_EVERY_S", 0.0):
         return [answer.stderr for answer in call_all(calls, root)]
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron_gil.parallel.watchdog import Watchdog
-from megatron_gil.training.memory import is_out_of_memory
+from megatron_gil.training.run.out_of_memory import is_out_of_memory
 from tests.faults.processes import Ranks
 from tests.faults.running import arguments
 

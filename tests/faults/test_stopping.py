@@ -44,7 +44,7 @@ HANG_UP = """
 import os, signal, sys, time
 if sys.argv[1] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-from megatron_gil.training.signals import StopSignal
+from megatron_gil.training.run.signals import StopSignal
 stop = StopSignal()
 for _ in range(2):  # from the shell and from the kernel
     os.kill(os.getpid(), signal.SIGHUP)
@@ -128,7 +128,7 @@ def test_a_signal_while_the_process_ends_does_not_kill_it() -> None:
     """It would be taken for the run's own fault: Python puts the system's handlers back before the process is gone."""
     program = """
 import ctypes, signal, sys
-from megatron_gil.training.signals import StopSignal
+from megatron_gil.training.run.signals import StopSignal
 
 StopSignal()
 libc = ctypes.CDLL(None)

@@ -19,18 +19,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from megatron_gil.commands.evaluate import read_replies
 from megatron_gil.config import ConfigError, PpoConfig
-from megatron_gil.config_files import load_config
-from megatron_gil.data.fields import check_record
-from megatron_gil.data.records import iter_parquet
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.config.files import load_config
+from megatron_gil.config.ranges import RANGE
+from megatron_gil.data.rows.fields import check_record
+from megatron_gil.data.rows.records import iter_parquet
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.files import read_manifest
-from megatron_gil.evaluation.command import read_replies
-from megatron_gil.evaluation.runs import read_run
+from megatron_gil.evaluation.report.runs import read_run
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
-from megatron_gil.ranges import RANGE
 
 KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")
 fuzzed = settings(deadline=10_000, suppress_health_check=list(HealthCheck))

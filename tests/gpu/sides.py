@@ -23,8 +23,8 @@ from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import DTYPES, TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.ppo import PpoTrainer
-from megatron_gil.training.supervised import sft_loss
+from megatron_gil.training.ppo.iteration import PpoTrainer
+from megatron_gil.training.supervised.trainer import sft_loss
 from megatron_gil.types import Rollout, TokenBatch
 from tests.gpu.synchronisations import count_pretended, count_synchronisations
 from tests.training.running import (

@@ -11,9 +11,9 @@ from rich.console import Console
 from run import Progress, choose, waves
 
 from megatron_gil.config import ConfigError, DpoConfig, PpoConfig, RewardConfig, SftConfig
-from megatron_gil.config_files import load_config
+from megatron_gil.config.files import load_config
 from megatron_gil.demo.stages import Stage
-from megatron_gil.evaluation.runs import read_run
+from megatron_gil.evaluation.report.runs import read_run
 from megatron_gil.jsonl import iter_jsonl
 
 CONFIGS = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "ppo": PpoConfig}

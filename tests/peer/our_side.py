@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from megatron_gil.config import DpoSection, RewardSection
-from megatron_gil.data.demonstrations import DemonstrationDataset
-from megatron_gil.data.preferences import PreferenceDataset
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.rows.demonstrations import DemonstrationDataset
+from megatron_gil.data.rows.preferences import PreferenceDataset
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import EOS_ID, PAD_ID
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.ppo import PpoTrainer
-from megatron_gil.training.supervised import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
+from megatron_gil.training.ppo.iteration import PpoTrainer
+from megatron_gil.training.supervised.trainer import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
 from megatron_gil.types import Experience, Metrics, Rollout, Scores
 from tests.training.running import ONE, GradientModel, build, make_trainer, parallel, ppo_config, use_cache
 

@@ -18,7 +18,7 @@ from megatron_gil.engine.generation import num_columns
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.models.llama import LlamaSpec
-from megatron_gil.training.supervised import sft_loss
+from megatron_gil.training.supervised.trainer import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch
 from tests.training.running import parallel
 

@@ -17,7 +17,7 @@ from megatron_gil.planning.memory import GIB, Cut, ModelUse, Precision, num_para
 from megatron_gil.planning.presets import SPECS, ppo_config, read_model
 from megatron_gil.planning.search import Plan, advice, find_plans, limits
 from megatron_gil.planning.timing import iteration_time
-from megatron_gil.planning.workload import Rollout, Workload, read_workload
+from megatron_gil.planning.workload import RolloutShape, Workload, read_workload
 
 ROLES = ("policy", "ref_policy", "critic", "reward_model")
 A100, ASSUME = GPUS["a100"], Assumptions()
@@ -102,7 +102,7 @@ def test_a_batch_that_can_be_shared_is_left_alone() -> None:
 
 
 def test_plans_fit_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_gil.planning.command.wide_console", lambda: Console(width=80, soft_wrap=True))
+    monkeypatch.setattr("megatron_gil.commands.plan.wide_console", lambda: Console(width=80, soft_wrap=True))
     assert main(["plan", "--model", "8b", "--gpus", "7"]) == 0
     shown = capsys.readouterr().out
     assert "1/35" in shown, "seven replicas share 35 rows"
@@ -161,7 +161,7 @@ def test_time_of_a_published_run_within_a_factor_of_two() -> None:
         micro_size=4,
         num_tokens=512,
         precision=Precision(),
-        rollout=Rollout(
+        rollout=RolloutShape(
             num_rows=1024, prompt_tokens=256, new_tokens=256, micro_size=128, epochs=1, num_iterations=131_900 // 1024
         ),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_gil import config as c
-from megatron_gil.config_files import load_config
+from megatron_gil.config.files import load_config
 from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.presets import SPECS, recipe
 from megatron_gil.planning.rank import rank_memory

@@ -12,11 +12,11 @@ from typing import Any
 from unittest import mock
 
 from megatron_gil import cli
+from megatron_gil.commands import train as training_commands
 from megatron_gil.engine.optimizer import ModelOptimizer
 from megatron_gil.models import transformer
-from megatron_gil.training import commands as training_commands
-from megatron_gil.training.ppo import PpoTrainer
-from megatron_gil.training.supervised import SupervisedTrainer
+from megatron_gil.training.ppo.iteration import PpoTrainer
+from megatron_gil.training.supervised.trainer import SupervisedTrainer
 from tests.pretend.device import pretended_gpus
 from tests.pretend.report import Report, Sync
 from tests.ranks import run_ranks

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_gil.training import ppo as training_ppo
+from megatron_gil.training.ppo import iteration as training_ppo
 from tests.pretend.report import Line, Sync
 from tests.pretend.running import Change, run_commands, settings
 
@@ -31,22 +31,22 @@ UPDATE: Budget = {
 
 SUPERVISED: Budget = {
     **UPDATE,
-    "training/supervised.py:SupervisedTrainer.iterate": {"iteration": 2},  # tokens and rows of the batch
-    "training/sources.py:truncated_fraction": {"iteration": 2},  # there and back
+    "training/supervised/trainer.py:SupervisedTrainer.iterate": {"iteration": 2},  # tokens and rows of the batch
+    "training/row_source.py:truncated_fraction": {"iteration": 2},  # there and back
 }
 
 BUDGETS: dict[str, Budget] = {
     "sft": {
         **SUPERVISED,
-        "training/sources.py:to_device": {"iteration": 4},  # one a field
+        "training/row_source.py:to_device": {"iteration": 4},  # one a field
     },
     "reward": {
         **SUPERVISED,
-        "training/sources.py:to_device": {"iteration": 5},
+        "training/row_source.py:to_device": {"iteration": 5},
     },
     "dpo": {
         **SUPERVISED,
-        "training/sources.py:to_device": {"iteration": 5},
+        "training/row_source.py:to_device": {"iteration": 5},
     },
     "ppo": {
         **UPDATE,
@@ -56,17 +56,17 @@ BUDGETS: dict[str, Budget] = {
         },  # whether all rows have ended; numbers
         "engine/generation.py:_uniforms": {"row": 1},
         "engine/generation.py:_trim": {"iteration": 1},
-        "training/sources.py:to_device": {"iteration": 5},
+        "training/row_source.py:to_device": {"iteration": 5},
         "algo/groups.py:group_statistics": {"iteration": 2},  # twice: by scores, and by returns
         "algo/groups.py:HighGroup.update": {"iteration": 2},
         "algo/masked.py:ScoreMoments.merge": {"iteration": 2},
-        "training/experience.py:_group_metrics": {"iteration": 2},
-        "training/alarms.py:duplicate_fraction": {"iteration": 4},
-        "training/alarms.py:Alarms.out_of_range_fraction": {"iteration": 1},
-        "training/metrics.py:Means.reduce": {"iteration": 1},
-        "training/ppo.py:PpoTrainer.shape": {"iteration": 1},
-        "training/ppo.py:PpoTrainer._truncation": {"iteration": 1},
-        "training/sources.py:truncated_fraction": {"iteration": 2},
+        "training/ppo/shaping.py:_group_metrics": {"iteration": 2},
+        "training/ppo/alarms.py:duplicate_fraction": {"iteration": 4},
+        "training/ppo/alarms.py:Alarms.out_of_range_fraction": {"iteration": 1},
+        "training/run/metrics.py:Means.reduce": {"iteration": 1},
+        "training/ppo/iteration.py:PpoTrainer.shape": {"iteration": 1},
+        "training/ppo/iteration.py:PpoTrainer._truncation": {"iteration": 1},
+        "training/row_source.py:truncated_fraction": {"iteration": 2},
     },
 }
 
@@ -168,8 +168,8 @@ def test_a_new_synchronisation_fails_and_is_shown(world: Path, tmp_path: Path) -
     (said,) = complaints(counts, BUDGETS["ppo"], units)
     rule, line = said.splitlines()
     function = "PpoTrainer._update_policy.<locals>.invariant_policy_loss"
-    assert rule == f"training/ppo.py:{function}: 2, the budget says 0 = nothing: take them out of the loop"
-    assert line.startswith("    2 x megatron_gil/training/ppo.py:")
+    assert rule == f"training/ppo/iteration.py:{function}: 2, the budget says 0 = nothing: take them out of the loop"
+    assert line.startswith("    2 x megatron_gil/training/ppo/iteration.py:")
     assert line.endswith(f" (value, in {function})")
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_gil import config as c
-from megatron_gil.data.prompts import PromptDataset
-from megatron_gil.data.sampler import Sampler
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.rows.order import RowOrder
+from megatron_gil.data.rows.prompts import PromptDataset
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.hf import WeightMap
@@ -22,11 +22,11 @@ from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.training.build import start_group_head
-from megatron_gil.training.grouping import Grouping, LearnedGroups, SingleGroup
-from megatron_gil.training.ppo import PpoTrainer
-from megatron_gil.training.progress import Progress
-from megatron_gil.training.signals import StopSignal
-from megatron_gil.training.sources import PromptSource
+from megatron_gil.training.ppo.grouping import Grouping, LearnedGroups, SingleGroup
+from megatron_gil.training.ppo.iteration import PpoTrainer
+from megatron_gil.training.row_source import PromptSource
+from megatron_gil.training.run.progress import Progress
+from megatron_gil.training.run.signals import StopSignal
 from megatron_gil.types import Metrics
 
 ONE = {"tensor_size": 1, "pipeline_size": 1}
@@ -192,7 +192,7 @@ def read_prompts(config: c.PpoConfig, root: Path, layout: ParallelLayout) -> tup
     use_cache(root)
     tokenizer = Tokenizer.read(root / "policy")
     dataset = PromptDataset(root / "prompts.jsonl", tokenizer, max_prompt_tokens=64)
-    sampler = Sampler(
+    order = RowOrder(
         len(dataset),
         seed=config.run.seed,
         batch_size=config.ppo.prompts,
@@ -201,7 +201,7 @@ def read_prompts(config: c.PpoConfig, root: Path, layout: ParallelLayout) -> tup
         repeats=config.ppo.responses_per_prompt,
         minibatch_size=config.batch.global_size,
     )
-    return tokenizer, PromptSource(dataset, sampler, layout, config.ppo.prompts * config.ppo.responses_per_prompt)
+    return tokenizer, PromptSource(dataset, order, layout, config.ppo.prompts * config.ppo.responses_per_prompt)
 
 
 def use_cache(root: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_gil.config import AlarmSection, ConfigError
-from megatron_gil.training.alarms import Alarms, duplicate_fraction
+from megatron_gil.training.ppo.alarms import Alarms, duplicate_fraction
 from megatron_gil.types import Rollout
 from tests.ranks import run_ranks
 from tests.training.running import DP2, TP2, parallel

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from megatron_gil.config import OptimizerSection, RewardSection
-from megatron_gil.data.preferences import PreferenceDataset
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.rows.preferences import PreferenceDataset
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import PAD_ID
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.collectives import gather_rows
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.sources import to_device
-from megatron_gil.training.supervised import reward_loss_fn
+from megatron_gil.training.row_source import to_device
+from megatron_gil.training.supervised.trainer import reward_loss_fn
 from megatron_gil.types import PreferenceBatch, Rollout
 from tests.ranks import run_ranks
 from tests.training.running import (

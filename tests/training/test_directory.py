@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_gil import config as c
-from megatron_gil.config_files import load_config
-from megatron_gil.training.directory import FIXED, RunDirectory, read_history, take_directory
+from megatron_gil.config.files import load_config
+from megatron_gil.training.run.directory import FIXED, RunDirectory, read_history, take_directory
 
 PACKAGE = Path(__file__).parents[2] / "megatron_gil"
 
@@ -27,7 +27,7 @@ def _git(directory: Path, *arguments: str) -> str:
 
 
 def _commit_seen_by(package: Path) -> str:
-    code = "from megatron_gil.training.directory import git_commit; print(git_commit())"
+    code = "from megatron_gil.training.run.directory import git_commit; print(git_commit())"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(package.parent)!r}); {code}"]
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout.strip()
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_gil.config import DpoSection, RewardSection
-from megatron_gil.data.demonstrations import DemonstrationDataset
-from megatron_gil.data.preferences import PreferenceDataset
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.rows.demonstrations import DemonstrationDataset
+from megatron_gil.data.rows.preferences import PreferenceDataset
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.collectives import gather_rows
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.sources import to_device
-from megatron_gil.training.supervised import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
+from megatron_gil.training.row_source import to_device
+from megatron_gil.training.supervised.trainer import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
 from megatron_gil.types import Experience
 from tests.ranks import run_ranks
 from tests.training.running import (

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 
 from megatron_gil import config as c
-from megatron_gil.config_files import load_config
+from megatron_gil.config.files import load_config
 from megatron_gil.engine.checkpoint import CheckpointStore
-from megatron_gil.training.best import EVAL_METRICS, Best, find_best
-from megatron_gil.training.supervised import SupervisedTrainer
+from megatron_gil.training.run.best import EVAL_METRICS, Best, find_best
+from megatron_gil.training.supervised.trainer import SupervisedTrainer
 from tests.faults.running import Call, Interruption, arguments, call_all
 from tests.ranks import run_ranks
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from megatron_gil.config import ConfigError
-from megatron_gil.training import lock as lock_module
-from megatron_gil.training.lock import FileLock, Holder
+from megatron_gil.training.run import lock as lock_module
+from megatron_gil.training.run.lock import FileLock, Holder
 
 HOLD = """
 import sys
 from pathlib import Path
-from megatron_gil.training import lock
+from megatron_gil.training.run import lock
 lock.BEAT_S = 0.1
 held = lock.FileLock.take(Path(sys.argv[1]), "x")
 print("held", flush=True)

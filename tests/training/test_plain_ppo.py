@@ -22,7 +22,7 @@ from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.grouping import Grouping, KnownGroups, SingleGroup
+from megatron_gil.training.ppo.grouping import Grouping, KnownGroups, SingleGroup
 from megatron_gil.types import Experience, take_rows
 from tests.ranks import run_ranks
 from tests.training.running import (

@@ -11,8 +11,8 @@ import pytest
 from megatron_gil.config import ConfigError
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.convert.copy import export_model, import_model
-from megatron_gil.training import score_range
-from megatron_gil.training.score_range import quantile_range, read_score_range
+from megatron_gil.training.supervised import reward as score_range
+from megatron_gil.training.supervised.reward import quantile_range, read_score_range
 from tests.ranks import run_ranks
 from tests.training.running import DP2, ONE, TP2_PP2, world_size
 from tests.training.test_resume import _arguments, _call

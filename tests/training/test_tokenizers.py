@@ -11,8 +11,8 @@ import pytest
 
 from megatron_gil import config as c
 from megatron_gil.config import ConfigError
-from megatron_gil.config_files import load_config
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.config.files import load_config
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import train_tokenizer
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.llama import LlamaSpec
@@ -218,7 +218,7 @@ def test_a_reward_model_of_its_own_tokenizer_scores_text(world: Path, others: di
 def test_text_longer_than_the_reward_models_positions_loses_the_oldest_of_its_prompt(
     world: Path, others: dict[str, Path]
 ) -> None:
-    from megatron_gil.training.reward_text import RewardText
+    from megatron_gil.training.ppo.reward_text import RewardText
 
     ours, own = Tokenizer.read(world / "policy"), Tokenizer.read(others["other"])
     prompt, response = "sun moon sea tree bird stone rain snow", " wind fire"

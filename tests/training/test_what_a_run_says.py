@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from megatron_gil.data.tokenizer import Tokenizer
-from megatron_gil.training.first_lines import count_text
-from megatron_gil.training.metrics import short
+from megatron_gil.data.text.tokenizer import Tokenizer
+from megatron_gil.training.run.first_lines import count_text
+from megatron_gil.training.run.metrics import short
 from tests.faults.running import Call, arguments, call_all
 from tests.ranks import run_ranks
 

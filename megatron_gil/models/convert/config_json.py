@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gil.config import ConfigError
-from megatron_gil.data.tokenizer import Tokenizer
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.llama import ARCHITECTURES, Head, LlamaSpec
 
 _DROPPED = (

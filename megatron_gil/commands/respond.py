@@ -1,0 +1,145 @@
+"""generate and score: files of prompts to files of responses, files of responses to files of scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_gil.config import CommandConfig, GenerateConfig, ScoreConfig
+from megatron_gil.data.rows.demonstrations import ResponseDataset
+from megatron_gil.data.rows.prompts import PromptDataset
+from megatron_gil.engine.generation import Generator
+from megatron_gil.engine.megatron import MegatronModel
+from megatron_gil.parallel.collectives import agree, gather_objects
+from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.training.build import build_frozen
+from megatron_gil.training.checks import check_models, limits, require, take_output
+from megatron_gil.training.row_source import PromptSource, RowSource
+from megatron_gil.training.run.answers import AnswerFile, what_rows_depend_on
+from megatron_gil.training.run.first_lines import first_rows, print_rows
+from megatron_gil.training.run.loop import RunFailed
+from megatron_gil.training.run.output import new_file
+from megatron_gil.training.run.progress import Progress
+from megatron_gil.training.run.samples import sample_texts
+from megatron_gil.training.run.signals import EXIT_STOPPED, StopRequested
+from megatron_gil.training.tokenizers import RunTokenizers
+
+BATCHES_OF_SLOTS = 4
+"""How often the slots are filled between two writes of what is answered, by which a stop loses less."""
+
+
+def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress) -> int:
+    """One response per prompt of data.train, into `output`; of a prompt that was cut also what the model read."""
+
+    def check() -> tuple[PromptDataset, RunTokenizers, Path]:
+        tokenizers = check_models("generate", config)
+        path = require(config.data.train, "data.train", "its prompts are answered")
+        prompts = PromptDataset(path, tokenizers.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
+        return prompts, tokenizers, new_file(config.output)
+
+    prompts, tokenizers, output = agree(layout, check)
+    tokenizer = tokenizers.tokenizer
+    depends_on = what_rows_depend_on(config, "models.policy", "data.train", "data.tokenizer")
+    take_output(config, layout, progress)
+    answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(prompts))
+
+    def answer_all() -> None:
+        progress.safe_point("building policy")
+        policy = build_frozen(config, "policy", "lm", layout)
+        sampler = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+        _say_first(config, layout, answers, {"policy": policy}, prompts, tokenizers)
+
+        size = BATCHES_OF_SLOTS * (config.sampling.micro_size or 256)
+        for batch in PromptSource(prompts, None, layout, len(prompts)).all_batches(size, done=answers.done):
+            answers.flush()
+            progress.safe_point("rollout", batch)
+            rollout = sampler.sample(batch, meet=partial(progress.meet, "rollout", batch))
+            for row_id, group, text in zip(
+                batch.row_ids.tolist(), batch.known_groups.tolist(), sample_texts(rollout, tokenizer), strict=True
+            ):
+                label = {"group": prompts.group_names[group]} if group >= 0 else {}
+                read = {"prompt_read": text["prompt"]} if prompts.truncated([row_id])[0] else {}
+                answers.add({row_id: {**prompts.fields(row_id), **read, "response": text["response"], **label}})
+
+    return _collect(answers, answer_all, progress)
+
+
+def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> int:
+    """The reward model's score of every {prompt, response} of data.train, into `output`."""
+
+    def check() -> tuple[ResponseDataset, RunTokenizers, Path]:
+        tokenizers = check_models("score", config)
+        path = require(config.data.train, "data.train", "its responses are scored")
+        responses = ResponseDataset(path, tokenizers.tokenizer, **limits(config))
+        return responses, tokenizers, new_file(config.output)
+
+    responses, tokenizers, output = agree(layout, check)
+    depends_on = what_rows_depend_on(config, "models.reward_model", "data.train", "data.tokenizer")
+    take_output(config, layout, progress)
+    answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(responses))
+
+    def answer_all() -> None:
+        progress.safe_point("building reward_model")
+        model = build_frozen(config, "reward_model", "score", layout)
+        _say_first(config, layout, answers, {"reward_model": model}, responses, tokenizers)
+
+        def before_batch() -> None:
+            answers.flush()
+            progress.safe_point("scoring")
+
+        without: dict[int, float] = {}
+        source = RowSource(responses, None, layout, config.batch.micro_size)
+        for batch in source.all_batches(before_batch, done=answers.done):
+            progress.enter("scoring", batch)
+            for row_id, value in zip(batch.row_ids.tolist(), model.evaluate(batch).scores.tolist(), strict=True):
+                if not math.isfinite(value):
+                    without[row_id] = value
+                    continue
+                group = responses.known_groups([row_id])[0]
+                label = {"group": responses.group_names[group]} if group >= 0 else {}
+                answers.add({row_id: {**responses.fields(row_id), "score": value, **label}})
+        _check_scores(without, config, layout)
+
+    return _collect(answers, answer_all, progress)
+
+
+def _check_scores(without: dict[int, float], config: ScoreConfig, layout: ParallelLayout) -> None:
+    """A NaN is a broken model, and would lose against every score it is compared with."""
+    bad = [pair for part in gather_objects(without, layout) for pair in part.items()]
+    if bad:
+        row_id, value = min(bad)
+        raise RunFailed(
+            f"models.reward_model={config.models.reward_model} gives {len(dict(bad))} rows no score (the first: row "
+            f"{row_id + 1} of {config.data.train}, {value}); no output is written"
+        )
+
+
+def _say_first(
+    config: CommandConfig,
+    layout: ParallelLayout,
+    answers: AnswerFile,
+    models: Mapping[str, MegatronModel],
+    rows: Any,
+    tokenizers: RunTokenizers,
+) -> None:
+    length, data = f"{len(rows) - len(answers.done):,} rows", {"data.train": rows}
+    print_rows(
+        first_rows(
+            config, layout, where=answers.output, models=models, data=data, length=length, notes=tokenizers.notes
+        ),
+        layout,
+    )
+
+
+def _collect(answers: AnswerFile, answer_all: Callable[[], None], progress: Progress) -> int:
+    """Exit code 0 with the whole file, or 75 with what is kept of it."""
+    try:
+        answer_all()
+    except StopRequested as stopped:
+        answers.stop(stopped, progress.where.phase)
+        return EXIT_STOPPED
+    answers.finish()
+    return 0

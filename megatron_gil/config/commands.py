@@ -1,0 +1,144 @@
+"""The config of each command, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from omegaconf import MISSING
+
+from megatron_gil.config.section import path, require
+from megatron_gil.config.sections import (
+    AlarmSection,
+    BatchSection,
+    CheckpointSection,
+    CriticOptimizerSection,
+    DataSection,
+    DpoSection,
+    GilSection,
+    LogSection,
+    ModelsSection,
+    OptimizerSection,
+    ParallelSection,
+    PolicyOptimizerSection,
+    PpoSection,
+    RewardSection,
+    RunSection,
+    SamplingSection,
+    TrainingRunSection,
+    TrainSection,
+)
+
+
+def _section(cls: type) -> Any:
+    return field(default_factory=cls)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandConfig:
+    """What every command has. `base` names a YAML file that this one changes."""
+
+    run: RunSection = _section(RunSection)
+    models: ModelsSection = _section(ModelsSection)
+    parallel: ParallelSection = _section(ParallelSection)
+    data: DataSection = _section(DataSection)
+    batch: BatchSection = _section(BatchSection)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(CommandConfig):
+    """What every training command has."""
+
+    run: TrainingRunSection = _section(TrainingRunSection)
+    optimizer: OptimizerSection = _section(OptimizerSection)
+    checkpoint: CheckpointSection = _section(CheckpointSection)
+    log: LogSection = _section(LogSection)
+
+    def __post_init__(self) -> None:
+        require(
+            self.checkpoint.keep_best is None or (bool(self.data.eval) and self.log.eval_every > 0),
+            f"checkpoint.keep_best={self.checkpoint.keep_best} compares evaluations: set data.eval=FILE and "
+            "log.eval_every above 0",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftConfig(TrainConfig):
+    train: TrainSection = _section(TrainSection)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig(TrainConfig):
+    train: TrainSection = _section(TrainSection)
+    reward: RewardSection = _section(RewardSection)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpoConfig(TrainConfig):
+    train: TrainSection = _section(TrainSection)
+    dpo: DpoSection = _section(DpoSection)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PpoConfig(TrainConfig):
+    """`optimizer` is the policy's; batch.global_size rows make a minibatch of the rollout, which has
+    ppo.prompts x ppo.responses_per_prompt rows."""
+
+    optimizer: OptimizerSection = _section(PolicyOptimizerSection)
+    critic_optimizer: OptimizerSection = _section(CriticOptimizerSection)
+    sampling: SamplingSection = _section(SamplingSection)
+    ppo: PpoSection = _section(PpoSection)
+    gil: GilSection = _section(GilSection)
+    alarms: AlarmSection = _section(AlarmSection)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig(CommandConfig):
+    sampling: SamplingSection = _section(SamplingSection)
+    output: str = path(MISSING)
+    """JSON Lines of {"prompt", "response"}, in the order of the prompts; must not exist yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreConfig(CommandConfig):
+    output: str = path(MISSING)
+    """JSON Lines of {"prompt", "response", "score"}; must not exist yet."""
+
+
+def data_parallel_size(world_size: int, parallel: ParallelSection) -> int:
+    """Raises ConfigError with both numbers where the model's ranks do not divide the processes."""
+    model_size = parallel.tensor_size * parallel.pipeline_size
+    require(
+        world_size % model_size == 0,
+        f"{world_size} processes cannot be divided by parallel.tensor_size={parallel.tensor_size} x "
+        f"parallel.pipeline_size={parallel.pipeline_size} = {model_size}; start a multiple of {model_size}",
+    )
+    return world_size // model_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """Every size that follows from others."""
+
+    dp_size: int
+    local_size: int
+    """Rows of one update on one data-parallel rank."""
+    micro_size: int
+    num_microbatches: int
+
+    @classmethod
+    def of(cls, world_size: int, parallel: ParallelSection, batch: BatchSection) -> Self:
+        """Raises ConfigError with both numbers where a division is not exact."""
+        dp_size = data_parallel_size(world_size, parallel)
+        require(
+            batch.global_size % (dp_size * batch.micro_size) == 0,
+            f"batch.global_size={batch.global_size} cannot be divided by {dp_size} data-parallel ranks x "
+            f"batch.micro_size={batch.micro_size} = {dp_size * batch.micro_size}; change one of them",
+        )
+        local_size = batch.global_size // dp_size
+        return cls(
+            dp_size=dp_size,
+            local_size=local_size,
+            micro_size=batch.micro_size,
+            num_microbatches=local_size // batch.micro_size,
+        )

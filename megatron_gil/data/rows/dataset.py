@@ -1,0 +1,117 @@
+"""What every data set of rows has, whatever it makes of them."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from megatron_gil.data.rows.fields import Row, iter_texts
+from megatron_gil.data.rows.records import read_records
+from megatron_gil.data.text.tokenizer import Tokenizer
+
+Encoded = TypeVar("Encoded")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """How the rows of a data set fit."""
+
+    limits: str
+    """What the rows were cut to, in words."""
+    num_rows: int
+    num_measured: int
+    """All of them, or so many at even distances."""
+    num_cut: int
+    """Of those measured: lost tokens of the prompt or of a reply."""
+    longest: int
+    """Tokens of the longest of those measured, before any cut."""
+    num_with_control_text: int
+    """Of those measured: control tokens are written in it, which are read as text."""
+
+    def __str__(self) -> str:
+        among = "" if self.num_measured == self.num_rows else f" of {self.num_measured:,} measured"
+        share = f" ({self.num_cut / self.num_measured:.1%})" if self.num_cut else ""
+        num_cut = f"{self.num_cut:,}" if self.num_cut else "none"
+        found = f"{self.num_rows:,} rows, {num_cut}{among}{share} cut to {self.limits}"
+        found += f"; the longest has {self.longest:,} tokens"
+        if self.num_with_control_text:
+            found += f"; in {self.num_with_control_text:,}{among} control tokens are written, which are read as text"
+        return found
+
+
+class RowDataset(ABC, Generic[Encoded]):
+    """The rows of a file, checked at once and tokenised as they are asked for."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, limits: dict[str, int]) -> None:
+        """limits: key of the section data -> tokens."""
+        self._limits = limits
+        self._records = read_records(path, self.kind)
+        self._tokenizer = tokenizer
+        self._cut_rows: set[int] = set()
+        self.group_names, self._group_ids = number_groups(list(self._records["group"]))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def known_groups(self, row_ids: Sequence[int]) -> list[int]:
+        """Index into `group_names` of each row's label, -1 without one."""
+        return self._group_ids[list(row_ids)].tolist()
+
+    def truncated(self, row_ids: Sequence[int]) -> list[bool]:
+        """Which of these rows, all asked for before, were cut to fit."""
+        return [row_id in self._cut_rows for row_id in row_ids]
+
+    def measure(self, max_rows: int = 5_000) -> Lengths:
+        """Encode every row, or `max_rows` of them at even distances where there are more."""
+        num_rows = len(self)
+        count = min(num_rows, max_rows)
+        any_token = "|".join(map(re.escape, self._tokenizer.control_tokens)) or r"(?!)"
+        control_text, num_cut, longest, num_with_control_text = re.compile(any_token), 0, 0, 0
+        for row in self._iter_rows([i * num_rows // count for i in range(count)]):
+            num_tokens, cut = self._measure(self._encode_row(row))
+            num_cut, longest = num_cut + cut, max(longest, num_tokens)
+            num_with_control_text += any(map(control_text.search, iter_texts(row)))
+        return Lengths(
+            limits=", ".join(f"data.{key}={value}" for key, value in self._limits.items()),
+            num_rows=num_rows,
+            num_measured=count,
+            num_cut=num_cut,
+            longest=longest,
+            num_with_control_text=num_with_control_text,
+        )
+
+    @abstractmethod
+    def _encode_row(self, row: Row) -> Encoded:
+        """A row of read_records as tokens."""
+
+    @abstractmethod
+    def _measure(self, encoded: Encoded) -> tuple[int, bool]:
+        """(tokens before any cut, whether it was cut)."""
+
+    def _encode(self, row_id: int) -> Encoded:
+        encoded = self._encode_row(self._records[int(row_id)])
+        if self._measure(encoded)[1]:
+            self._cut_rows.add(row_id)
+        return encoded
+
+    def _iter_rows(self, row_ids: Sequence[int]) -> Iterator[Row]:
+        for start in range(0, len(row_ids), 1000):  # together: one at a time takes ten times as long
+            columns = self._records[row_ids[start : start + 1000]]
+            yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def number_groups(labels: Sequence[str | None]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The distinct labels, sorted (as numbers where all are whole numbers), and the index of each row's, -1 without."""
+    distinct = {label for label in labels if label is not None}
+    numeric = all(label.removeprefix("-").isdecimal() for label in distinct)
+    names = tuple(sorted(distinct, key=lambda label: (int(label) if numeric else 0, label)))
+    number_of = {name: i for i, name in enumerate(names)}
+    return names, np.array([-1 if label is None else number_of[label] for label in labels], dtype=np.int64)

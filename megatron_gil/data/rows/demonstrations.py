@@ -1,0 +1,114 @@
+"""Rows to imitate: demonstrations, model responses to be scored, plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_gil.config import ConfigError
+from megatron_gil.data.rows.collate import pad_response_mask, pad_tokens
+from megatron_gil.data.rows.dataset import RowDataset
+from megatron_gil.data.rows.encoding import EncodedRow, Prompt, encode_conversation, encode_replies, prompt_text
+from megatron_gil.data.rows.fields import Row
+from megatron_gil.data.text.tokenizer import Tokenizer
+from megatron_gil.types import TokenBatch
+
+
+class DemonstrationDataset(RowDataset[EncodedRow]):
+    """Rows of {"prompt", "completion"} or {"messages"}; of messages, every assistant turn is imitated."""
+
+    kind = "demonstrations"
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_tokens: int, max_prompt_tokens: int) -> None:
+        check_lengths(max_tokens, max_prompt_tokens)
+        super().__init__(path, tokenizer, {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens})
+
+    def collate(self, row_ids: Sequence[int], *, pad_to_multiple: int = 1) -> TokenBatch:
+        """The rows, in that order. An end-of-sequence token follows the last reply, and counts as part of it."""
+        rows = [self._encode(row_id) for row_id in row_ids]
+        return collate_rows(rows, row_ids, self._tokenizer.pad_id, pad_to_multiple=pad_to_multiple)
+
+    def text(self, row_id: int) -> tuple[str, str]:
+        """The prompt as the model reads it, control tokens written out, and the (last) reply, before any cut."""
+        row = self._records[int(row_id)]
+        if row["messages"] is not None:
+            return prompt_text(self._tokenizer, row["messages"][:-1]).text, row["messages"][-1]["content"]
+        return prompt_text(self._tokenizer, row["prompt"]).text, row["completion"]
+
+    def _encode_row(self, row: Row) -> EncodedRow:
+        if row["messages"] is not None:
+            return encode_conversation(self._tokenizer, row["messages"], **self._limits)
+        return encode_replies(self._tokenizer, row["prompt"], [row["completion"]], **self._limits)[0]
+
+    def _measure(self, encoded: EncodedRow) -> tuple[int, bool]:
+        return encoded.num_tokens, encoded.prompt_cut or encoded.reply_cut
+
+
+class ResponseDataset(DemonstrationDataset):
+    """Rows of {"prompt", "response"}, as `generate` writes them; a response may be empty. Where the prompt is there as
+    messages too, those are read."""
+
+    kind = "responses"
+
+    def text(self, row_id: int) -> tuple[str, str]:
+        row = self._records[int(row_id)]
+        return prompt_text(self._tokenizer, _prompt_of(row)).text, row["completion"]
+
+    def fields(self, row_id: int) -> dict[str, Any]:
+        """The row under the names of data files."""
+        row = self._records[int(row_id)]
+        messages = {} if row["messages"] is None else {"messages": row["messages"]}
+        return {"prompt": row["prompt"], **messages, "response": row["completion"]}
+
+    def _encode_row(self, row: Row) -> EncodedRow:
+        return encode_replies(self._tokenizer, _prompt_of(row), [row["completion"]], **self._limits)[0]
+
+
+def _prompt_of(row: Row) -> Prompt:
+    return row["prompt"] if row["messages"] is None else row["messages"]
+
+
+class TextDataset(DemonstrationDataset):
+    """Rows of {"text"}, of which every token is imitated, or demonstrations, of which the replies are."""
+
+    kind = "texts"
+
+    def text(self, row_id: int) -> tuple[str, str]:
+        row = self._records[int(row_id)]
+        return super().text(row_id) if row["text"] is None else ("", row["text"])
+
+    def _encode_row(self, row: Row) -> EncodedRow:
+        if row["text"] is None:
+            return super()._encode_row(row)
+        ids = [*self._tokenizer.encode(row["text"], bos=True), self._tokenizer.eos_id]
+        kept = ids[: self._limits["max_tokens"]]
+        return EncodedRow(
+            tokens=kept,
+            is_reply=[True] * len(kept),
+            num_tokens=len(ids),
+            prompt_cut=False,
+            reply_cut=len(kept) < len(ids),
+        )
+
+
+def collate_rows(
+    rows: Sequence[EncodedRow], row_ids: Sequence[int], pad_id: int, *, pad_to_multiple: int = 1
+) -> TokenBatch:
+    tokens, lengths = pad_tokens([row.tokens for row in rows], pad_id, pad_to_multiple)
+    return TokenBatch(
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=pad_response_mask([row.is_reply for row in rows], tokens.shape[1]),
+        row_ids=torch.tensor(row_ids, dtype=torch.int64),
+    )
+
+
+def check_lengths(max_tokens: int, max_prompt_tokens: int) -> None:
+    if max_prompt_tokens >= max_tokens:
+        raise ConfigError(
+            f"data.max_prompt_tokens={max_prompt_tokens} leaves no room for a reply in data.max_tokens={max_tokens}; "
+            "lower the first or raise the second"
+        )

@@ -1,0 +1,202 @@
+"""Rows of text to token ids that fit: the oldest of a prompt goes first, the end of a reply goes last.
+
+A prompt that is a conversation (messages, or text in the Human/Assistant form) loses whole exchanges, oldest first,
+then the system text, and never its last question. What is still too long, or is no conversation, loses its oldest
+tokens, the beginning-of-sequence token excepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_gil.data.text.chat import (
+    ChatText,
+    Message,
+    format_dialogue,
+    format_turn,
+    merge_neighbours,
+    parse_dialogue,
+    split_exchanges,
+)
+from megatron_gil.data.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    tokens: list[int]
+    num_tokens: int  # before any cut
+    read: Prompt  # what is left of it
+
+    @property
+    def cut(self) -> bool:
+        return len(self.tokens) < self.num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedRow:
+    tokens: list[int]
+    is_reply: list[bool]  # per token: it is the assistant's
+    num_tokens: int  # before any cut
+    prompt_cut: bool  # lost turns or tokens at its start
+    reply_cut: bool  # lost tokens at its end, the end-of-sequence token among them
+
+
+def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> ChatText:
+    """What the model reads: messages are formatted, text stands as it is; but text in the Human/Assistant form is
+    messages to a tokenizer that has a chat template."""
+    if not isinstance(prompt, str):
+        return tokenizer.format_prompt(prompt)
+    messages = parse_dialogue(prompt) if tokenizer.has_chat_template else None
+    return ChatText(prompt) if messages is None else tokenizer.format_prompt(messages)
+
+
+def format_reply(tokenizer: Tokenizer, content: str) -> str:
+    """An assistant's turn as it follows `format_prompt`: after "Assistant:" stands a space."""
+    return content if tokenizer.has_chat_template else " " + content
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> EncodedPrompt:
+    """At most `max_tokens` ids, beginning-of-sequence token included."""
+    whole = tokenizer.encode(prompt_text(tokenizer, prompt), bos=True)
+    if len(whole) <= max_tokens:
+        return EncodedPrompt(tokens=whole, num_tokens=len(whole), read=prompt)
+    ids, kept = whole, None
+    for shorter in _shortest_first(_turns(prompt)):
+        longer_ids = tokenizer.encode(tokenizer.format_prompt(shorter), bos=True)
+        if kept is not None and len(longer_ids) > max_tokens:
+            break
+        ids, kept = longer_ids, shorter
+    tokens = _keep_end(tokenizer, ids, max_tokens)
+    if kept is None or len(tokens) < len(ids):
+        return EncodedPrompt(tokens=tokens, num_tokens=len(whole), read=tokenizer.decode(tokens))
+    read = format_dialogue(kept) if isinstance(prompt, str) else kept
+    return EncodedPrompt(tokens=tokens, num_tokens=len(whole), read=read)
+
+
+def encode_reply(tokenizer: Tokenizer, prompt: Prompt, reply: str) -> list[int]:
+    """The reply to `prompt` and an end-of-sequence token.
+
+    The space that precedes a reply in the Human/Assistant form is no part of it in a chat template.
+    """
+    if tokenizer.has_chat_template and (not isinstance(prompt, str) or parse_dialogue(prompt) is not None):
+        reply = reply.lstrip()
+    return [*tokenizer.encode_continuation(reply), tokenizer.eos_id]
+
+
+def encode_replies(
+    tokenizer: Tokenizer, prompt: Prompt, replies: Sequence[str], *, max_prompt_tokens: int, max_tokens: int
+) -> list[EncodedRow]:
+    """A row of prompt and reply for each of the replies."""
+    encoded = encode_prompt(tokenizer, prompt, max_prompt_tokens)
+    rows = []
+    for reply in replies:
+        reply_ids = encode_reply(tokenizer, prompt, reply)
+        tokens = [*encoded.tokens, *reply_ids][:max_tokens]
+        rows.append(
+            EncodedRow(
+                tokens=tokens,
+                is_reply=[False] * len(encoded.tokens) + [True] * (len(tokens) - len(encoded.tokens)),
+                num_tokens=encoded.num_tokens + len(reply_ids),
+                prompt_cut=encoded.cut,
+                reply_cut=len(encoded.tokens) + len(reply_ids) > max_tokens,
+            )
+        )
+    return rows
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, max_prompt_tokens: int, max_tokens: int
+) -> EncodedRow:
+    """A conversation whose every assistant turn is a reply.
+
+    A chat template ends every reply with its own token. In the Human/Assistant form nothing ends the earlier ones (a
+    prompt at generation time has none there either), and an end-of-sequence token follows the last.
+    """
+    messages = merge_neighbours(messages)
+    whole = _encode_turns(tokenizer, messages)
+    if whole is not None and len(whole[0]) <= max_tokens:
+        return EncodedRow(
+            tokens=whole[0], is_reply=whole[1], num_tokens=len(whole[0]), prompt_cut=False, reply_cut=False
+        )
+    fitting = None
+    for shorter in _shortest_first(messages) if whole is not None else ():
+        encoded = _encode_turns(tokenizer, shorter)
+        if encoded is None or len(encoded[0]) > max_tokens:
+            break
+        fitting = encoded
+    if fitting is not None:
+        assert whole is not None
+        return EncodedRow(
+            tokens=fitting[0], is_reply=fitting[1], num_tokens=len(whole[0]), prompt_cut=True, reply_cut=False
+        )
+    last_reply = format_reply(tokenizer, messages[-1]["content"])
+    limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
+    return encode_replies(tokenizer, messages[:-1], [last_reply], **limits)[0]
+
+
+def _encode_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]] | None:
+    """Ids and which are the assistant's; None for a chat template that rewrites earlier turns as more follow."""
+    parts = _template_parts(tokenizer, messages) if tokenizer.has_chat_template else _plain_parts(messages)
+    if parts is None:
+        return None
+    tokens: list[int] = []
+    is_reply: list[bool] = []
+    closed = False
+    for text, written in parts:
+        ids = tokenizer.encode_continuation(text) if tokens else tokenizer.encode(text, bos=True)
+        # a template may write a line end after the token that ends the turn; the model never has to
+        ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.eos_ids]
+        closed, length = bool(ends), ends[-1] if ends else len(ids)
+        tokens += ids
+        is_reply += [written and i < length for i in range(len(ids))]
+    return (tokens, is_reply) if closed else ([*tokens, tokenizer.eos_id], [*is_reply, True])
+
+
+def _plain_parts(messages: Sequence[Message]) -> list[tuple[ChatText, bool]]:
+    """The Human/Assistant form in pieces: (text, whether the assistant wrote it)."""
+    parts: list[tuple[ChatText, bool]] = []
+    between = ""
+    for message in messages:
+        if message["role"] == "assistant":
+            parts += [(ChatText(between + "\n\nAssistant:"), False), (ChatText(" " + message["content"]), True)]
+            between = ""
+        else:
+            between += format_turn(message)
+    return parts
+
+
+def _template_parts(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[ChatText, bool]] | None:
+    parts: list[tuple[ChatText, bool]] = []
+    text = ChatText("")
+    for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        opened, closed = tokenizer.format_prompt(messages[:i]), tokenizer.format_closed(messages[: i + 1])
+        if not opened.begins_with(text) or not closed.begins_with(opened):
+            return None
+        parts += [(opened.after(len(text.text)), False), (closed.after(len(opened.text)), True)]
+        text = closed
+    return parts
+
+
+def _turns(prompt: Prompt) -> Sequence[Message]:
+    """Of a conversation; none of any other text."""
+    return (parse_dialogue(prompt) or []) if isinstance(prompt, str) else prompt
+
+
+def _shortest_first(messages: Sequence[Message]) -> list[list[Message]]:
+    """The last exchange; with the system text; with the exchange before; and so on, the whole left out."""
+    if not messages:
+        return []
+    system, exchanges = split_exchanges(messages)
+    tails = [[m for exchange in exchanges[i:] for m in exchange] for i in range(len(exchanges) - 1, 0, -1)]
+    last = tails[0] if tails else list(messages[len(system) :])
+    return [last, *([*system, *tail] for tail in tails)] if system else (tails or [last])
+
+
+def _keep_end(tokenizer: Tokenizer, ids: list[int], max_tokens: int) -> list[int]:
+    if len(ids) <= max_tokens:
+        return ids
+    first = ids[:1] if ids[:1] == [tokenizer.bos_id] and max_tokens > 1 else []
+    return first + ids[len(ids) - max_tokens + len(first) :]

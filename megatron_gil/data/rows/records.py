@@ -1,0 +1,115 @@
+"""Training files: JSON Lines or Parquet, checked row by row (fields.py), then memory-mapped by `datasets`."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_gil.config import ConfigError
+from megatron_gil.data.rows.checked_copies import cannot_copy, take_copy
+from megatron_gil.data.rows.fields import COLUMNS, Row, check_record
+from megatron_gil.jsonl import iter_jsonl
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_CACHE_VERSION = "2"  # to be raised with every change of what `check_record` accepts or returns
+
+
+def read_records(path: str | Path, kind: str) -> Dataset:
+    """All rows of a file, or of a directory's files in the order of their names, as a memory map.
+
+    A directory written by tools/prepare_data.py is read for the file of its kind alone. Every row is checked before
+    this returns (once: the checked copy is shared, see checked_copies.py, and known by path, size and time of change).
+    ConfigError names file, line and field.
+    """
+    files = _find_files(Path(path), kind)
+    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((_CACHE_VERSION, kind, stamps)).encode()).hexdigest()[:32]
+    return _memory_map([str(f) for f in files], kind, key)
+
+
+def _memory_map(files: list[str], kind: str, key: str) -> Dataset:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    text = datasets.Value("string")
+    features = datasets.Features({**dict.fromkeys(COLUMNS, text), "messages": [{"role": text, "content": text}]})
+    quiet = datasets.are_progress_bars_disabled()
+    directory, release = take_copy(key)
+    datasets.disable_progress_bars()
+    try:
+        mapped = datasets.Dataset.from_generator(
+            _iter_files,
+            gen_kwargs={"files": files, "kind": kind},
+            features=features,
+            fingerprint=key,
+            cache_dir=str(directory),
+        )
+        weakref.finalize(mapped, release)
+    except (DatasetGenerationError, OSError) as error:
+        release()
+        raise _config_error_in(error, files, directory) from None
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
+    assert isinstance(mapped, datasets.Dataset)
+    return mapped
+
+
+def _iter_files(files: list[str], kind: str) -> Iterator[Row]:
+    num_rows = 0
+    for name in files:
+        iterate = iter_parquet if name.endswith(".parquet") else iter_jsonl
+        for number, record in iterate(Path(name)):
+            yield check_record(record, kind, f"{name}:{number}")
+            num_rows += 1
+    if num_rows == 0:
+        raise ConfigError(f"{', '.join(files)}: no rows")
+
+
+def iter_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of every row."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        batches = ParquetFile(path).iter_batches(batch_size=1000)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from enumerate(rows, start=1)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ConfigError(f"{path}: cannot be read as Parquet: {' '.join(str(error).split())}") from None
+
+
+def _find_files(path: Path, kind: str) -> list[Path]:
+    if path.is_dir():
+        own = sorted(f for f in path.iterdir() if f.name.split(".")[0] == kind and f.name.endswith(_SUFFIXES))
+        files = own or sorted(f for f in path.iterdir() if f.is_file() and f.name.endswith(_SUFFIXES))
+        if not files:
+            raise ConfigError(f"{path}: holds no file that ends in {', '.join(_SUFFIXES)}")
+        return files
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file or directory")
+    if not path.name.endswith(_SUFFIXES):
+        raise ConfigError(f"{path}: must end in {', '.join(_SUFFIXES)}; `megatron-gil prepare-data` reads other forms")
+    return [path]
+
+
+def _config_error_in(error: BaseException, files: list[str], directory: Path) -> BaseException:
+    """The ConfigError that `datasets` wrapped, one for the file system's that it met, or the error itself."""
+    causes, cause = list[BaseException](), error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in causes:
+        if isinstance(cause, ConfigError):
+            return cause
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return cannot_copy(files, directory, cause)
+    return error

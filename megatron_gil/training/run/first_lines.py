@@ -1,0 +1,135 @@
+"""The first lines of a run: what is about to happen, as rows of a name and a value. To say more, add a row."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_gil.config import CommandConfig, TrainConfig
+from megatron_gil.data.rows.dataset import RowDataset
+from megatron_gil.engine.megatron import MegatronModel, TrainableModel
+from megatron_gil.models.kernels import Kernels, attention_backend
+from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.planning.memory import GIB, Cut, ModelUse, num_parameters
+from megatron_gil.training.build import model_path
+
+FirstRow = tuple[str, str]
+WIDTH = 80
+SOURCES = {"classifier": "reward_model"}
+"""Roles that have no key of their own."""
+
+
+def first_rows(
+    config: CommandConfig,
+    layout: ParallelLayout,
+    *,
+    where: Path,
+    models: Mapping[str, MegatronModel],
+    data: Mapping[str, RowDataset[Any] | None],
+    length: str,
+    notes: Sequence[str] = (),
+) -> list[FirstRow]:
+    """Rows of any command. where: what it writes. models: by role, built. data: key -> rows, None where it is not set.
+    length: how much there is to do. notes: what else is worth a line. Empty but on rank 0."""
+    if not layout.is_main:
+        return []
+    rows = [("writes", str(where)), ("device", _device(layout)), ("layout", _layout(config, layout))]
+    rows += [(role, _model(config, role, model)) for role, model in models.items()]
+    rows += _kernels(config, layout, list(models.values()))
+    rows += [(key, _data(config, key, found)) for key, found in data.items() if found is not None]
+    return [*rows, ("to do", length), ("memory", _memory(layout)), *(("note", note) for note in notes)]
+
+
+def print_rows(rows: Sequence[FirstRow], layout: ParallelLayout) -> None:
+    """On stderr of rank 0, in at most 80 columns; only what cannot be broken, such as a path, is longer."""
+    if not layout.is_main:
+        return
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        first, rest = f"{name:<{width}}", " " * width
+        lines = textwrap.wrap(
+            value,
+            WIDTH,
+            initial_indent=first,
+            subsequent_indent=rest,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        print("\n".join(lines), file=sys.stderr)
+
+
+def _device(layout: ParallelLayout) -> str:
+    if layout.device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} thread(s) a process"
+    found = torch.cuda.get_device_properties(layout.device)
+    return f"{found.name}, {found.total_memory / GIB:.0f} GiB"
+
+
+def _kernels(config: CommandConfig, layout: ParallelLayout, models: Sequence[MegatronModel]) -> list[FirstRow]:
+    """What the models really run on."""
+    model = models[0]
+    attention = attention_backend(
+        model.dtype,
+        num_heads=model.spec.num_heads,
+        num_kv_heads=model.spec.num_kv_heads,
+        head_dim=model.spec.head_dim,
+        device=layout.device,
+    )
+    text = f"{Kernels.choose(config.models, layout.device).describe()}; attention: {attention}"
+    text += "; deterministic" if layout.deterministic and layout.device.type == "cuda" else ""
+    rows = [("kernels", text)]
+    rows += [("optimizer", m.optimizer.kind) for m in models if isinstance(m, TrainableModel) and m.optimizer][:1]
+    if layout.device.type == "cuda" and model.dtype == torch.float32:
+        text = "models.dtype=float32 leaves most of a GPU's speed unused; bfloat16 is what it is built for"
+        rows.append(("warning", text))
+    return rows
+
+
+def _layout(config: CommandConfig, layout: ParallelLayout) -> str:
+    parallel = config.parallel
+    text = f"{layout.world_size} process(es): {layout.tp_size} tensor- x {layout.pp_size} pipeline- x {layout.dp_size} "
+    text += "data-parallel"
+    text += ", sequence-parallel" if parallel.sequence_parallel else ""
+    text += ", optimizer sharded" if parallel.distributed_optimizer else ""
+    if isinstance(config, TrainConfig):
+        batch = config.batch
+        count = batch.global_size // (layout.dp_size * batch.micro_size)
+        text += f"; an update is {count} microbatch(es) of {batch.micro_size} on each"
+    return text
+
+
+def _model(config: CommandConfig, role: str, model: MegatronModel) -> str:
+    trained = isinstance(model, TrainableModel)
+    use = ModelUse(role=role, spec=model.spec, head=model.head, trained=trained, num_groups=model.num_groups)
+    dtype = str(model.dtype).removeprefix("torch.")
+    does = "trained" if trained else "frozen"
+    path = model_path(config, SOURCES.get(role, role))
+    return f"{count_text(num_parameters(use, Cut(), 0))} parameters, {dtype}, {does}, from {path}"
+
+
+def _data(config: CommandConfig, key: str, rows: RowDataset[Any]) -> str:
+    """The rows of a file, and what is cut of them to fit."""
+    return f"{getattr(config.data, key.partition('.')[2])}: {rows.measure()}"
+
+
+def _memory(layout: ParallelLayout) -> str:
+    """Of rank 0, after the models are built and before the first batch."""
+    if layout.device.type == "cpu":
+        used, whole = psutil.Process().memory_info().rss, psutil.virtual_memory().total
+        return f"{used / GIB:.1f} GiB in this process, of {whole / GIB:.1f} GiB of the machine"
+    free, whole = torch.cuda.mem_get_info(layout.device)
+    return f"{(whole - free) / GIB:.1f} GiB of the GPU's {whole / GIB:.1f} GiB taken before the first batch"
+
+
+def count_text(count: int) -> str:
+    """Three digits and a unit: 6.74 billion."""
+    for size, unit in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
