@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    """Of the options, as config.py does for the keys."""
+    """Of the options, as config/ does for the keys."""
     from megatron_gil.config import ConfigError
     from megatron_gil.config.ranges import LARGEST_SEED, Range
 
