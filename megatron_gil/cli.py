@@ -152,14 +152,9 @@ def _add_dry_run(command: argparse.ArgumentParser, *, trains: bool) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
     if arguments.command in CONFIGURED:
-        from megatron_gil.commands.dry_run import dry_run, dry_run_answers
+        from megatron_gil.commands.dry_run import dry_run
 
-        config = _read_config(arguments)
-        return (
-            dry_run(arguments.command, config, arguments)
-            if arguments.command in TRAINING
-            else dry_run_answers(config, arguments)
-        )
+        return dry_run(_read_config(arguments), arguments)
     if arguments.command == "evaluate":
         from megatron_gil.commands.evaluate import evaluate
         from megatron_gil.demo.gold import gold_score

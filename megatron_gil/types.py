@@ -14,9 +14,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,6 +105,7 @@ class Scores:
     values: Tensor  # [B, S]
     group_probs: Tensor  # [B, M] float32; a row sums to 1; M = 1 is all ones
     scores: Tensor  # [B] raw score of the reward model
+    truncated: Sequence[bool] | None = None  # [B] whether the scored text was cut; None: all were read whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +138,17 @@ class Experience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSum:
-    """A loss as a sum. The engine divides once, by the count over all ranks and microbatches."""
+    """A loss as a sum over response tokens or rows. The engine divides once, by their number over all ranks."""
 
-    total: Tensor  # scalar, differentiable: sum over tokens, rows or pairs
-    count: Tensor  # scalar int64: how many terms `total` adds up
-    metrics: Mapping[str, Tensor]  # name -> scalar sum, no gradient; the engine divides these by the count too
+    total: Tensor  # scalar, differentiable
+    metrics: Mapping[str, Tensor]  # name -> scalar sum, no gradient; the engine divides these too
+
+
+def count_terms(batch: Any, per: Literal["token", "row"]) -> Tensor:
+    """How many response tokens or rows a batch of this module has, as a tensor on its device."""
+    if per == "token":
+        return batch.response_mask.sum()
+    return torch.full((), len(batch.tokens), dtype=torch.int64, device=batch.tokens.device)
 
 
 def take_rows(batch: Rows, index: Tensor | slice) -> Rows:

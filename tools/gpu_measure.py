@@ -27,12 +27,13 @@ from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.training.build import start_group_head
 from megatron_gil.training.ppo.grouping import LearnedGroups
-from megatron_gil.training.ppo.iteration import PpoTrainer
+from megatron_gil.training.ppo.iteration import Models, PpoTrainer
+from megatron_gil.training.ppo.scorers import RewardModel
 from megatron_gil.training.row_source import PromptSource, to_device
 from megatron_gil.training.run.out_of_memory import is_out_of_memory
 from megatron_gil.training.run.progress import Progress
 from megatron_gil.training.run.signals import StopSignal
-from megatron_gil.training.supervised.trainer import sft_loss
+from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import PromptBatch, TokenBatch
 
 Found = dict[str, Any]
@@ -79,7 +80,7 @@ class Bench:
         batch = _rows(self.spec, self.work, self.layout)
         model = self._policy()
         assert isinstance(model, TrainableModel)
-        seconds, peak = self._repeat(lambda: model.update(Part(batch, sft_loss), lr=1e-6))
+        seconds, peak = self._repeat(lambda: model.update(Part(batch=batch, loss_fn=sft_loss), lr=1e-6))
         flops = 3 * forward_flops(self.spec, self.work.tokens)
         return {**self._rate(seconds, self.work.rows * self.work.tokens, flops), **_memory(self._planned, peak)}
 
@@ -161,7 +162,7 @@ class Bench:
 
     def _trainer(self, config: c.PpoConfig) -> PpoTrainer:
         """As the command builds it, but for weights and prompts."""
-        sums, ids, micro_size = all_sum(self.layout), Ids(self.spec), config.batch.micro_size
+        ids, micro_size = Ids(self.spec), config.batch.micro_size
         policy = self._trainable("lm", config)
         critic = self._trainable("critic", config, num_groups=config.gil.num_groups)
         start_group_head(critic, config.gil, config.run.seed)
@@ -179,19 +180,20 @@ class Bench:
         )
         return PpoTrainer(
             config,
-            policy=policy,
-            ref_policy=self._frozen("lm", micro_size),
-            critic=critic,
-            reward_model=self._frozen("score", micro_size),
-            classifier=None,
-            grouping=LearnedGroups(config.gil, sums),
-            sampler=Generator(policy, config.sampling, tokenizer=ids, seed=1),
+            Models(
+                policy=policy,
+                ref_policy=self._frozen("lm", micro_size),
+                critic=critic,
+                sampler=Generator(policy, config.sampling, tokenizer=ids, seed=1),
+                scorer=RewardModel(self._frozen("score", micro_size)),
+            ),
+            grouping=LearnedGroups(config.gil, all_sum(self.layout)),
             prompts=PromptSource(dataset, order, self.layout, rows),
             eval_prompts=None,
             pretrain=None,
             tokenizer=tokenizer,
             progress=progress,
-            all_sum=sums,
+            layout=self.layout,
         )
 
     def _repeat(self, run: Callable[[], Any]) -> tuple[list[float], int | None]:

@@ -136,7 +136,7 @@ def _choose(
     for recompute in ("none", "full"):
         for micro_size in _halves(min(rows, 16)):
             tried = config(micro_size, recompute)
-            peak = rank_memory(read_workload(command, tried, specs), Cut(), 0).peak
+            peak = rank_memory(read_workload(tried, lambda role: specs[role]), Cut(), 0).peak
             plans.append(Plan(config=tried, tensor_bytes=peak - OVERHEAD_BYTES))
     within = [plan for plan in plans if plan.tensor_bytes + OVERHEAD_BYTES <= memory_bytes]
     easily = [plan for plan in within if plan.tensor_bytes + OVERHEAD_BYTES <= EASILY * memory_bytes]

@@ -10,6 +10,6 @@ from megatron_gil.types import LossSum
 
 
 def token_nll(log_probs: Float[Tensor, "batch pos"], response_mask: Bool[Tensor, "batch pos"]) -> LossSum:
-    """- sum of log pi over the response tokens, nats; counts tokens. Metric: sft/loss."""
+    """- sum of log pi over the response tokens, nats. Metric: sft/loss."""
     total = -masked_sum(log_probs, response_mask)
-    return LossSum(total=total, count=response_mask.sum(), metrics={"sft/loss": total.detach()})
+    return LossSum(total=total, metrics={"sft/loss": total.detach()})

@@ -38,7 +38,7 @@ def policy_loss(
             "policy/approx_kl": masked_sum(kl.k3(torch.zeros_like(log_ratio), log_ratio), response_mask),
             "policy/ratio": masked_sum(ratio, response_mask),
         }
-    return LossSum(total=total, count=response_mask.sum(), metrics=metrics)
+    return LossSum(total=total, metrics=metrics)
 
 
 def value_loss(
@@ -61,7 +61,7 @@ def value_loss(
         "critic/value_loss": total.detach(),
         "critic/clip_fraction": masked_sum((clipped > unclipped).to(total.dtype), response_mask),
     }
-    return LossSum(total=total, count=response_mask.sum(), metrics=metrics)
+    return LossSum(total=total, metrics=metrics)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from megatron_gil.types import LossSum
 
 
 def pairwise_loss(scores: Float[Tensor, "batch 2"], *, center_coef: float = 0.0) -> LossSum:
-    """- sum_i log sigmoid(score_chosen - score_rejected) (Bradley-Terry); counts pairs.
+    """- sum_i log sigmoid(score_chosen - score_rejected) (Bradley-Terry), a sum over pairs.
 
     Only differences of scores are learned; `center_coef` adds center_coef * (score_chosen + score_rejected)^2, which
     keeps their mean near 0 (arXiv 2312.09244, section 3), where a group classifier that starts from the score head
@@ -29,7 +29,7 @@ def pairwise_loss(scores: Float[Tensor, "batch 2"], *, center_coef: float = 0.0)
         "reward/mean_score": scores.detach().mean(1).sum(),
         "reward/accuracy": _wins(margin),
     }
-    return LossSum(total=total, count=_num_pairs(scores), metrics=metrics)
+    return LossSum(total=total, metrics=metrics)
 
 
 def dpo_loss(
@@ -39,7 +39,7 @@ def dpo_loss(
     beta: float,
     label_smoothing: float,
 ) -> LossSum:
-    """Direct preference optimisation (arXiv 2305.18290, eq. 7) on log-probs summed over each response; counts pairs.
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7) on log-probs of whole responses, a sum over pairs.
 
         h_i = beta [(log pi - log pi_ref)_chosen - (log pi - log pi_ref)_rejected]
         total = - sum_i (1 - label_smoothing) log sigmoid(h_i) + label_smoothing log sigmoid(-h_i)
@@ -58,13 +58,9 @@ def dpo_loss(
         "dpo/chosen_reward": chosen_reward,
         "dpo/rejected_reward": rejected_reward,
     }
-    return LossSum(total=total, count=_num_pairs(margin), metrics=metrics)
+    return LossSum(total=total, metrics=metrics)
 
 
 @torch.no_grad()
 def _wins(margin: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
     return ((margin > 0).to(margin.dtype) + (margin == 0).to(margin.dtype) / 2).sum()
-
-
-def _num_pairs(rows: Tensor) -> Tensor:
-    return torch.full((), len(rows), device=rows.device)

@@ -4,7 +4,6 @@ process group, and every rank's share is printed."""
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,167 +20,46 @@ from megatron_gil.config import (
     data_parallel_size,
 )
 from megatron_gil.config.files import dump_config
-from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.models.llama import LlamaSpec, check_layout
 from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.workload import Workload, read_workload
-from megatron_gil.training.run.best import check_keep_best
-from megatron_gil.training.run.output import new_file
-from megatron_gil.training.tokenizers import FALLBACKS, ROLES, read_tokenizers
+from megatron_gil.training.check_run import CheckedRun, check_run
 
 
-def dry_run(command: str, config: TrainConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
-    """0: the run can start as it is. ConfigError (exit code 2): it cannot."""
+def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
+    """0: the command can start as it is. ConfigError (exit code 2): it cannot."""
     console = console or wide_console()
-    check_keep_best(config)
     parallel = config.parallel
-    num_gpus = arguments.gpus or parallel.tensor_size * parallel.pipeline_size
-    plan = BatchPlan.of(num_gpus, parallel, config.batch)
-    roles = ROLES[command]
-    directories, notes = _find_models(config, roles, arguments.sizes_from)
-    specs = {role: LlamaSpec.read(directory) for role, directory in directories.items()}
-    for spec in specs.values():
-        check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
-    there = {role: path for role, path in directories.items() if role == roles[0] or _is_there(config, role)}
-    tokenizers = read_tokenizers(command, config, there, specs)
-    data = [*tokenizers.notes, *_read_data(command, config, tokenizers.tokenizer, plan)]
-    workload = read_workload(command, config, specs)
+    world_size = arguments.gpus or parallel.tensor_size * parallel.pipeline_size
+    checked = check_run(config, world_size, sizes_from=arguments.sizes_from)
     cut = Cut(
         tp_size=parallel.tensor_size,
         pp_size=parallel.pipeline_size,
-        dp_size=plan.dp_size,
+        dp_size=data_parallel_size(world_size, parallel),
         sequence_parallel=parallel.sequence_parallel,
         distributed_optimizer=parallel.distributed_optimizer,
     )
-    ranks = [rank_memory(workload, cut, pp_rank) for pp_rank in range(cut.pp_size)]
     console.print(dump_config(config), markup=False)
-    for line in (*notes, *data, _layout_line(cut, plan)):
+    data = [f"{key}={getattr(config.data, key.partition('.')[2])}: {r.measure()}" for key, r in checked.data.items()]
+    for line in (*checked.notes, *data, *_what_comes(config, checked, cut)):
         console.print(line, markup=False)
-    for pp_rank, rank in enumerate(ranks):
-        console.print(memory_table(rank, _rank_title(workload, cut, pp_rank)))
-    _check_memory(ranks, arguments.gpu_memory)
+    if isinstance(config, TrainConfig):
+        workload = read_workload(config, checked.specs.__getitem__)
+        ranks = [rank_memory(workload, cut, pp_rank) for pp_rank in range(cut.pp_size)]
+        for pp_rank, rank in enumerate(ranks):
+            console.print(memory_table(rank, _rank_title(workload, cut, pp_rank)))
+        _check_memory(ranks, arguments.gpu_memory)
     return 0
 
 
-def dry_run_answers(config: GenerateConfig | ScoreConfig, arguments: argparse.Namespace) -> int:
-    """The same for generate and score, without the memory. What an earlier stage has yet to write may be absent where
-    --sizes-from stands for it."""
-    role = "policy" if isinstance(config, GenerateConfig) else "reward_model"
-    console, parallel, sizes_from = wide_console(), config.parallel, arguments.sizes_from
-    dp_size = data_parallel_size(arguments.gpus or parallel.tensor_size * parallel.pipeline_size, parallel)
-    directories, notes = _find_models(config, (role,), sizes_from)
-    spec = LlamaSpec.read(directories[role])
-    check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
-    new_file(config.output, may_lack_directory=sizes_from is not None)
-    notes += _read_questions(config, role, directories[role], spec, sizes_from)
-    console.print(dump_config(config), markup=False)
-    notes.append(f"{dp_size} data-parallel rank(s); rows to {config.output}")
-    for line in notes:
-        console.print(line, markup=False)
-    return 0
-
-
-def _read_questions(
-    config: GenerateConfig | ScoreConfig, role: str, directory: Path, spec: LlamaSpec, sizes_from: Path | None
-) -> list[str]:
-    """What is answered or scored, read as the command would; lines about it."""
-    from megatron_gil.data.rows.demonstrations import ResponseDataset
-    from megatron_gil.data.rows.prompts import PromptDataset
-
-    command = "generate" if role == "policy" else "score"
-    tokenizers = read_tokenizers(command, config, {role: directory}, {role: spec})
-    data = config.data
-    if not data.train:
-        raise ConfigError("data.train is not set: it is what the command reads; give a file as data.train=PATH")
-    if sizes_from is not None and not Path(data.train).exists():
-        return [*tokenizers.notes, f"data.train={data.train} is not there yet"]
-    limits = {"max_prompt_tokens": data.max_prompt_tokens}
-    if role == "policy":
-        rows: Any = PromptDataset(data.train, tokenizers.tokenizer, **limits)
-    else:
-        rows = ResponseDataset(data.train, tokenizers.tokenizer, max_tokens=data.max_tokens, **limits)
-    return [*tokenizers.notes, f"data.train={data.train}: {rows.measure()}"]
-
-
-def _find_models(
-    config: CommandConfig, roles: tuple[str, ...], sizes_from: Path | None
-) -> tuple[dict[str, Path], list[str]]:
-    """The directory of each role's sizes, and a note for each model that does not exist yet."""
-    directories, notes = {}, []
-    for role in roles:
-        value = getattr(config.models, role) or getattr(config.models, FALLBACKS.get(role, role))
-        if not value:
-            raise ConfigError(f"models.{role} is not set; give the directory of a Llama, as models.{role}=DIR")
-        directories[role] = Path(value)
-        if not Path(value).is_dir():
-            if sizes_from is None:
-                raise ConfigError(
-                    f"models.{role}={value} is not a directory; where an earlier stage has yet to write it, give "
-                    "--sizes-from LLAMA_DIR"
-                )
-            directories[role] = sizes_from
-            notes.append(f"models.{role}={value} is not there yet: sizes of {sizes_from}")
-        else:
-            _check_weights(
-                role, Path(value), scored=role == "reward_model" and isinstance(config, PpoConfig | ScoreConfig)
-            )
-    return directories, notes
-
-
-def _is_there(config: TrainConfig, role: str) -> bool:
-    return Path(getattr(config.models, role) or getattr(config.models, FALLBACKS.get(role, role))).is_dir()
-
-
-def _check_weights(role: str, path: Path, *, scored: bool) -> None:
-    """The headers of the weight files: every tensor is there, as config.json says, and no file is cut off."""
-    from megatron_gil.models.convert.check import SCORE_HEAD, check_tensors
-    from megatron_gil.models.convert.weight_files import read_safetensors
-
-    spec, files = LlamaSpec.read(path), read_safetensors(path)
-    has_scores = any(SCORE_HEAD in file.tensors for file in files)
-    if scored and not has_scores:
-        raise ConfigError(f"models.reward_model={path} has no score.weight; train it with `megatron-gil reward` first")
-    head = "score" if has_scores and role not in ("policy", "ref_policy") else "lm"
-    check_tensors(files, spec, head, path, others=True)
-
-
-def _read_data(command: str, config: TrainConfig, tokenizer: Tokenizer, plan: BatchPlan) -> list[str]:
-    """Every file is read and checked row by row, as the run would; a line for each."""
-    from megatron_gil.data.rows.demonstrations import DemonstrationDataset, TextDataset
-    from megatron_gil.data.rows.preferences import PreferenceDataset
-    from megatron_gil.data.rows.prompts import PromptDataset
-    from megatron_gil.training.ppo.checks import check_rollout
-
-    limits = {"max_tokens": config.data.max_tokens, "max_prompt_tokens": config.data.max_prompt_tokens}
-    kind: Any = {"sft": DemonstrationDataset, "ppo": PromptDataset}.get(command, PreferenceDataset)
-    if command == "ppo":
-        del limits["max_tokens"]
-    if not config.data.train:
-        raise ConfigError("data.train is not set: it is what the command trains on; give a file as data.train=PATH")
-    train = kind(config.data.train, tokenizer, **limits)
-    if isinstance(config, PpoConfig):
-        check_rollout(config, plan.dp_size, train)
-    lines = [f"data.train={config.data.train}: {train.measure()}", _length_line(config, len(train))]
-    if config.data.eval:
-        held_out = kind(config.data.eval, tokenizer, **limits)
-        lines.append(f"data.eval={config.data.eval}: {held_out.measure()}")
-        if len(held_out) < plan.dp_size:
-            raise ConfigError(
-                f"data.eval={config.data.eval}: {len(held_out)} rows are too few for {plan.dp_size} data-parallel "
-                "ranks; add rows or set data.eval=null"
-            )
-    if isinstance(config, PpoConfig) and config.ppo.ptx_coef:
-        if not config.data.pretrain:
-            raise ConfigError("data.pretrain is not set: ppo.ptx_coef is above 0; give a file as data.pretrain=PATH")
-        texts = TextDataset(
-            config.data.pretrain,
-            tokenizer,
-            max_tokens=config.data.max_tokens,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-        )
-        lines.append(f"data.pretrain={config.data.pretrain}: {texts.measure()}")
-    return lines
+def _what_comes(config: CommandConfig, checked: CheckedRun, cut: Cut) -> list[str]:
+    if isinstance(config, GenerateConfig | ScoreConfig):
+        return [f"{cut.dp_size} data-parallel rank(s); rows to {config.output}"]
+    assert isinstance(config, TrainConfig)
+    return [
+        _length_line(config, len(checked.train)),
+        _layout_line(cut, BatchPlan.of(cut.num_gpus, config.parallel, config.batch)),
+    ]
 
 
 def _length_line(config: Any, num_rows: int) -> str:

@@ -20,7 +20,6 @@ from megatron_gil.planning.rank import RankMemory
 from megatron_gil.planning.search import Plan, advice, find_plans, limits
 from megatron_gil.planning.workload import Workload, read_workload
 
-ROLES = ("policy", "ref_policy", "critic", "reward_model")
 DAY = 86400.0
 
 
@@ -31,7 +30,7 @@ def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
     config = ppo_config(arguments.overrides)
     if arguments.config is not None:
         config = load_config(PpoConfig, arguments.config, ["run.dir=plan", *arguments.overrides])
-    workload = read_workload("ppo", config, dict.fromkeys(ROLES, spec))
+    workload = read_workload(config, lambda role: spec)
     memory = int(arguments.gpu_memory * GIB)
     plans = find_plans(workload, arguments.gpus, memory, gpu, assume)
     count = num_parameters(ModelUse(role="", spec=spec, head="lm", trained=False), Cut(), 0)
@@ -139,7 +138,7 @@ def _recipe_table(spec: LlamaSpec, num_gpus: int, memory: int, gpu: Gpu, assume:
         table.add_column(name, justify="left" if name == "run" else "right")
     total = 0.0
     for name, stage in recipe().items():
-        workload = read_workload(stage.command, stage.config, dict.fromkeys(ROLES, spec))
+        workload = read_workload(stage.config, lambda role: spec)
         best = find_plans(workload, num_gpus, memory, gpu, assume)[0]
         days = stage.num_iterations * best.time.total / DAY
         total += days

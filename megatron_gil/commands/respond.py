@@ -6,26 +6,22 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_gil.config import CommandConfig, GenerateConfig, ScoreConfig
-from megatron_gil.data.rows.demonstrations import ResponseDataset
-from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.parallel.collectives import agree, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.build import build_frozen
-from megatron_gil.training.checks import check_models, limits, require, take_output
+from megatron_gil.training.build import build_models
+from megatron_gil.training.check_run import CheckedRun, check_run
 from megatron_gil.training.row_source import PromptSource, RowSource
 from megatron_gil.training.run.answers import AnswerFile, what_rows_depend_on
 from megatron_gil.training.run.first_lines import first_rows, print_rows
 from megatron_gil.training.run.loop import RunFailed
-from megatron_gil.training.run.output import new_file
 from megatron_gil.training.run.progress import Progress
 from megatron_gil.training.run.samples import sample_texts
 from megatron_gil.training.run.signals import EXIT_STOPPED, StopRequested
-from megatron_gil.training.tokenizers import RunTokenizers
+from megatron_gil.training.run.take import take_output
 
 BATCHES_OF_SLOTS = 4
 """How often the slots are filled between two writes of what is answered, by which a stop loses less."""
@@ -34,23 +30,16 @@ BATCHES_OF_SLOTS = 4
 def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress) -> int:
     """One response per prompt of data.train, into `output`; of a prompt that was cut also what the model read."""
 
-    def check() -> tuple[PromptDataset, RunTokenizers, Path]:
-        tokenizers = check_models("generate", config)
-        path = require(config.data.train, "data.train", "its prompts are answered")
-        prompts = PromptDataset(path, tokenizers.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
-        return prompts, tokenizers, new_file(config.output)
-
-    prompts, tokenizers, output = agree(layout, check)
-    tokenizer = tokenizers.tokenizer
+    checked = agree(layout, lambda: check_run(config, layout.world_size))
+    prompts, tokenizer, output = checked.train, checked.tokenizers.tokenizer, Path(config.output)
     depends_on = what_rows_depend_on(config, "models.policy", "data.train", "data.tokenizer")
     take_output(config, layout, progress)
     answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(prompts))
 
     def answer_all() -> None:
-        progress.safe_point("building policy")
-        policy = build_frozen(config, "policy", "lm", layout)
-        sampler = Generator(policy, config.sampling, tokenizer=tokenizer, seed=config.run.seed)
-        _say_first(config, layout, answers, {"policy": policy}, prompts, tokenizers)
+        models = build_models(config, checked, layout, progress)
+        sampler = Generator(models["policy"], config.sampling, tokenizer=tokenizer, seed=config.run.seed)
+        _say_first(config, layout, answers, models, checked)
 
         size = BATCHES_OF_SLOTS * (config.sampling.micro_size or 256)
         for batch in PromptSource(prompts, None, layout, len(prompts)).all_batches(size, done=answers.done):
@@ -70,21 +59,16 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
 def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> int:
     """The reward model's score of every {prompt, response} of data.train, into `output`."""
 
-    def check() -> tuple[ResponseDataset, RunTokenizers, Path]:
-        tokenizers = check_models("score", config)
-        path = require(config.data.train, "data.train", "its responses are scored")
-        responses = ResponseDataset(path, tokenizers.tokenizer, **limits(config))
-        return responses, tokenizers, new_file(config.output)
-
-    responses, tokenizers, output = agree(layout, check)
+    checked = agree(layout, lambda: check_run(config, layout.world_size))
+    responses, output = checked.train, Path(config.output)
     depends_on = what_rows_depend_on(config, "models.reward_model", "data.train", "data.tokenizer")
     take_output(config, layout, progress)
     answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(responses))
 
     def answer_all() -> None:
-        progress.safe_point("building reward_model")
-        model = build_frozen(config, "reward_model", "score", layout)
-        _say_first(config, layout, answers, {"reward_model": model}, responses, tokenizers)
+        models = build_models(config, checked, layout, progress)
+        model = models["reward_model"]
+        _say_first(config, layout, answers, models, checked)
 
         def before_batch() -> None:
             answers.flush()
@@ -122,16 +106,10 @@ def _say_first(
     layout: ParallelLayout,
     answers: AnswerFile,
     models: Mapping[str, MegatronModel],
-    rows: Any,
-    tokenizers: RunTokenizers,
+    checked: CheckedRun,
 ) -> None:
-    length, data = f"{len(rows) - len(answers.done):,} rows", {"data.train": rows}
-    print_rows(
-        first_rows(
-            config, layout, where=answers.output, models=models, data=data, length=length, notes=tokenizers.notes
-        ),
-        layout,
-    )
+    length = f"{len(checked.train) - len(answers.done):,} rows"
+    print_rows(first_rows(config, layout, where=answers.output, models=models, checked=checked, length=length), layout)
 
 
 def _collect(answers: AnswerFile, answer_all: Callable[[], None], progress: Progress) -> int:

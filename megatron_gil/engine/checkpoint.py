@@ -76,10 +76,12 @@ class CheckpointStore:
         state: dict[str, Any],
         *,
         best: int | None = None,
+        extra_config: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Write all files beside; with checkpoint.background only copy to host memory, and leave the rest to a thread.
 
-        best: the iteration (this one or an earlier) that is never deleted, and that `best` links to.
+        best: the iteration (this one or an earlier) that is never deleted, and that `best` links to. extra_config: what
+        the config.json of a model says beside its sizes, by role.
 
         CheckpointError where the directory cannot be made; other errors come from `finish`.
         """
@@ -88,7 +90,9 @@ class CheckpointStore:
         self._on_main(iteration, lambda: self._make_directories(beside, models))
         files, renames = FileWriter(background=self._section.background), Renames()
         for role, model in models.items():
-            renames |= save_model(model, beside / role, self._small_files, files)
+            renames |= save_model(
+                model, beside / role, self._small_files, files, extra_config=(extra_config or {}).get(role)
+            )
             renames |= save_optimizer(model, beside / f"{role}.optimizer", files)
         if self._layout.is_main:
             steps = {role: model.num_steps for role, model in models.items()}

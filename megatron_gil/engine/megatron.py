@@ -1,7 +1,7 @@
 """The engine: one model on this rank, evaluated and updated through megatron-core's pipeline schedules.
 
-`evaluate` and `update` take this data-parallel rank's rows and cut them into microbatches themselves. A loss is a sum
-with a count, and megatron-core divides the accumulated gradient once, by the count over all ranks and microbatches
+`evaluate` and `update` take this data-parallel rank's rows and cut them into microbatches themselves. A loss is a sum,
+and megatron-core divides the accumulated gradient once, by the terms of all ranks and microbatches
 (`calculate_per_token_loss`), so that the cut does not change the gradient.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_gil.config import ModelsSection, OptimizerSection
 from megatron_gil.engine.optimizer import ModelOptimizer
-from megatron_gil.engine.protocol import Part
+from megatron_gil.engine.protocol import Part, Update
 from megatron_gil.engine.readout import read_output
 from megatron_gil.models.hf import load_weights
 from megatron_gil.models.llama import Head, LlamaSpec
@@ -28,7 +28,7 @@ from megatron_gil.models.transformer import build_model
 from megatron_gil.parallel.collectives import all_sum, gather_objects, share_from_last_pp_stage
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.parallel.pipeline import share_object_from_last_pp_stage
-from megatron_gil.types import LossSum, Metrics, Readout, take_rows
+from megatron_gil.types import LossSum, Metrics, Readout, count_terms, take_rows
 
 CUDA_LENGTH_MULTIPLE = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,6 +48,26 @@ class SkippedUpdate:
         where = "" if self.microbatch is None else f", loss of microbatch {self.microbatch} (rows {list(self.row_ids)})"
         names = f", gradient of {', '.join(self.parameters)}" if self.parameters else ""
         return f"rank {self.rank}: gradient norm {self.gradient_norm}{where}{names}"
+
+
+@dataclass(frozen=True, slots=True)
+class PartLoss:
+    """The loss of one part on one microbatch of this rank."""
+
+    part: int
+    row_ids: Tensor
+    loss: LossSum
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """What is known once the gradients are in their buffers."""
+
+    metrics: Metrics
+    """Each part's over its own terms, of all ranks."""
+    losses: list[PartLoss]
+    """This rank's; on the last pipeline rank alone."""
+    row_numbers: Tensor | None
 
 
 class MegatronModel:
@@ -195,8 +215,6 @@ class TrainableModel(MegatronModel):
         self._schedule_module = self.ddp
         self.optimizer = None if optimizer is None else ModelOptimizer(self.ddp, optimizer, dtype=self.dtype)
         self.num_steps = 0
-        self.extra_config: dict[str, Any] = {}
-        """Keys that its config.json has besides the model's sizes."""
         self._skipped: list[SkippedUpdate] = []
 
     def load(self, directory: Path) -> list[str]:
@@ -216,50 +234,75 @@ class TrainableModel(MegatronModel):
         skipped, self._skipped = self._skipped, []
         return skipped
 
-    def accumulate(self, *parts: Part) -> tuple[Metrics, list[LossSum]]:
-        """Sum the gradient of every part into the gradient buffers and divide it once by the global count.
-
-        Returns the metrics (sums over all ranks divided by the count) and this rank's own sums per microbatch (last
-        pipeline rank only).
-        """
+    def accumulate(self, *parts: Part) -> Accumulated:
+        """Sum the gradient of every part into the gradient buffers and divide it by the terms of the first part."""
         self.ddp.zero_grad_buffer()
         # FP32Optimizer leaves each .grad an alias of its main_grad: the next backward would add the two, twice the
         # first microbatch.
         self.module.zero_grad(set_to_none=True)
-        losses: list[LossSum] = []
+        scales = self._scales(parts)
+        losses: list[PartLoss] = []
+        numbers: list[Tensor] = []
 
-        def reader(part: Part) -> Callable[[Tensor, Any], Any]:
+        def reader(together: list[int]) -> Callable[[Tensor, Any], Any]:
             def read(output: Tensor, microbatch: Any) -> Any:
-                readout = self._read(output, microbatch, entropy=False, temperature=part.temperature)
-                loss = part.loss_fn(readout, microbatch)
-                losses.append(loss)
-                return loss.total, loss.count.to(torch.int), {}
+                temperature = parts[together[0]].temperature
+                readout = self._read(output, microbatch, entropy=False, temperature=temperature)
+                found = [PartLoss(i, microbatch.row_ids, parts[i].loss_fn(readout, microbatch)) for i in together]
+                losses.extend(found)
+                wanted = parts[0].row_numbers
+                if wanted is not None and together[0] == 0:
+                    with torch.no_grad():
+                        numbers.append(wanted.read(readout, microbatch).float())
+                terms = count_terms(microbatch, parts[0].per) * (together[0] == 0)
+                return sum(scales[f.part] * f.loss.total for f in found), terms.to(torch.int), {}
 
             return read
 
-        self._run([(m, reader(part)) for part in parts for m in self._cut(part.batch)], forward_only=False)
-        return self._reduce(losses), losses
+        passes = _share_passes(parts)
+        work = [(m, reader(together)) for together in passes for m in self._cut(parts[together[0]].batch)]
+        self._run(work, forward_only=False)
+        return Accumulated(self._reduce(parts, losses), losses, self._share_numbers(parts[0], numbers))
 
-    def update(self, *parts: Part, lr: float) -> Metrics:
-        """One optimizer step at rate `lr` on sum(total) / sum(count) over all ranks, microbatches and parts.
+    def update(self, *parts: Part, lr: float) -> Update:
+        """One optimizer step at rate `lr` on the sum of the parts.
 
         Metrics hold `gradient_norm` before clipping and `skipped` (1 where a NaN or Inf stopped the step on all ranks).
         """
         assert self.optimizer is not None, "this model has no optimizer"
-        metrics, losses = self.accumulate(*parts)
+        found = self.accumulate(*parts)
         taken, norm = self.optimizer.step(lr)
         self.num_steps += taken
         if not taken:
-            self._skipped.append(self._explain(norm, parts, losses))
-        return {**metrics, "gradient_norm": norm, "learning_rate": lr, "skipped": float(not taken)}
+            self._skipped.append(self._explain(norm, found.losses))
+        metrics = {**found.metrics, "gradient_norm": norm, "learning_rate": lr, "skipped": float(not taken)}
+        return Update(metrics=metrics, row_numbers=found.row_numbers)
 
-    def _reduce(self, losses: list[LossSum]) -> Metrics:
-        names = sorted({name for loss in losses for name in loss.metrics})
+    def _scales(self, parts: tuple[Part, ...]) -> list[Any]:
+        """What each part's sum is multiplied by, so that the division of the whole gradient by the terms of the first
+        part leaves weight / terms of its own."""
+        if len(parts) == 1:
+            return [parts[0].weight]
+        counts = all_sum(self.layout)(torch.stack([count_terms(part.batch, part.per) for part in parts]))
+        ratios = [p.weight * counts[0] / count.clamp(min=1) for p, count in zip(parts, counts, strict=True)]
+        return [parts[0].weight, *ratios[1:]]
+
+    def _share_numbers(self, part: Part, numbers: list[Tensor]) -> Tensor | None:
+        if part.row_numbers is None:
+            return None
+        shape = (len(part.batch.tokens), len(part.row_numbers.names))
+        return share_from_last_pp_stage(torch.cat(numbers) if numbers else None, shape, torch.float32, self.layout)
+
+    def _reduce(self, parts: tuple[Part, ...], losses: list[PartLoss]) -> Metrics:
+        """Each part's metrics over its own terms, of all ranks."""
+        names = sorted({(name, found.part) for found in losses for name in found.loss.metrics})
         names = share_object_from_last_pp_stage(names, self.layout)
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.layout.device)
-        for loss in losses:
-            terms = [loss.metrics.get(name) for name in names] + [loss.count]
-            sums += torch.stack([sums.new_zeros(()) if term is None else term.double() for term in terms])
+        zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        counts = [count_terms(part.batch, part.per).double() for part in parts]
+        sums = torch.stack([*(zero for _ in names), *counts])
+        for found in losses:
+            terms = [found.loss.metrics[name].double() if part == found.part else zero for name, part in names]
+            sums += torch.stack([*terms, *(zero for _ in parts)])
         sums = share_from_last_pp_stage(
             all_sum(self.layout)(sums) if self.layout.is_last_pp_stage else None,
             tuple(sums.shape),
@@ -267,22 +310,30 @@ class TrainableModel(MegatronModel):
             self.layout,
         )
         values = sums.tolist()
-        return {name: value / max(values[-1], 1.0) for name, value in zip(names, values[:-1], strict=True)}
+        terms = values[len(names) :]
+        return {name: total / max(terms[part], 1.0) for (name, part), total in zip(names, values, strict=False)}
 
-    def _explain(self, norm: float, parts: tuple[Part, ...], losses: list[LossSum]) -> SkippedUpdate:
+    def _explain(self, norm: float, losses: list[PartLoss]) -> SkippedUpdate:
         """The most telling rank's account: one that saw a loss that is not finite, else one that saw a gradient."""
-        rows = [microbatch.row_ids.tolist() for part in parts for microbatch in self._cut(part.batch)]
-        bad = [i for i, loss in enumerate(losses) if not math.isfinite(float(loss.total))]
+        bad = [i for i, found in enumerate(losses) if not math.isfinite(float(found.loss.total))]
         names = [n for n, p in self.module.named_parameters() if not torch.isfinite(p.main_grad).all()]  # type: ignore[attr-defined]
         mine = SkippedUpdate(
             rank=self.layout.rank,
             gradient_norm=norm,
             microbatch=bad[0] if bad else None,
-            row_ids=tuple(rows[bad[0]]) if bad else (),
+            row_ids=tuple(losses[bad[0]].row_ids.tolist()) if bad else (),
             parameters=tuple(names[:4]),
         )
         accounts = gather_objects(mine, self.layout)
         return max(accounts, key=lambda a: (a.microbatch is not None, bool(a.parameters), -a.rank))
+
+
+def _share_passes(parts: tuple[Part, ...]) -> list[list[int]]:
+    """The numbers of the parts, those together that read one batch at one temperature."""
+    passes: dict[tuple[int, float], list[int]] = {}
+    for number, part in enumerate(parts):
+        passes.setdefault((id(part.batch), part.temperature), []).append(number)
+    return list(passes.values())
 
 
 def concat_readouts(readouts: list[Readout]) -> Readout:

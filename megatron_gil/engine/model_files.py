@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,21 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
     return {**files, generation.name: generation.read_bytes()} if generation.is_file() else files
 
 
-def save_model(model: TrainableModel, directory: Path, small_files: Mapping[str, bytes], files: FileWriter) -> Renames:
-    """The model as a Hugging Face directory, which exists, with the small files on rank 0. Collective."""
+def save_model(
+    model: TrainableModel,
+    directory: Path,
+    small_files: Mapping[str, bytes],
+    files: FileWriter,
+    *,
+    extra_config: Mapping[str, Any] | None = None,
+) -> Renames:
+    """The model as a Hugging Face directory, which exists, with the small files on rank 0. Collective.
+
+    extra_config: keys of config.json besides the model's sizes.
+    """
     if model.layout.is_main:
         config = model.spec.hf_config(head=model.head, num_groups=model.num_groups, dtype=model.dtype)
-        files.text(directory / "config.json", json.dumps(config | model.extra_config, indent=2))
+        files.text(directory / "config.json", json.dumps(config | dict(extra_config or {}), indent=2))
         for name, content in small_files.items():
             files.content(directory / name, content)
     weights = WeightMap(model.spec, model.module, model.layout)

@@ -1,36 +1,71 @@
-"""The seam between the loops and the engine: two verbs, nothing of ranks, devices or microbatches."""
+"""What the loops know of models: engines that read and learn, samplers that answer, scorers that judge.
+
+Nothing here speaks of ranks, devices or microbatches. Another decoder, an inference server or a reward that is a Python
+function is a class of its own with these methods, and one line where commands/train.py puts the parts together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
+from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.types import LossSum, Metrics, PromptBatch, Readout, Rollout
 
 LossFn = Callable[[Readout, Any], LossSum]
 """(readout of a microbatch, the microbatch) -> sums over it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowNumbers:
+    """Numbers of each row that an update reads on its way, such as its score."""
+
+    names: tuple[str, ...]
+    read: Callable[[Readout, Any], Tensor]
+    """(readout, rows) -> [B, names]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Rows of this rank, and their share of an update."""
+    """A term of an update's loss: `weight` times the mean of a loss over the terms of its batch.
+
+    Parts of one update that have the same batch object share its forward pass.
+    """
 
     batch: Any
+    """Rows of this rank."""
     loss_fn: LossFn
+    weight: float = 1.0
+    per: Literal["token", "row"] = "token"
+    """What the mean is over: response tokens or rows, of all ranks together."""
     temperature: float = 1.0
     """Of the log-probs that the loss reads."""
+    row_numbers: RowNumbers | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    metrics: Metrics
+    row_numbers: Tensor | None = None
+    """[B, names] of the first part, as the model was before the update; None where nothing asked for them."""
 
 
 class FrozenEngine(Protocol):
+    """A model that is only read."""
+
     def evaluate(self, batch: Any, *, entropy: bool = False, temperature: float = 1.0) -> Readout:
         """What the model says of this rank's rows (types with `tokens` and `lengths`); no gradient."""
         ...
 
 
 class Engine(FrozenEngine, Protocol):
-    def update(self, *parts: Part, lr: float) -> Metrics:
-        """One optimizer step on sum(total) / sum(count) over all ranks and parts; the same for any cut of a batch."""
+    """A model that learns."""
+
+    def update(self, *parts: Part, lr: float) -> Update:
+        """One optimizer step on the sum of the parts; the same for any cut of a batch into ranks and microbatches."""
         ...
 
 
@@ -46,4 +81,23 @@ class Sampler(Protocol):
     def sample(self, prompts: PromptBatch, *, meet: Meet) -> Rollout:
         """A response to each prompt, on every rank of a model copy. All ranks of the world call it together and meet
         as often, those without rows too. Randomness is a function of the rows' sample ids."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowScores:
+    scores: Tensor
+    """[B], higher is better."""
+    truncated: Sequence[bool] | None = None
+    """Of each row: its text was cut before it was scored; None where all are read whole."""
+
+
+class Scorer(Protocol):
+    """What the policy is trained to please: a reward model, or any function of a response."""
+
+    def score(self, rollout: Rollout, prompts: PromptDataset) -> RowScores:
+        """One score a row, the same on every rank of a model copy, which all call it together.
+
+        prompts: the data set that the rollout's row ids speak of.
+        """
         ...

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-from megatron_gil.config import CommandConfig, ConfigError, PpoConfig
+from megatron_gil.config import CommandConfig, DpoConfig, PpoConfig, RewardConfig, require
 from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.uses import model_uses
 from megatron_gil.planning.memory import Cut, ModelUse, Precision, Rows
 
 DEFAULT_SLOTS = 64
@@ -76,56 +76,37 @@ class Workload:
         return replace(self, micro_size=micro_size, precision=replace(self.precision, recompute=recompute))
 
 
-def read_workload(command: str, config: CommandConfig, specs: Mapping[str, LlamaSpec]) -> Workload:
-    """specs: of each model by its role."""
-    settings: dict[str, Any] = {
-        "global_size": config.batch.global_size,
-        "micro_size": config.batch.micro_size,
-        "precision": Precision(dtype_bytes=BYTES[config.models.dtype], recompute=config.models.recompute),
-    }
-    if isinstance(config, PpoConfig):
-        return _read_ppo(config, specs, settings)
-    settings["num_tokens"] = config.data.max_tokens
-    settings["sequences_per_row"] = 1 if command == "sft" else 2
-    if command == "reward":
-        return Workload(models=(_use("reward_model", specs, "score", True),), **settings)
-    models = [_use("policy", specs, "lm", True)]
-    if command == "dpo":
-        models.append(_use("ref_policy", specs, "lm", False))
-    return Workload(models=tuple(models), **settings)
-
-
-def _read_ppo(config: PpoConfig, specs: Mapping[str, LlamaSpec], settings: dict[str, Any]) -> Workload:
-    ppo, gil = config.ppo, config.gil
-    learned = gil.num_groups > 1 and gil.groups == "learned"
-    in_head = learned and gil.classifier == "critic_head"
-    models = [_use("policy", specs, "lm", True), _use("ref_policy", specs, "lm", False)]
-    if ppo.advantages == "gae":
-        models.append(_use("critic", specs, "critic", True, gil.num_groups if in_head else 0))
-    models.append(_use("reward_model", specs, "score", False))
-    if learned and not in_head:
-        models.append(replace(_use("reward_model", specs, "critic", True, gil.num_groups), role="classifier"))
-    sampling, num_rows = config.sampling, ppo.prompts * ppo.responses_per_prompt
-    if num_rows % config.batch.global_size:
-        raise ConfigError(
-            f"ppo.prompts={ppo.prompts} x ppo.responses_per_prompt={ppo.responses_per_prompt} cannot be divided by "
-            f"batch.global_size={config.batch.global_size}; change one of them"
-        )
+def read_workload(config: CommandConfig, spec_of: Callable[[str], LlamaSpec]) -> Workload:
+    """spec_of: the sizes of a model by its role."""
+    models = tuple(
+        ModelUse(role=use.role, spec=spec_of(use.role), head=use.head, trained=use.trained, num_groups=use.num_groups)
+        for use in model_uses(config)
+    )
+    rollout = _read_rollout(config) if isinstance(config, PpoConfig) else None
     return Workload(
-        models=tuple(models),
-        num_tokens=config.data.max_prompt_tokens + sampling.max_new_tokens,
-        sequences_per_row=1,
-        rollout=RolloutShape(
-            num_rows=num_rows,
-            prompt_tokens=config.data.max_prompt_tokens,
-            new_tokens=sampling.max_new_tokens,
-            micro_size=sampling.micro_size or DEFAULT_SLOTS,
-            epochs=ppo.epochs,
-            num_iterations=ppo.iterations,
-        ),
-        **settings,
+        models=models,
+        global_size=config.batch.global_size,
+        micro_size=config.batch.micro_size,
+        precision=Precision(dtype_bytes=BYTES[config.models.dtype], recompute=config.models.recompute),
+        num_tokens=config.data.max_tokens if rollout is None else rollout.prompt_tokens + rollout.new_tokens,
+        sequences_per_row=2 if isinstance(config, RewardConfig | DpoConfig) else 1,
+        rollout=rollout,
     )
 
 
-def _use(role: str, specs: Mapping[str, LlamaSpec], head: Any, trained: bool, num_groups: int = 0) -> ModelUse:
-    return ModelUse(role=role, spec=specs[role], head=head, trained=trained, num_groups=num_groups)
+def _read_rollout(config: PpoConfig) -> RolloutShape:
+    ppo, sampling = config.ppo, config.sampling
+    num_rows = ppo.prompts * ppo.responses_per_prompt
+    require(
+        num_rows % config.batch.global_size == 0,
+        f"ppo.prompts={ppo.prompts} x ppo.responses_per_prompt={ppo.responses_per_prompt} cannot be divided by "
+        f"batch.global_size={config.batch.global_size}; change one of them",
+    )
+    return RolloutShape(
+        num_rows=num_rows,
+        prompt_tokens=config.data.max_prompt_tokens,
+        new_tokens=sampling.max_new_tokens,
+        micro_size=sampling.micro_size or DEFAULT_SLOTS,
+        epochs=ppo.epochs,
+        num_iterations=ppo.iterations,
+    )

@@ -3,75 +3,78 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_gil.config import CommandConfig, ConfigError, GilSection, OptimizerSection
+from megatron_gil.config import CommandConfig, GilSection, PpoConfig, TrainConfig
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.heads import ScalarHead
-from megatron_gil.models.hf_files import HfTensors
-from megatron_gil.models.llama import Head, LlamaSpec, check_layout
+from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.uses import ModelUse
 from megatron_gil.parallel.collectives import agree, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.training.check_run import CheckedRun, model_path
+from megatron_gil.training.run.progress import Progress
 
 
-def model_path(config: CommandConfig, role: str) -> Path:
-    """The directory of a role; ConfigError where neither it nor what it falls back to is set."""
-    fallback = {"ref_policy": "policy", "critic": "reward_model"}.get(role)
-    value = getattr(config.models, role) or (fallback and getattr(config.models, fallback))
-    if not value:
-        raise ConfigError(f"models.{role} is not set; give the directory of a Llama, as models.{role}=DIR")
-    path = Path(value)
-    if not path.is_dir():
-        raise ConfigError(f"models.{role}={value} is not a directory")
-    return path
+def build_models(
+    config: CommandConfig, checked: CheckedRun, layout: ParallelLayout, progress: Progress
+) -> dict[str, MegatronModel]:
+    """Every model of the command by its role, with its weights; those that are trained are TrainableModels."""
+    models = {}
+    for use in checked.uses:
+        progress.safe_point(f"building {use.role}")
+        models[use.role] = build_model(config, use, checked.specs[use.role], layout)
+    return models
 
 
-def read_spec(config: CommandConfig, role: str) -> LlamaSpec:
-    """The sizes of a role's model, checked against the layout before anything is built."""
-    spec = LlamaSpec.read(model_path(config, role))
-    parallel = config.parallel
-    check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
-    return spec
+def trained(models: Mapping[str, MegatronModel]) -> dict[str, TrainableModel]:
+    """Those that a checkpoint holds."""
+    return {role: model for role, model in models.items() if isinstance(model, TrainableModel)}
 
 
-def check_model(config: CommandConfig, role: str, *, scored: bool = False) -> None:
-    """ConfigError for a model that is absent, unreadable, not a Llama, too small for the layout, or, where it must give
-    scores, without a score head; from the files' headers alone."""
-    read_spec(config, role)
-    path = model_path(config, role)
-    tensors = HfTensors.open(path)
-    if scored and "score.weight" not in tensors:
-        raise ConfigError(f"models.{role}={path} has no score.weight; train it with `megatron-gil reward` first")
-
-
-def build_frozen(config: CommandConfig, role: str, head: Head, layout: ParallelLayout) -> MegatronModel:
-    """A model that is only read: the reference, the reward model, or whatever generate and score use."""
-    model = MegatronModel(
-        read_spec(config, role), layout, head=head, micro_size=config.batch.micro_size, models=config.models
-    )
-    _load(model, model_path(config, role))
-    return model
-
-
-def build_trainable(
-    config: CommandConfig, role: str, head: Head, layout: ParallelLayout, optimizer: OptimizerSection, **kwargs: Any
-) -> tuple[TrainableModel, list[str]]:
-    """(model with optimizer, head tensors that its directory lacks)."""
-    model = TrainableModel(
-        read_spec(config, role),
+def build_model(
+    config: CommandConfig,
+    use: ModelUse,
+    spec: LlamaSpec,
+    layout: ParallelLayout,
+    *,
+    kind: type[TrainableModel] = TrainableModel,
+    dtype: torch.dtype | None = None,
+) -> MegatronModel:
+    """kind: of a model that is trained. dtype: another than models.dtype."""
+    common: dict[str, Any] = {
+        "head": use.head,
+        "num_groups": use.num_groups,
+        "micro_size": config.batch.micro_size,
+        "models": config.models,
+        "dtype": dtype,
+    }
+    if not use.trained:
+        model = MegatronModel(spec, layout, **common)
+        _load(model, model_path(config, use))
+        return model
+    assert isinstance(config, TrainConfig)
+    model = kind(
+        spec,
         layout,
-        head=head,
-        micro_size=config.batch.micro_size,
-        models=config.models,
-        optimizer=optimizer,
+        optimizer=config.critic_optimizer
+        if isinstance(config, PpoConfig) and use.head == "critic"
+        else config.optimizer,
         distributed_optimizer=config.parallel.distributed_optimizer,
-        **kwargs,
+        **common,
     )
-    return model, _load(model, model_path(config, role))
+    absent = _load(model, model_path(config, use))
+    if use.head == "score" and absent:
+        start_score_head(model, config.run.seed)
+    if use.num_groups and (use.role == "classifier" or "group_head.weight" in absent):
+        assert isinstance(config, PpoConfig)
+        start_group_head(model, config.gil, config.run.seed)
+    return model
 
 
 def _load(model: MegatronModel, path: Path) -> list[str]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
+from megatron_gil.config import PpoConfig, TrainConfig
 from megatron_gil.data.rows.order import RowOrder
 from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.parallel.layout import ParallelLayout
@@ -31,6 +32,18 @@ class RowSource:
     order: RowOrder | None  # None: only all_batches is called
     layout: ParallelLayout
     micro_size: int
+
+    @classmethod
+    def shuffled(cls, dataset: Any, config: TrainConfig, layout: ParallelLayout) -> Self:
+        """Rows of updates, in an order that run.seed gives."""
+        order = RowOrder(
+            len(dataset),
+            seed=config.run.seed,
+            batch_size=config.batch.global_size,
+            dp_size=layout.dp_size,
+            dp_rank=layout.dp_rank,
+        )
+        return cls(dataset, order, layout, config.batch.micro_size)
 
     def batch(self, update: int) -> Any:
         """This rank's rows of update number `update`."""
@@ -57,6 +70,20 @@ class PromptSource:
 
     num_rows: int
     """Rows of one rollout over all ranks."""
+
+    @classmethod
+    def shuffled(cls, dataset: PromptDataset, config: PpoConfig, layout: ParallelLayout) -> Self:
+        """Prompts of rollouts, in an order that run.seed gives."""
+        order = RowOrder(
+            len(dataset),
+            seed=config.run.seed,
+            batch_size=config.ppo.prompts,
+            dp_size=layout.dp_size,
+            dp_rank=layout.dp_rank,
+            repeats=config.ppo.responses_per_prompt,
+            minibatch_size=config.batch.global_size,
+        )
+        return cls(dataset, order, layout, config.ppo.prompts * config.ppo.responses_per_prompt)
 
     def batch(self, iteration: int) -> PromptBatch:
         """This rank's prompts; a sample id is never used twice in a run, and seeds the row's sampling."""

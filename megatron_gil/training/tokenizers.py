@@ -3,25 +3,14 @@ another's tokens, within their vocabularies, and rows within their positions. Th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_gil.config import CommandConfig, ConfigError, PpoConfig, require
+from megatron_gil.config import CommandConfig, ConfigError, GenerateConfig, PpoConfig, require
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.llama import LlamaSpec
-
-ROLES = {
-    "sft": ("policy",),
-    "reward": ("reward_model",),
-    "dpo": ("policy", "ref_policy"),
-    "ppo": ("policy", "ref_policy", "reward_model", "critic"),
-    "generate": ("policy",),
-    "score": ("reward_model",),
-}
-"""The models of a command; the first brings the tokenizer."""
-FALLBACKS = {"ref_policy": "policy", "critic": "reward_model"}
+from megatron_gil.models.uses import ModelUse
 
 PROBE = (
     "\n\nHuman: The  quick brown fox's 1,234.5 jumps\u2014over <b>7</b> dogs!\n\nAssistant: def f(x):\n\treturn x**2 "
@@ -39,35 +28,34 @@ class RunTokenizers:
 
 
 def read_tokenizers(
-    command: str, config: CommandConfig, paths: Mapping[str, Path], specs: Mapping[str, LlamaSpec]
+    config: CommandConfig, uses: Sequence[ModelUse], paths: Mapping[str, Path], specs: Mapping[str, LlamaSpec]
 ) -> RunTokenizers:
     """The command's tokenizer, checked against each of its models. ConfigError names both directories, the first
     difference, and the fix.
 
-    paths: directory of every model that is there already. specs: sizes of every model of the command.
+    paths: by role, the directory of the first model and of every other that is there already. specs: sizes of all.
     """
-    lead = ROLES[command][0]
-    directory = Path(config.data.tokenizer) if config.data.tokenizer else paths[lead]
-    name = f"data.tokenizer={directory}" if config.data.tokenizer else f"models.{lead}={directory}"
-    tokenizer = Tokenizer.read(directory)
-    reads_text = isinstance(config, PpoConfig) and config.models.reward_tokenizer == "own"
-    reward = Tokenizer.read(paths["reward_model"]) if reads_text and "reward_model" in paths else None
+    lead = uses[0]
+    directory = Path(config.data.tokenizer) if config.data.tokenizer else paths[lead.role]
+    name = f"data.tokenizer={directory}" if config.data.tokenizer else f"models.{lead.key}={directory}"
+    tokenizer, reward = Tokenizer.read(directory), None
     notes = []
-    for role in _readers_of_tokens(config, specs, reads_text):
-        _check_size(tokenizer, name, specs[role], f"models.{_source(config, role)}={paths.get(role, '')}")
-        path = paths.get(role)
+    for use in uses:
+        path, where = paths.get(use.role), f"models.{use.key}={paths.get(use.role, '')}"
+        if use.reads_text:
+            if path is not None:
+                reward = Tokenizer.read(path)
+                _check_size(reward, where, specs[use.role], "its config.json")
+            continue
+        _check_size(tokenizer, name, specs[use.role], where)
         if path is None or not Tokenizer.is_in(path) or tokenizer.is_copied_in(path):
             continue
         theirs = Tokenizer.read(path)
         if difference := first_difference(tokenizer, theirs):
-            where = f"models.{_source(config, role)}={path}"
-            fix = _fix(config, role, reads_text)
-            raise ConfigError(f"{where} has another tokenizer than {name}: {difference}; {fix}")
-        if role == "reward_model" and theirs.chat_template != tokenizer.chat_template:
-            notes.append(f"note: models.reward_model={path} has another chat template than {name}, whose it will read")
-    if reward is not None:
-        _check_size(reward, f"models.reward_model={paths['reward_model']}", specs["reward_model"], "its config.json")
-    _check_positions(command, config, specs, paths, reads_text)
+            raise ConfigError(f"{where} has another tokenizer than {name}: {difference}; {_fix(config, use)}")
+        if use.role == "reward_model" and theirs.chat_template != tokenizer.chat_template:
+            notes.append(f"note: {where} has another chat template than {name}, whose it will read")
+    _check_positions(config, uses, paths, specs)
     return RunTokenizers(tokenizer=tokenizer, directory=directory, reward=reward, notes=tuple(notes))
 
 
@@ -95,29 +83,13 @@ def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
     return None
 
 
-def _readers_of_tokens(config: Any, specs: Mapping[str, LlamaSpec], reads_text: bool) -> list[str]:
-    """The roles that are given the policy's tokens."""
-    roles = [role for role in specs if role != "reward_model" or not reads_text]
-    if isinstance(config, PpoConfig):
-        gil = config.gil
-        if config.ppo.advantages != "gae":
-            roles.remove("critic")
-        if reads_text and gil.num_groups > 1 and gil.groups == "learned" and gil.classifier == "own_model":
-            roles.append("reward_model")  # where the classifier starts
-    return roles
-
-
-def _source(config: CommandConfig, role: str) -> str:
-    """The key that names a role's directory."""
-    return role if getattr(config.models, role) else FALLBACKS[role]
-
-
-def _fix(config: CommandConfig, role: str, reads_text: bool) -> str:
-    if reads_text and role == "critic":
+def _fix(config: CommandConfig, use: ModelUse) -> str:
+    reads_text = config.models.reward_tokenizer == "own" and isinstance(config, PpoConfig)
+    if reads_text and use.role == "critic":
         return "set models.critic to a directory with the policy's tokenizer"
-    if reads_text and role == "reward_model":
+    if reads_text and use.role == "classifier":
         return "gil.classifier=own_model starts from it: set gil.classifier=critic_head"
-    if isinstance(config, PpoConfig) and role in ("reward_model", "critic") and not config.data.tokenizer:
+    if isinstance(config, PpoConfig) and use.key in ("reward_model", "critic") and not config.data.tokenizer:
         return "set models.reward_tokenizer=own to have it read text, and models.critic to a model with the policy's"
     return "give models that share a tokenizer" + (", or set data.tokenizer=null" if config.data.tokenizer else "")
 
@@ -131,20 +103,19 @@ def _check_size(tokenizer: Tokenizer, name: str, spec: LlamaSpec, model: str) ->
 
 
 def _check_positions(
-    command: str, config: Any, specs: Mapping[str, LlamaSpec], paths: Mapping[str, Path], reads_text: bool
+    config: CommandConfig, uses: Sequence[ModelUse], paths: Mapping[str, Path], specs: Mapping[str, LlamaSpec]
 ) -> None:
     data = config.data
-    limits = [(data.max_tokens, f"data.max_tokens={data.max_tokens}", tuple(specs))]
-    if command in ("ppo", "generate"):
-        new = config.sampling.max_new_tokens
-        text = f"data.max_prompt_tokens={data.max_prompt_tokens} + sampling.max_new_tokens={new}"
-        roles = tuple(role for role in specs if role != "reward_model" or not reads_text)
-        with_pretraining = limits if command == "ppo" and config.ppo.ptx_coef else []
-        limits = [(data.max_prompt_tokens + new, text, roles), *((n, t, ("policy",)) for n, t, _ in with_pretraining)]
-    for length, text, roles in limits:
-        for role in roles:
-            positions = specs[role].max_positions
-            where = f"models.{_source(config, role)}={paths.get(role, '')}"
+    whole = (data.max_tokens, f"data.max_tokens={data.max_tokens}")
+    for use in uses:
+        limits = [whole]
+        if isinstance(config, PpoConfig | GenerateConfig):
+            new = config.sampling.max_new_tokens
+            text = f"data.max_prompt_tokens={data.max_prompt_tokens} + sampling.max_new_tokens={new}"
+            reads_pretraining = isinstance(config, PpoConfig) and config.ppo.ptx_coef and use.role == "policy"
+            limits = [(data.max_prompt_tokens + new, text)] * (not use.reads_text) + [whole] * bool(reads_pretraining)
+        for length, text in limits:
+            positions, where = specs[use.role].max_positions, f"models.{use.key}={paths.get(use.role, '')}"
             require(
                 length <= positions,
                 f"{text} is above the {positions} positions of {where} (max_position_embeddings); lower it",

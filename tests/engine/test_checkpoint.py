@@ -19,7 +19,7 @@ from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.supervised.trainer import sft_loss
+from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch, take_rows
 from tests.models.tiny import sample_tokens
 from tests.ranks import run_ranks
@@ -67,8 +67,8 @@ def _update(models: dict[str, TrainableModel], update: int) -> None:
     layout = models["policy"].layout
     share = NUM_ROWS // layout.dp_size
     mine = take_rows(batch, slice(layout.dp_rank * share, (layout.dp_rank + 1) * share))
-    models["policy"].update(Part(mine, sft_loss), lr=1e-2)
-    models["critic"].update(Part(mine, _critic_loss), lr=1e-2)
+    models["policy"].update(Part(batch=mine, loss_fn=sft_loss), lr=1e-2)
+    models["critic"].update(Part(batch=mine, loss_fn=_critic_loss), lr=1e-2)
 
 
 def _critic_loss(readout: Readout, rows: TokenBatch) -> LossSum:

@@ -20,7 +20,7 @@ from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.supervised.trainer import sft_loss
+from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import TokenBatch, take_rows
 from tests.ranks import run_ranks
 from tests.training.running import (
@@ -72,7 +72,7 @@ def _train(
     for update in range(NUM_UPDATES):
         mine = take_rows(_batch(update), slice(layout.dp_rank * share, (layout.dp_rank + 1) * share))
         lr = learning_rate(section, update=update, num_updates=NUM_UPDATES)
-        norms.append(model.update(Part(mine, sft_loss), lr=lr)["gradient_norm"])
+        norms.append(model.update(Part(batch=mine, loss_fn=sft_loss), lr=lr).metrics["gradient_norm"])
     return full_weights(model), norms
 
 

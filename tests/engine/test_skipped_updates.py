@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_gil.config import OptimizerSection
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
-from megatron_gil.training.supervised.trainer import sft_loss
+from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch, take_rows
 from tests.ranks import run_ranks
 from tests.training.running import (
@@ -35,7 +35,7 @@ def _loss(readout: Readout, rows: TokenBatch) -> LossSum:
     """SFT's, but NaN for the microbatch that holds BAD_ROW."""
     loss = sft_loss(readout, rows)
     is_bad = bool((rows.row_ids == BAD_ROW).any())
-    return LossSum(total=loss.total * (torch.nan if is_bad else 1.0), count=loss.count, metrics=loss.metrics)
+    return LossSum(total=loss.total * (torch.nan if is_bad else 1.0), metrics=loss.metrics)
 
 
 def _updates(layout: dict[str, Any], root: Path, distributed: bool) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _updates(layout: dict[str, Any], root: Path, distributed: bool) -> dict[str,
                 optimizer=OptimizerSection(clip_grad=1.0),
                 distributed_optimizer=distributed,
             )
-            metrics = [model.update(Part(_rows(started), loss_fn), lr=1e-2) for loss_fn in losses]
+            metrics = [model.update(Part(batch=_rows(started), loss_fn=loss_fn), lr=1e-2).metrics for loss_fn in losses]
             found[name] = {
                 "weights": full_weights(model),
                 "skipped": [m["skipped"] for m in metrics],

@@ -23,7 +23,7 @@ PLACES = {
     "before_the_manifest": SignalAt("engine.checkpoint.write_manifest", 2, (0,)),
     "before_the_rename": SignalAt("engine.checkpoint.sync", 1, (0,)),
     "before_pruning": SignalAt("engine.checkpoint.CheckpointStore._prune", 2, (0,)),
-    "metrics": SignalAt("training.rows.RowFile.write", 5, (0,)),
+    "metrics": SignalAt("training.run.row_file.RowFile.write", 5, (0,)),
 }
 QUICK = ("rollout_rank_1", "update_rank_0", "first_save_all", "before_the_rename")
 

@@ -24,7 +24,7 @@ from megatron_gil.engine.megatron import DTYPES, TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo.iteration import PpoTrainer
-from megatron_gil.training.supervised.trainer import sft_loss
+from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import Rollout, TokenBatch
 from tests.gpu.synchronisations import count_pretended, count_synchronisations
 from tests.training.running import (
@@ -36,6 +36,7 @@ from tests.training.running import (
     parallel,
     ppo_config,
     read_prompts,
+    trained_models,
 )
 
 WIDE: dict[str, Any] = {
@@ -103,7 +104,7 @@ def logits(wide: Path, layout: ParallelLayout, dtype: torch.dtype) -> Found:
 def gradients(wide: Path, layout: ParallelLayout, dtype: torch.dtype) -> Found:
     """Of SFT's loss, two rows at a time."""
     model = build(wide, layout, "lm", kind=GradientModel, dtype=dtype, micro_size=2)
-    model.update(Part(_random_rows(layout), sft_loss), lr=0.0)
+    model.update(Part(batch=_random_rows(layout), loss_fn=sft_loss), lr=0.0)
     return model.gradients[0]
 
 
@@ -126,21 +127,21 @@ def iteration(world: Path, layout: ParallelLayout, dtype: torch.dtype, rollout: 
     if rollout is not None:
         trainer.sample = lambda prompts: rollout  # type: ignore[method-assign]
     metrics = trainer.iterate(0)
-    assert isinstance(trainer.policy, GradientModel)
-    assert isinstance(trainer.critic, GradientModel)
+    assert isinstance(trainer.models.policy, GradientModel)
+    assert isinstance(trainer.models.critic, GradientModel)
     return {
         "rollout": asdict(trainer.last_rollout),
         "scores": asdict(trainer.last_scores),
         "metrics": _timeless(metrics),
-        "policy": trainer.policy.gradients[0],
-        "critic": trainer.critic.gradients[0],
+        "policy": trainer.models.policy.gradients[0],
+        "critic": trainer.models.critic.gradients[0],
     }
 
 
 def updates(world: Path, layout: ParallelLayout, dtype: torch.dtype) -> Found:
     """Two iterations that learn: their metrics, and how far each weight moved."""
     trainer = _learner(world, layout, dtype)
-    models: dict[str, TrainableModel] = trainer.models()
+    models: dict[str, TrainableModel] = trained_models(trainer)
     before = {role: full_weights(model) for role, model in models.items()}
     metrics = [_timeless(trainer.iterate(number)) for number in range(2)]
     moved = {role: {n: t - before[role][n] for n, t in full_weights(model).items()} for role, model in models.items()}

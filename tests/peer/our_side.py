@@ -14,11 +14,11 @@ from megatron_gil.data.rows.demonstrations import DemonstrationDataset
 from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import EOS_ID, PAD_ID
-from megatron_gil.engine.protocol import Part
+from megatron_gil.engine.protocol import Part, Update
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo.iteration import PpoTrainer
-from megatron_gil.training.supervised.trainer import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
-from megatron_gil.types import Experience, Metrics, Rollout, Scores
+from megatron_gil.training.supervised.objectives import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
+from megatron_gil.types import Experience, Metrics, Rollout, Scores, count_terms
 from tests.training.running import ONE, GradientModel, build, make_trainer, parallel, ppo_config, use_cache
 
 CENTER_COEF, BETA, LABEL_SMOOTHING = 0.01, 0.3, 0.1
@@ -56,7 +56,8 @@ def supervised(root: Path, num_rows: int, micro_size: int) -> dict[str, Step]:
         found = {}
         for name, (directory, head, batch, loss_fn) in work.items():
             model = build(root / directory, layout, head, kind=DescendingModel, **common)
-            model.update(Part(batch, loss_fn), lr=0.0)
+            per = "token" if name.startswith("sft") else "row"
+            model.update(Part(batch=batch, loss_fn=loss_fn, per=per), lr=0.0)
             found[name] = replace(model.steps[0], rows=_rows(batch))
         return found
 
@@ -78,17 +79,18 @@ class DescendingModel(GradientModel):
         self.steps: list[Step] = []
 
     def accumulate(self, *parts: Any) -> Any:
-        metrics, losses = super().accumulate(*parts)
-        self.loss = sum(float(loss.total.detach()) for loss in losses) / sum(int(loss.count) for loss in losses)
-        return metrics, losses
+        found = super().accumulate(*parts)
+        count = sum(int(count_terms(part.batch, part.per)) for part in parts)
+        self.loss = sum(float(part.loss.total.detach()) for part in found.losses) / count
+        return found
 
-    def update(self, *parts: Any, lr: float) -> Metrics:
-        metrics = super().update(*parts, lr=lr)
-        self.steps.append(Step(self.loss, self.gradients[-1], metrics, []))
+    def update(self, *parts: Any, lr: float) -> Update:
+        update = super().update(*parts, lr=lr)
+        self.steps.append(Step(self.loss, self.gradients[-1], update.metrics, []))
         with torch.no_grad():
             for parameter in self.module.parameters():
                 parameter -= lr * parameter.main_grad  # type: ignore[attr-defined]
-        return metrics
+        return update
 
 
 @dataclass
@@ -124,17 +126,17 @@ def ppo(
         num_tokens = float(rollout.response_mask.sum())
         corrected = replace(experience, advantages=experience.advantages * ((num_tokens - 1) / num_tokens) ** 0.5)
         metrics |= trainer.optimize(corrected)
-        critic = trainer.critic
+        critic = trainer.models.critic
         if state_after_end:
             other = _trainer(root, layout, len(tokens), lr, temperature, settings)
             others = other.optimize(_with_state_after_end(corrected, rollout, scores))
             metrics |= {name: value for name, value in others.items() if name.startswith("critic/")}
-            critic = other.critic
-        assert isinstance(trainer.policy, DescendingModel)
+            critic = other.models.critic
+        assert isinstance(trainer.models.policy, DescendingModel)
         assert isinstance(critic, DescendingModel)
         columns = rollout.prompt_lengths[:, None] - 1 + torch.arange(tokens.shape[1] - num_prompt_columns)
         return PpoRun(
-            policy=trainer.policy.steps,
+            policy=trainer.models.policy.steps,
             critic=critic.steps,
             metrics=metrics,
             scores=_columns(scores, ("log_probs", "ref_log_probs", "values"), columns),
@@ -155,9 +157,7 @@ def _trainer(
         sampling={"temperature": temperature},
         gil={"num_groups": 1},
     )
-    trainer = make_trainer(config, root, layout, kind=DescendingModel, dtype=torch.float64)
-    trainer.ref_policy = build(root / "other", layout, "lm", micro_size=4, dtype=torch.float64)
-    return trainer
+    return make_trainer(config, root, layout, kind=DescendingModel, ref_policy="other", dtype=torch.float64)
 
 
 def as_rollout(tokens: Tensor, num_prompt_columns: int) -> Rollout:

@@ -18,7 +18,7 @@ from megatron_gil.engine.generation import num_columns
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.models.llama import LlamaSpec
-from megatron_gil.training.supervised.trainer import sft_loss
+from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch
 from tests.training.running import parallel
 
@@ -63,7 +63,7 @@ def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict
         assert model.optimizer is not None
         model.optimizer.reload_master_weights()
         batch = _rows(ROWS * MICROBATCHES)
-        part = Part(batch, sft_loss if head == "lm" else _value_loss)
+        part = Part(batch=batch, loss_fn=sft_loss if head == "lm" else _value_loss)
         model.update(part, lr=1e-4)  # the first one also makes Adam's state
         found = {
             "weights": sum(p.nbytes for p in model.module.parameters()),

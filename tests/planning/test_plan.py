@@ -19,12 +19,11 @@ from megatron_gil.planning.search import Plan, advice, find_plans, limits
 from megatron_gil.planning.timing import iteration_time
 from megatron_gil.planning.workload import RolloutShape, Workload, read_workload
 
-ROLES = ("policy", "ref_policy", "critic", "reward_model")
 A100, ASSUME = GPUS["a100"], Assumptions()
 
 
 def ppo_workload(size: str) -> Workload:
-    return read_workload("ppo", ppo_config(), dict.fromkeys(ROLES, SPECS[size]))
+    return read_workload(ppo_config(), lambda role: SPECS[size])
 
 
 def plans(size: str, num_gpus: int, memory_gib: int = 80) -> list[Plan]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,21 @@ import torch
 from torch import Tensor
 
 from megatron_gil import config as c
-from megatron_gil.data.rows.order import RowOrder
+from megatron_gil.commands.train import make_ppo_trainer
 from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
+from megatron_gil.engine.protocol import Update
 from megatron_gil.models.hf import WeightMap
 from megatron_gil.models.llama import LlamaSpec
-from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
-from megatron_gil.training.build import start_group_head
-from megatron_gil.training.ppo.grouping import Grouping, LearnedGroups, SingleGroup
+from megatron_gil.training.build import build_model
+from megatron_gil.training.check_run import check_run
+from megatron_gil.training.ppo.grouping import Grouping
 from megatron_gil.training.ppo.iteration import PpoTrainer
 from megatron_gil.training.row_source import PromptSource
 from megatron_gil.training.run.progress import Progress
 from megatron_gil.training.run.signals import StopSignal
-from megatron_gil.types import Metrics
 
 ONE = {"tensor_size": 1, "pipeline_size": 1}
 TP2 = {"tensor_size": 2, "pipeline_size": 1}
@@ -64,10 +64,10 @@ class GradientModel(TrainableModel):
         super().__init__(*args, **{**kwargs, "optimizer": None})
         self.gradients: list[dict[str, Tensor]] = []
 
-    def update(self, *parts: Any, lr: float) -> Metrics:
-        metrics, _ = self.accumulate(*parts)
+    def update(self, *parts: Any, lr: float) -> Update:
+        found = self.accumulate(*parts)
         self.gradients.append(full_gradients(self))
-        return metrics
+        return Update(metrics=found.metrics, row_numbers=found.row_numbers)
 
 
 def build(
@@ -145,63 +145,42 @@ def make_trainer(
     *,
     kind: type[TrainableModel] = TrainableModel,
     policy: str = "policy",
+    ref_policy: str | None = None,
     grouping: Grouping | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PpoTrainer:
-    """As the command builds it, from the world's models; the reference is the policy as it starts."""
-    tokenizer, prompts = read_prompts(config, root, layout)
-    gil, sums = config.gil, all_sum(layout)
-    if grouping is None:
-        grouping = LearnedGroups(gil, sums) if gil.num_groups > 1 else SingleGroup(sums)
-    in_head = isinstance(grouping, LearnedGroups) and gil.classifier == "critic_head"
-    common: dict[str, Any] = {"micro_size": config.batch.micro_size, "dtype": dtype}
-
-    def trainable(name: str, head: str, optimizer: c.OptimizerSection, num_groups: int = 0) -> Any:
-        model = build(root / name, layout, head, kind=kind, optimizer=optimizer, num_groups=num_groups, **common)
-        if num_groups:
-            start_group_head(model, gil, seed=1)
-        return model
-
+    """As the command makes it, from the world's models; without ref_policy the reference is the policy as it starts."""
+    use_cache(root)
+    models = c.ModelsSection(
+        policy=str(root / policy),
+        ref_policy=None if ref_policy is None else str(root / ref_policy),
+        reward_model=str(root / "reward_model"),
+    )
+    data = c.DataSection(train=str(root / "prompts.jsonl"), max_prompt_tokens=32)
+    config = replace(config, models=models, data=data)
+    checked = check_run(config, layout.world_size)
+    built = {
+        use.role: build_model(config, use, checked.specs[use.role], layout, kind=kind, dtype=dtype)
+        for use in checked.uses
+    }
     progress = Progress(StopSignal())
     progress.attend(layout)
-    own = (
-        trainable("reward_model", "critic", config.critic_optimizer, gil.num_groups)
-        if not in_head and isinstance(grouping, LearnedGroups)
-        else None
-    )
-    model = trainable(policy, "lm", config.optimizer)
-    return PpoTrainer(
-        config,
-        policy=model,
-        ref_policy=build(root / policy, layout, "lm", **common),
-        critic=trainable("reward_model", "critic", config.critic_optimizer, gil.num_groups if in_head else 0),
-        reward_model=build(root / "reward_model", layout, "score", **common),
-        classifier=own,
-        grouping=grouping,
-        sampler=Generator(model, config.sampling, tokenizer=tokenizer, seed=config.run.seed),
-        prompts=prompts,
-        eval_prompts=None,
-        pretrain=None,
-        tokenizer=tokenizer,
-        progress=progress,
-        all_sum=sums,
-    )
+    trainer = make_ppo_trainer(config, checked, built, layout, progress)
+    trainer.grouping = grouping or trainer.grouping
+    return trainer
+
+
+def trained_models(trainer: PpoTrainer) -> dict[str, TrainableModel]:
+    """What a checkpoint would hold."""
+    models = {role: getattr(trainer.models, role) for role in ("policy", "critic", "classifier")}
+    return {role: model for role, model in models.items() if model is not None}
 
 
 def read_prompts(config: c.PpoConfig, root: Path, layout: ParallelLayout) -> tuple[Tokenizer, PromptSource]:
     use_cache(root)
     tokenizer = Tokenizer.read(root / "policy")
     dataset = PromptDataset(root / "prompts.jsonl", tokenizer, max_prompt_tokens=64)
-    order = RowOrder(
-        len(dataset),
-        seed=config.run.seed,
-        batch_size=config.ppo.prompts,
-        dp_size=layout.dp_size,
-        dp_rank=layout.dp_rank,
-        repeats=config.ppo.responses_per_prompt,
-        minibatch_size=config.batch.global_size,
-    )
-    return tokenizer, PromptSource(dataset, order, layout, config.ppo.prompts * config.ppo.responses_per_prompt)
+    return tokenizer, PromptSource.shuffled(dataset, config, layout)
 
 
 def use_cache(root: Path) -> None:

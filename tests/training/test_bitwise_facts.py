@@ -19,7 +19,7 @@ from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.collectives import gather_rows
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.row_source import to_device
-from megatron_gil.training.supervised.trainer import reward_loss_fn
+from megatron_gil.training.supervised.objectives import reward_loss_fn
 from megatron_gil.types import PreferenceBatch, Rollout
 from tests.ranks import run_ranks
 from tests.training.running import (
@@ -35,6 +35,7 @@ from tests.training.running import (
     make_trainer,
     parallel,
     ppo_config,
+    trained_models,
     use_cache,
     world_size,
 )
@@ -46,7 +47,7 @@ WIDTH = 40  # of the gathered rollouts: ranks trim to their own longest row
 def _first_iteration(root: Path, layout: ParallelLayout) -> dict[str, Any]:
     trainer = make_trainer(ppo_config(ppo={"kl_coef": 0.2}), root, layout)
     metrics = trainer.iterate(0)
-    readout = trainer.ref_policy.evaluate(trainer.last_rollout)
+    readout = trainer.models.ref_policy.evaluate(trainer.last_rollout)
     return {
         "metrics": dict(metrics),
         "difference": float((trainer.last_scores.log_probs - readout.log_probs).abs().max()),
@@ -70,9 +71,9 @@ def _rate_zero(root: Path, layout: ParallelLayout) -> tuple[bool, dict[str, floa
     still = {"lr": 0.0, "weight_decay": 0.1}
     config = ppo_config(optimizer=still, critic_optimizer=still, gil={"classifier": "own_model"})
     trainer = make_trainer(config, root, layout, policy="tied")
-    before = {role: full_weights(model) for role, model in trainer.models().items()}
+    before = {role: full_weights(model) for role, model in trained_models(trainer).items()}
     metrics = dict(trainer.iterate(0))
-    after = {role: full_weights(model) for role, model in trainer.models().items()}
+    after = {role: full_weights(model) for role, model in trained_models(trainer).items()}
     return all(torch.equal(before[role][name], after[role][name]) for role in before for name in before[role]), metrics
 
 
@@ -88,7 +89,7 @@ def _accuracies(root: Path, layout: ParallelLayout) -> tuple[float, float]:
         model: TrainableModel = build(
             root / "reward_model", layout, "score", kind=TrainableModel, optimizer=OptimizerSection()
         )
-        metrics = model.update(Part(labelled, reward_loss_fn(RewardSection())), lr=0.0)
+        metrics = model.update(Part(batch=labelled, loss_fn=reward_loss_fn(RewardSection()), per="row"), lr=0.0).metrics
         found.append(metrics["reward/accuracy"])
     return found[0], found[1]
 

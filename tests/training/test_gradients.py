@@ -21,7 +21,7 @@ from megatron_gil.engine.protocol import Part
 from megatron_gil.parallel.collectives import gather_rows
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.row_source import to_device
-from megatron_gil.training.supervised.trainer import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
+from megatron_gil.training.supervised.objectives import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
 from megatron_gil.types import Experience
 from tests.ranks import run_ranks
 from tests.training.running import (
@@ -38,6 +38,7 @@ from tests.training.running import (
     merge,
     parallel,
     ppo_config,
+    trained_models,
     use_cache,
     world_size,
 )
@@ -75,7 +76,8 @@ def _supervised(root: Path, layout: ParallelLayout, micro_size: int, dtype: torc
         model = build(root / directory, layout, head, kind=GradientModel, **common)
         if name.endswith("one microbatch"):
             model.micro_size = share
-        model.update(Part(batch, loss_fn), lr=0.0)
+        per = "token" if name.startswith("sft") else "row"
+        model.update(Part(batch=batch, loss_fn=loss_fn, per=per), lr=0.0)
         found[name] = model.gradients[0]
     return found
 
@@ -88,11 +90,14 @@ def _ppo(root: Path, layout: ParallelLayout, micro_size: int, dtype: torch.dtype
             gil=gil, batch={"micro_size": micro_size}, ppo={"clip_range": 0.05, "value_clip_range": 0.1}
         )
         trainer = make_trainer(config, root, layout, kind=GradientModel, dtype=dtype)
-        rollout = trainer.sampler.sample(trainer.prompts.batch(0))
+        rollout = trainer.sample(trainer.prompts.batch(0))
         experience, _ = trainer.shape(rollout, trainer.score(rollout))
         metrics = trainer.optimize(_as_if_older(experience, rollout.sample_ids))
-        models = {"policy": trainer.policy, "critic": trainer.critic, "classifier": trainer.classifier}
-        gradients |= {f"{name} {role}": m.gradients[0] for role, m in models.items() if isinstance(m, GradientModel)}
+        gradients |= {
+            f"{name} {role}": model.gradients[0]
+            for role, model in trained_models(trainer).items()
+            if isinstance(model, GradientModel)
+        }
         settled[name] = {
             "omega": gather_rows(experience.invariance_weights, layout),
             "c": gather_rows(experience.classifier_coefs, layout),

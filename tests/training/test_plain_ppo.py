@@ -37,6 +37,7 @@ from tests.training.running import (
     parallel,
     ppo_config,
     read_prompts,
+    trained_models,
     world_size,
 )
 
@@ -49,7 +50,7 @@ def _with_one_group(root: Path, layout: ParallelLayout) -> Weights:
     trainer = make_trainer(ppo_config(gil={"num_groups": 1}, **SIZES), root, layout)
     for iteration in range(NUM_ITERATIONS):
         trainer.iterate(iteration)
-    return {role: full_weights(model) for role, model in trainer.models().items()}
+    return {role: full_weights(model) for role, model in trained_models(trainer).items()}
 
 
 def _plain(root: Path, layout: ParallelLayout) -> Weights:
@@ -115,8 +116,8 @@ def _optimize(policy: TrainableModel, critic: TrainableModel, rows: Experience, 
     for _ in range(ppo.epochs):
         for start in range(0, len(rows.tokens), size):
             minibatch = take_rows(rows, slice(start, start + size))
-            critic.update(Part(minibatch, value), lr=LR)
-            policy.update(Part(minibatch, surrogate), lr=LR)
+            critic.update(Part(batch=minibatch, loss_fn=value), lr=LR)
+            policy.update(Part(batch=minibatch, loss_fn=surrogate), lr=LR)
 
 
 def _both(layout: dict[str, Any], root: Path) -> tuple[Weights, Weights]:
@@ -154,7 +155,7 @@ def _two_iterations(root: Path, layout: ParallelLayout, grouping: Grouping, kl_c
     trainer = make_trainer(config, root, layout, grouping=grouping)
     for iteration in range(2):
         trainer.iterate(iteration)
-    return full_weights(trainer.policy)
+    return full_weights(trained_models(trainer)["policy"])
 
 
 def _high_or_not(root: Path) -> dict[str, dict[str, Tensor]]:

@@ -11,8 +11,8 @@ import pytest
 from megatron_gil.config import ConfigError
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.convert.copy import export_model, import_model
-from megatron_gil.training.supervised import reward as score_range
-from megatron_gil.training.supervised.reward import quantile_range, read_score_range
+from megatron_gil.training.supervised import reward
+from megatron_gil.training.supervised.score_range import quantile_range, read_score_range
 from tests.ranks import run_ranks
 from tests.training.running import DP2, ONE, TP2_PP2, world_size
 from tests.training.test_resume import _arguments, _call
@@ -33,7 +33,7 @@ def test_a_wrong_range_is_refused_in_one_line(tmp_path: Path, found: Any) -> Non
 
 
 def _train(layout: dict[str, Any], root: Path, run: Path) -> tuple[int, str]:
-    score_range.WINDOW = 40  # type: ignore[misc]  # three updates of eight pairs: older ones must go
+    reward.WINDOW = 40  # type: ignore[misc]  # three updates of eight pairs: older ones must go
     own = [f"parallel.{key}={value}" for key, value in layout.items() if key != "world"]
     return _call(_arguments("reward", root, run, "log.eval_every=2", *own), root)
 

@@ -16,7 +16,8 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import train_tokenizer
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.llama import LlamaSpec
-from megatron_gil.training.tokenizers import FALLBACKS, ROLES, first_difference, read_tokenizers
+from megatron_gil.models.uses import model_uses
+from megatron_gil.training.tokenizers import first_difference, read_tokenizers
 from tests.models.tiny import SIZES
 from tests.ranks import run_ranks
 from tests.test_cli import _call
@@ -57,9 +58,9 @@ def _check(command: str, world: Path, *overrides: str) -> Any:
     common = [policy, reward_model, *(o for o in SHORT if command in ("ppo", "generate") or o.startswith("data"))]
     extra = ["run.dir=x"] if command not in ("generate", "score") else ["output=x"]
     config = load_config(CONFIGS[command], None, [*common, *extra, *overrides])
-    named = {role: getattr(config.models, role) for role in ROLES[command]}
-    paths = {role: Path(path or getattr(config.models, FALLBACKS.get(role, role))) for role, path in named.items()}
-    return read_tokenizers(command, config, paths, {role: LlamaSpec.read(path) for role, path in paths.items()})
+    uses = model_uses(config)
+    paths = {use.role: Path(getattr(config.models, use.key)) for use in uses}
+    return read_tokenizers(config, uses, paths, {role: LlamaSpec.read(path) for role, path in paths.items()})
 
 
 @pytest.mark.parametrize("command", CONFIGS)
@@ -69,7 +70,7 @@ def test_models_of_one_tokenizer_go_together(command: str, world: Path, others: 
     assert found.reward is None
     assert found.directory == world / ("reward_model" if command in ("reward", "score") else "policy")
     for name in ("padded", "bare"):  # a token that only pads changes nothing; a directory may hold no tokenizer
-        lead = ROLES[command][0]
+        lead = "reward_model" if command in ("reward", "score") else "policy"
         _check(command, world, f"models.{lead}={others[name]}", f"data.tokenizer={world / 'policy'}")
     if command == "ppo":
         _check(command, world, f"models.reward_model={others['padded']}")

@@ -30,6 +30,8 @@ class Grouping(Protocol):
     """A strategy. `num_updates` counts the critic's updates so far."""
 
     num_groups: int
+    learns: bool
+    """Whether there is a classifier to train."""
 
     @property
     def high(self) -> int:
@@ -65,10 +67,18 @@ class Grouping(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
+def make_grouping(section: GilSection, *, num_known: int, all_sum: AllSum) -> Grouping:
+    """num_known: how many labels the data has."""
+    if section.groups == "known":
+        return KnownGroups(section, num_known, all_sum)
+    return LearnedGroups(section, all_sum) if section.num_groups > 1 else SingleGroup(all_sum)
+
+
 class SingleGroup:
     """All rows in one group: PPO."""
 
     num_groups = 1
+    learns = False
     high = 0
 
     def __init__(self, all_sum: AllSum) -> None:
@@ -156,6 +166,8 @@ class _InvariantGroups:
 class LearnedGroups(_InvariantGroups):
     """Groups inferred by the classifier: a head beside the value head, or of a critic-shaped model of its own."""
 
+    learns = True
+
     def __init__(self, section: GilSection, all_sum: AllSum) -> None:
         super().__init__(section, section.num_groups, all_sum)
 
@@ -171,6 +183,8 @@ class LearnedGroups(_InvariantGroups):
 
 class KnownGroups(_InvariantGroups):
     """The oracle of the ablations: the labels that came with the data, never wrong and never learned."""
+
+    learns = False
 
     def probs(self, rollout: Rollout, classifier: Readout) -> Tensor:
         return torch.nn.functional.one_hot(rollout.known_groups, self.num_groups).float()

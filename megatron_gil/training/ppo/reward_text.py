@@ -16,11 +16,9 @@ class RewardText:
     def __init__(self, policy_tokenizer: Tokenizer, own: Tokenizer, *, max_tokens: int) -> None:
         """max_tokens: positions of the reward model. A longer text loses the oldest of its prompt."""
         self._policy_tokenizer, self._own, self._max_tokens = policy_tokenizer, own, max_tokens
-        self.cut: list[bool] = []
-        """Of the rows made last: lost tokens."""
 
-    def rows(self, rollout: Rollout, prompts: PromptDataset) -> TokenBatch:
-        """prompts: the data set that the rollout's row ids speak of."""
+    def rows(self, rollout: Rollout, prompts: PromptDataset) -> tuple[TokenBatch, list[bool]]:
+        """(the rows, whether each was cut to fit). prompts: the data set that the rollout's row ids speak of."""
         row_ids = rollout.row_ids.tolist()
         read = {row_id: prompts.read_prompt(row_id) for row_id in dict.fromkeys(row_ids)}
         lengths = zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
@@ -28,15 +26,15 @@ class RewardText:
         for row_id, tokens, (prompt_length, length) in zip(row_ids, rollout.tokens.tolist(), lengths, strict=True):
             response = self._policy_tokenizer.decode(tokens[prompt_length:length], after=tokens[:prompt_length])
             rows.append(self.encode(read[row_id], response))
-        self.cut = [row.prompt_cut or row.reply_cut for row in rows]
         batch = collate_rows(rows, row_ids, self._own.pad_id)
         device = rollout.tokens.device
-        return TokenBatch(
+        moved = TokenBatch(
             tokens=batch.tokens.to(device),
             lengths=batch.lengths.to(device),
             response_mask=batch.response_mask.to(device),
             row_ids=rollout.row_ids,
         )
+        return moved, [row.prompt_cut or row.reply_cut for row in rows]
 
     def encode(self, prompt: Prompt, response: str) -> EncodedRow:
         reply = encode_reply(self._own, prompt, response)

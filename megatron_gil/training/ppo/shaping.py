@@ -6,16 +6,19 @@ GAE (-> whitening). This order breaks the circle rewards -> returns -> groups ->
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from megatron_gil.algo.advantages import gae, grpo_advantages, rloo_advantages, shape_rewards
 from megatron_gil.algo.masked import ScoreMoments, whiten
 from megatron_gil.config import GilSection, PpoSection
-from megatron_gil.training.ppo.grouping import Grouping, Invariance
-from megatron_gil.training.run.metrics import Means
+from megatron_gil.training.ppo.grouping import Grouping
+from megatron_gil.training.ppo.shaping_metrics import (
+    add_shaping_means,
+    group_metrics,
+    rollout_means,
+    with_deviations,
+)
 from megatron_gil.types import AllSum, Experience, Rollout, Scores
 
 
@@ -71,10 +74,10 @@ def shape_experience(
         row_ids=rollout.row_ids,
     )
     means = rollout_means(rollout, scores.scores, known_names)
-    _add_means(means, rollout, scores, trajectory_returns, kl_weights, invariance)
+    add_shaping_means(means, rollout, scores, trajectory_returns, kl_weights, invariance)
     metrics = with_deviations(means.reduce(all_sum))
     if grouping.num_groups > 1:
-        metrics |= _group_metrics(grouping, invariance, flipped, metrics.pop("group/row_entropy"))
+        metrics |= group_metrics(grouping, invariance, flipped, metrics.pop("group/row_entropy"))
     return experience, moments, metrics
 
 
@@ -85,61 +88,3 @@ def _advantages(rewards: Tensor, values: Tensor, mask: Tensor, ppo: PpoSection) 
     compare = {"rloo": rloo_advantages, "grpo": grpo_advantages}[ppo.advantages]
     by_row = compare(rewards.sum(1), responses_per_prompt=ppo.responses_per_prompt)
     return torch.where(mask, by_row[:, None], 0), torch.zeros_like(rewards)
-
-
-def rollout_means(rollout: Rollout, scores: Tensor, known_names: tuple[str, ...]) -> Means:
-    """What can be said of responses and their scores [B] alone, by known label too."""
-    means = Means()
-    means.add("reward/score_mean", scores)
-    means.add("reward/score_squared", scores.double().square())
-    means.add("response/tokens", rollout.response_mask.sum(1))
-    means.add("response/finished_fraction", rollout.finished)
-    for number, name in enumerate(known_names):
-        means.add(f"reward/score_mean_known_{name}", scores, rollout.known_groups == number)
-    return means
-
-
-def _add_means(
-    means: Means, rollout: Rollout, scores: Scores, returns: Tensor, kl_weights: Tensor, invariance: Invariance
-) -> None:
-    mask = rollout.response_mask
-    kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0)
-    means.add("reward/return_mean", returns)
-    means.add("policy/kl", kl, mask)
-    means.add("policy/kl_sequence", kl.sum(1))
-    means.add("policy/kl_weight", kl_weights)
-    means.add("policy/entropy", scores.entropy, mask)
-    means.add("policy/sampling_mismatch", (rollout.sampled_log_probs - scores.log_probs).abs(), mask)
-    if scores.group_probs.shape[1] > 1:
-        means.add("group/negative_weights", (invariance.weights < 0).double())
-        means.add("group/weight_squared", invariance.weights.double().square())
-        means.add("group/row_entropy", torch.special.entr(scores.group_probs.double()).sum(1))
-        for group, weight in enumerate(scores.group_probs.unbind(1)):
-            means.add(f"reward/score_mean_group_{group}", scores.scores, weight)
-            means.add(f"policy/kl_group_{group}", kl.sum(1), weight)
-            means.add(f"response/tokens_group_{group}", mask.sum(1), weight)
-
-
-def with_deviations(metrics: dict[str, float]) -> dict[str, float]:
-    """Standard deviations in the place of mean squares."""
-    variance = metrics.pop("reward/score_squared") - metrics["reward/score_mean"] ** 2
-    metrics["reward/score_std"] = max(0.0, variance) ** 0.5
-    if "group/weight_squared" in metrics:  # omega averages 1
-        metrics["group/weight_std"] = max(0.0, metrics.pop("group/weight_squared") - 1.0) ** 0.5
-    return metrics
-
-
-def _group_metrics(grouping: Grouping, invariance: Invariance, flipped: bool, row_entropy: float) -> dict[str, float]:
-    """row_entropy: mean over rows of the entropy of their probabilities."""
-    stats = invariance.stats
-    mass = stats.mass / stats.num_rows
-    metrics = {
-        "group/return_variance": stats.variance,
-        "group/high": float(grouping.high),
-        "group/flipped": float(flipped),
-        "group/information": (float(torch.special.entr(mass).sum()) - row_entropy) / math.log(grouping.num_groups),
-    }
-    for group, (share, earned) in enumerate(torch.stack([mass, stats.group_return], dim=1).tolist()):
-        metrics[f"group/mass_{group}"] = share
-        metrics[f"group/return_{group}"] = earned
-    return metrics

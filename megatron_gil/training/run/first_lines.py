@@ -15,14 +15,14 @@ from megatron_gil.config import CommandConfig, TrainConfig
 from megatron_gil.data.rows.dataset import RowDataset
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.kernels import Kernels, attention_backend
+from megatron_gil.models.uses import ModelUse
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.planning.memory import GIB, Cut, ModelUse, num_parameters
-from megatron_gil.training.build import model_path
+from megatron_gil.planning.memory import GIB, Cut, num_parameters
+from megatron_gil.planning.memory import ModelUse as SizedModel
+from megatron_gil.training.check_run import CheckedRun, model_path
 
 FirstRow = tuple[str, str]
 WIDTH = 80
-SOURCES = {"classifier": "reward_model"}
-"""Roles that have no key of their own."""
 
 
 def first_rows(
@@ -31,19 +31,18 @@ def first_rows(
     *,
     where: Path,
     models: Mapping[str, MegatronModel],
-    data: Mapping[str, RowDataset[Any] | None],
+    checked: CheckedRun,
     length: str,
-    notes: Sequence[str] = (),
 ) -> list[FirstRow]:
-    """Rows of any command. where: what it writes. models: by role, built. data: key -> rows, None where it is not set.
-    length: how much there is to do. notes: what else is worth a line. Empty but on rank 0."""
+    """Rows of any command. where: what it writes. models: by role, built. length: how much there is to do. Empty but
+    on rank 0."""
     if not layout.is_main:
         return []
     rows = [("writes", str(where)), ("device", _device(layout)), ("layout", _layout(config, layout))]
-    rows += [(role, _model(config, role, model)) for role, model in models.items()]
+    rows += [(use.role, _model(config, use, models[use.role])) for use in checked.uses]
     rows += _kernels(config, layout, list(models.values()))
-    rows += [(key, _data(config, key, found)) for key, found in data.items() if found is not None]
-    return [*rows, ("to do", length), ("memory", _memory(layout)), *(("note", note) for note in notes)]
+    rows += [(key, _data(config, key, found)) for key, found in checked.data.items()]
+    return [*rows, ("to do", length), ("memory", _memory(layout)), *(("note", note) for note in checked.notes)]
 
 
 def print_rows(rows: Sequence[FirstRow], layout: ParallelLayout) -> None:
@@ -104,13 +103,12 @@ def _layout(config: CommandConfig, layout: ParallelLayout) -> str:
     return text
 
 
-def _model(config: CommandConfig, role: str, model: MegatronModel) -> str:
-    trained = isinstance(model, TrainableModel)
-    use = ModelUse(role=role, spec=model.spec, head=model.head, trained=trained, num_groups=model.num_groups)
+def _model(config: CommandConfig, use: ModelUse, model: MegatronModel) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
-    does = "trained" if trained else "frozen"
-    path = model_path(config, SOURCES.get(role, role))
-    return f"{count_text(num_parameters(use, Cut(), 0))} parameters, {dtype}, {does}, from {path}"
+    does = "trained" if use.trained else "frozen"
+    sized = SizedModel(role=use.role, spec=model.spec, head=use.head, trained=use.trained, num_groups=use.num_groups)
+    count = count_text(num_parameters(sized, Cut(), 0))
+    return f"{count} parameters, {dtype}, {does}, from {model_path(config, use)}"
 
 
 def _data(config: CommandConfig, key: str, rows: RowDataset[Any]) -> str:

@@ -24,7 +24,7 @@ class RunFailed(RuntimeError):
 
 
 class Trainer(Protocol):
-    """One method of training. Its state is in `models()` and `state()`; all else follows from the iteration."""
+    """One method of training. Its state is in its models and `state()`; all else follows from the iteration."""
 
     num_iterations: int
     line: tuple[str, ...]
@@ -40,11 +40,13 @@ class Trainer(Protocol):
         """Rows of the last iteration that a person can read. Collective; rank 0's are written."""
         ...
 
-    def models(self) -> dict[str, TrainableModel]: ...
-
     def state(self) -> dict[str, Any]: ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def extra_config(self) -> dict[str, dict[str, Any]]:
+        """What the config.json of a model says beside its sizes, by role."""
+        ...
 
     def take_warnings(self) -> list[str]:
         """Lines for the person who watches, since the last call."""
@@ -78,13 +80,14 @@ class TrainingLoop:
         trainer: Trainer,
         config: TrainConfig,
         *,
+        models: dict[str, TrainableModel],
         layout: ParallelLayout,
         directory: Path,
         checkpoints: CheckpointStore,
         progress: Progress,
     ) -> None:
         self._trainer, self._config, self._layout, self._progress = trainer, config, layout, progress
-        self._directory, self._checkpoints = directory, checkpoints
+        self._models, self._directory, self._checkpoints = models, directory, checkpoints
         self._state = LoopState()
         self._saved: int | None = None  # iteration of the newest checkpoint, written or being written
         self._best_before: Best | None = None  # the one before the last evaluation
@@ -96,7 +99,7 @@ class TrainingLoop:
         if found is None:
             return
         self._progress.safe_point("loading a checkpoint")
-        loaded = self._checkpoints.load(found, self._trainer.models())
+        loaded = self._checkpoints.load(found, self._models)
         self._trainer.load_state(loaded.state["trainer"])
         self._state = LoopState.read(loaded.state["loop"])
         self._saved = loaded.iteration
@@ -221,7 +224,7 @@ class TrainingLoop:
     def _report_skipped(self) -> int:
         """Say what stopped each skipped update of this iteration; how many there were."""
         count = 0
-        for name, model in self._trainer.models().items():
+        for name, model in self._models.items():
             for skipped in model.take_skipped():
                 count += 1
                 self._log.note(f"iteration {self._state.iteration}: update of {name} skipped: {skipped}")
@@ -235,7 +238,9 @@ class TrainingLoop:
             if reason := broadcast_object(self._log.sync(), self._layout):
                 raise CheckpointError(f"iteration {self._state.iteration} cannot be saved: {reason}")
             self._saved, best = self._state.iteration, self._state.best and self._state.best.iteration
-            self._checkpoints.begin(self._state.iteration, self._trainer.models(), content, best=best)
+            self._checkpoints.begin(
+                self._state.iteration, self._models, content, best=best, extra_config=self._trainer.extra_config()
+            )
         except CheckpointError as error:
             self._save_failed(error)
         if not self._config.checkpoint.background:

@@ -1,0 +1,195 @@
+"""Everything that a command takes from outside, checked before a model is built.
+
+The run and its dry run both ask here, so that one accepts what the other does. Neither megatron nor a process group is
+needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_gil.config import (
+    BatchPlan,
+    CommandConfig,
+    ConfigError,
+    GenerateConfig,
+    PpoConfig,
+    ScoreConfig,
+    SftConfig,
+    TrainConfig,
+    data_parallel_size,
+    require,
+)
+from megatron_gil.data.rows.demonstrations import DemonstrationDataset, ResponseDataset, TextDataset
+from megatron_gil.data.rows.preferences import PreferenceDataset
+from megatron_gil.data.rows.prompts import PromptDataset
+from megatron_gil.data.text.tokenizer import Tokenizer
+from megatron_gil.models.convert.check import SCORE_HEAD, check_tensors
+from megatron_gil.models.convert.weight_files import read_safetensors
+from megatron_gil.models.llama import LlamaSpec, check_layout
+from megatron_gil.models.uses import ModelUse, model_uses
+from megatron_gil.training.ppo.checks import check_rollout
+from megatron_gil.training.run.best import check_keep_best
+from megatron_gil.training.run.output import new_file
+from megatron_gil.training.supervised.score_range import read_score_range
+from megatron_gil.training.tokenizers import RunTokenizers, read_tokenizers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRun:
+    """What a command starts from."""
+
+    uses: tuple[ModelUse, ...]
+    specs: Mapping[str, LlamaSpec]
+    """By role."""
+    tokenizers: RunTokenizers
+    train: Any
+    """Rows of data.train, as the command reads them; None in a dry run whose input is still to be written."""
+    held_out: Any = None
+    """Rows of data.eval; None where it is not set."""
+    pretrain: TextDataset | None = None
+    score_range: tuple[float, float] | None = None
+    """Of the reward model's training; None where that is not known."""
+    notes: tuple[str, ...] = ()
+    """What a dry run took for what is not there yet."""
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The rows of each file that is read, by its key."""
+        rows = {"data.train": self.train, "data.eval": self.held_out, "data.pretrain": self.pretrain}
+        return {key: found for key, found in rows.items() if found is not None}
+
+
+def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None = None) -> CheckedRun:
+    """Raises ConfigError, in one line, for whatever would keep the command from starting on so many processes.
+
+    sizes_from: a Llama directory that stands for models that an earlier stage has yet to write (dry runs alone).
+    """
+    dp_size = data_parallel_size(world_size, config.parallel)
+    if isinstance(config, TrainConfig):
+        BatchPlan.of(world_size, config.parallel, config.batch)
+        check_keep_best(config)
+    uses = model_uses(config)
+    found = {use.role: _find_model(config, use, sizes_from) for use in uses}
+    specs = {role: model.spec for role, model in found.items()}
+    lead = uses[0].role
+    paths = {role: model.directory for role, model in found.items() if role == lead or not model.note}
+    tokenizers = read_tokenizers(config, uses, paths, specs)
+    if isinstance(config, GenerateConfig | ScoreConfig):
+        new_file(config.output, may_lack_directory=sizes_from is not None)
+    notes = [*(model.note for model in found.values() if model.note), *tokenizers.notes]
+    train = None
+    if _is_to_come(config, sizes_from):
+        notes.append(f"data.train={config.data.train} is not there yet")
+    else:
+        train = _read_train(config, tokenizers.tokenizer, dp_size)
+    return CheckedRun(
+        uses=uses,
+        specs=specs,
+        tokenizers=tokenizers,
+        train=train,
+        held_out=_read_held_out(config, tokenizers.tokenizer, dp_size),
+        pretrain=_read_pretrain(config, tokenizers.tokenizer),
+        score_range=read_score_range(found["reward_model"].directory) if isinstance(config, PpoConfig) else None,
+        notes=tuple(notes),
+    )
+
+
+def model_path(config: CommandConfig, use: ModelUse) -> Path:
+    """The directory that a model starts from."""
+    value = getattr(config.models, use.key)
+    require(bool(value), f"models.{use.key} is not set; give the directory of a Llama, as models.{use.key}=DIR")
+    return Path(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FoundModel:
+    directory: Path
+    spec: LlamaSpec
+    note: str
+    """Empty where the model is there; else what stands for it."""
+
+
+def _find_model(config: CommandConfig, use: ModelUse, sizes_from: Path | None) -> _FoundModel:
+    """A model whose tensors are there and whose sizes the layout can cut, or in a dry run the sizes alone."""
+    directory, note = model_path(config, use), ""
+    if not directory.is_dir():
+        if sizes_from is None:
+            raise ConfigError(
+                f"models.{use.key}={directory} is not a directory; where an earlier stage has yet to write it, --dry-run "
+                "takes --sizes-from LLAMA_DIR"
+            )
+        directory, note = sizes_from, f"models.{use.key}={directory} is not there yet: sizes of {sizes_from}"
+    spec, parallel = LlamaSpec.read(directory), config.parallel
+    check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
+    if not note:
+        _check_weights(use, spec, directory)
+    return _FoundModel(directory=directory, spec=spec, note=note)
+
+
+def _is_to_come(config: CommandConfig, sizes_from: Path | None) -> bool:
+    """Whether what is answered or scored is still to be written by an earlier stage."""
+    answers, path = isinstance(config, GenerateConfig | ScoreConfig), config.data.train
+    return answers and sizes_from is not None and bool(path) and not Path(path or "").exists()
+
+
+def _check_weights(use: ModelUse, spec: LlamaSpec, path: Path) -> None:
+    """The headers of the weight files: every tensor is there, as config.json says, and no file is cut off."""
+    files = read_safetensors(path)
+    has_scores = any(SCORE_HEAD in file.tensors for file in files)
+    if use.scores_from_start and not has_scores:
+        raise ConfigError(f"models.{use.key}={path} has no score.weight; train it with `megatron-gil reward` first")
+    if use.head == "lm":
+        check_tensors(files, spec, "lm", path, others=True)
+    elif has_scores:
+        check_tensors(files, spec, "score", path, others=True)
+    else:  # the body alone: a tied language model has no head tensor, and a new score head is made
+        check_tensors(files, replace(spec, tied=True), "lm", path, others=True)
+
+
+def _read_train(config: CommandConfig, tokenizer: Tokenizer, dp_size: int) -> Any:
+    if not config.data.train:
+        raise ConfigError("data.train is not set: it is what the command reads; give a file as data.train=PATH")
+    rows = _read_rows(config, config.data.train, tokenizer)
+    if isinstance(config, PpoConfig):
+        check_rollout(config, dp_size, rows)
+    return rows
+
+
+def _read_rows(config: CommandConfig, path: str, tokenizer: Tokenizer) -> Any:
+    """The rows of data.train or data.eval, every one of them checked."""
+    data = config.data
+    match config:
+        case PpoConfig() | GenerateConfig():
+            return PromptDataset(path, tokenizer, max_prompt_tokens=data.max_prompt_tokens)
+        case SftConfig():
+            kind: Any = DemonstrationDataset
+        case ScoreConfig():
+            kind = ResponseDataset
+        case _:
+            kind = PreferenceDataset
+    return kind(path, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens)
+
+
+def _read_held_out(config: CommandConfig, tokenizer: Tokenizer, dp_size: int) -> Any:
+    if not isinstance(config, TrainConfig) or not config.data.eval:
+        return None
+    rows = _read_rows(config, config.data.eval, tokenizer)
+    if len(rows) < dp_size:
+        raise ConfigError(
+            f"data.eval={config.data.eval}: {len(rows)} rows are too few for {dp_size} data-parallel ranks; add rows "
+            "or set data.eval=null"
+        )
+    return rows
+
+
+def _read_pretrain(config: CommandConfig, tokenizer: Tokenizer) -> TextDataset | None:
+    if not isinstance(config, PpoConfig) or not config.ppo.ptx_coef:
+        return None
+    data = config.data
+    if not data.pretrain:
+        raise ConfigError("data.pretrain is not set: ppo.ptx_coef is above 0; give a file as data.pretrain=PATH")
+    return TextDataset(data.pretrain, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens)
