@@ -1,4 +1,4 @@
-"""What the alarms caught: python examples/paper/alarms.py runs/faults [RESULTS], after run.py --grid faults.yaml.
+"""What the alarms caught: python examples/miniature/alarms.py runs/faults [RESULTS], after run.py --grid faults.yaml.
 
 Writes alarms.csv (one row per run and alarm) and alarms.md: recall on injected faults, false alarms on healthy runs,
 and how many iterations before the gold score drops each alarm fires.

@@ -1,4 +1,4 @@
-"""Tables and pictures of a grid, finished or not: python examples/paper/analyse.py runs/paper [RESULTS]
+"""Tables and pictures of a grid, finished or not: python examples/miniature/analyse.py runs/miniature [RESULTS]
 
 Writes results.csv (one row per run and metric), wins.csv, curves.csv, tables.md and the pictures.
 """
