@@ -1,14 +1,17 @@
 """The grid's numbers on results whose answers are known by hand."""
 
 import csv
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 from analyse import analyse, collect
 from audit import agreement, groups_of_prompts
+from cells import GRID
 from measure import of_replies, of_samples
 from tables import collapsed, tables, win_rows
+from tidy import write_csv
 
 from megatron_gil.demo.gold import gold_score
 
@@ -114,9 +117,25 @@ def test_analysis_of_an_unfinished_grid_names_what_is_missing(tmp_path: Path) ->
     text = (tmp_path / "results" / "tables.md").read_text(encoding="utf-8")
     assert "PPO-GIL, seed 1" in text.splitlines()[-1]
     assert "SFT, seed 1" not in text.splitlines()[-1].replace("SFT training, seed 1", "")
-    with (tmp_path / "results" / "results.csv").open(encoding="utf-8") as file:
+    with gzip.open(tmp_path / "results" / "results.csv.gz", "rt", encoding="utf-8") as file:
         found = {row["metric"]: row["value"] for row in csv.DictReader(file)}
     assert float(found["gold"]) == pytest.approx(measured[0]["value"], rel=1e-5)
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
+    rows = [{"seed": 1, "value": 0.123456789}, {"seed": 2, "value": None}]
+    first, second = tmp_path / "first.csv.gz", tmp_path / "second.csv.gz"
+    write_csv(first, ("seed", "value"), rows)
+    write_csv(second, ("seed", "value"), iter(rows))
+    assert first.read_bytes() == second.read_bytes()
+    assert gzip.decompress(first.read_bytes()) == b"seed,value\n1,0.123457\n2,\n"
+
+
+def test_kept_results_are_small() -> None:
+    """A clone carries every version of them."""
+    sizes = {path.name: path.stat().st_size for path in GRID.with_name("results").iterdir()}
+    assert {"results.csv.gz", "groups.png"} <= set(sizes)
+    assert max(sizes.values()) < 60_000, sizes
 
 
 def test_groups_of_two_seeds_agree_up_to_their_numbers() -> None:
