@@ -56,25 +56,9 @@ def bootstrap(
     return Estimate(value=float(statistic(sample[None])[0]), low=float(low), high=float(high))
 
 
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], **options: float) -> Estimate:
-    """Bootstrap of mean(ours - theirs), where row i of both stems from the same seed or prompt.
-
-    What the two share (a hard prompt, a lucky initialisation) cancels, so the interval is that of the difference and
-    not the sum of two.
-    """
-    return bootstrap(np.subtract(ours, theirs).tolist(), **options)  # type: ignore[arg-type]
-
-
 def skewness(values: Sequence[float]) -> float:
     """mean((x - mean)^3) / std^3 (population moments): 0 for a symmetric distribution, negative for a long left tail;
     0 where all values are equal."""
     centred = np.asarray(values, dtype=np.float64) - np.mean(values)
     spread = np.sqrt(np.mean(centred**2))
     return float(np.mean(centred**3) / spread**3) if spread > 0 else 0.0
-
-
-def tail_mass(values: Sequence[float], num_std: float = 2.0) -> float:
-    """Share of the values further than `num_std` standard deviations from their mean (a normal distribution: 0.0455
-    for 2)."""
-    centred = np.abs(np.asarray(values, dtype=np.float64) - np.mean(values))
-    return float(np.mean(centred > num_std * np.std(values)))

@@ -5,11 +5,12 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from analyse import analyse, collect
 from audit import agreement, groups_of_prompts
 from cells import GRID
-from measure import of_replies, of_samples
+from measure import of_replies, of_samples, tail_mass
 from tables import collapsed, tables, win_rows
 from tidy import write_csv
 
@@ -80,6 +81,12 @@ def test_a_drop_is_measured_from_the_best_smoothed_gold() -> None:
     numbers = of_samples([*good, *bad])
     best, worst = (gold_score(PROMPTS["greet"], r) for r in (GOOD["greet"], BAD))
     assert numbers == {"train_gold_peak": pytest.approx(best), "train_gold_drop": pytest.approx(best - worst)}
+
+
+def test_tail_mass() -> None:
+    normal = np.random.default_rng(7).normal(size=200_000).tolist()
+    assert tail_mass(normal) == pytest.approx(0.0455, abs=0.002)
+    assert tail_mass([0.0] * 99 + [100.0]) == 0.01
 
 
 def test_collapse_is_against_the_sft_policy_of_the_same_seed() -> None:
