@@ -32,13 +32,6 @@ def test_a_seed_gives_the_same_interval_however_it_is_cut_into_blocks(monkeypatc
     assert bootstrap(values, draws=1000) == whole
 
 
-def test_another_statistic() -> None:
-    values = list(np.random.default_rng(4).normal(5, 1, 300))
-    median = bootstrap(values, statistic=lambda rows: np.median(rows, axis=-1))
-    assert median.value == pytest.approx(float(np.median(values)))
-    assert median.low < 5 < median.high
-
-
 def test_skewness() -> None:
     assert skewness([-1.0, 0.0, 1.0]) == 0
     assert skewness([2.0, 2.0]) == 0
