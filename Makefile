@@ -13,19 +13,19 @@ else
 RUN := $(BIN)/python
 endif
 
-.PHONY: help setup demo paper test gpu faults soak fuzz lint clean
+.PHONY: help setup demo miniature test gpu faults soak fuzz lint clean
 
 help:
-	@echo "make demo    the whole pipeline in miniature, ending in runs/demo/report.html (under 10 minutes on two cores)"
-	@echo "make paper   every method on five seeds, into runs/paper/results (under 100 minutes on two cores, restartable)"
-	@echo "make test    every test that needs no GPU (under 10 minutes on two cores)"
-	@echo "make gpu     on a machine with a CUDA GPU: its tests and benchmark, into runs/gpu (under 8 minutes on one H200);"
-	@echo "             make gpu SETUP=no PYTHON=python3 makes no .venv and takes that Python as it is (docs/gpu.md)"
-	@echo "make faults  every stop, kill and failed save, in every phase; longer than make test"
-	@echo "make soak    a hundred random kill -9s of a PPO run, then its weights compared with a run never killed"
-	@echo "make fuzz    18,000 damaged or made-up files and settings through every reader"
-	@echo "make lint    formatting, lint and types"
-	@echo "make setup   only create .venv with the pinned versions"
+	@echo "make demo       the whole pipeline in miniature, ending in runs/demo/report.html (under 10 minutes on two cores)"
+	@echo "make miniature  every method on five seeds, into runs/miniature/results (under 100 minutes on two cores, restartable)"
+	@echo "make test       every test that needs no GPU (under 10 minutes on two cores)"
+	@echo "make gpu        on a machine with a CUDA GPU: its tests and benchmark, into runs/gpu (under 8 minutes on one H200);"
+	@echo "                make gpu SETUP=no PYTHON=python3 makes no .venv and takes that Python as it is (docs/gpu.md)"
+	@echo "make faults     every stop, kill and failed save, in every phase; longer than make test"
+	@echo "make soak       a hundred random kill -9s of a PPO run, then its weights compared with a run never killed"
+	@echo "make fuzz       18,000 damaged or made-up files and settings through every reader"
+	@echo "make lint       formatting, lint and types"
+	@echo "make setup      only create .venv with the pinned versions"
 
 setup: $(STAMP)
 
@@ -37,8 +37,8 @@ $(STAMP): setup.py constraints.txt
 demo: setup
 	$(BIN)/megatron-gil demo --output runs/demo
 
-paper: setup
-	$(BIN)/python examples/paper/run.py --output runs/paper
+miniature: setup
+	$(BIN)/python examples/miniature/run.py --output runs/miniature
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --ignore tests/slurm

@@ -10,7 +10,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_gil", "megatron_gil.*"]),
-    package_data={"megatron_gil.demo": ["recipes/*.yaml"]},
+    package_data={
+        "megatron_gil.demo": ["recipes/*.yaml"],
+        "megatron_gil.planning": ["paper_7b/*.yaml"],  # through a link: examples/paper_7b, which `plan` reads
+    },
     python_requires=">=3.11,<3.14",  # megatron-core 0.16.1 has wheels for no other
     install_requires=[
         "torch>=2.11",  # tested with 2.11 and 2.13

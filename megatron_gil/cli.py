@@ -107,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--output", type=expand_user, default=Path("report.html"), metavar="FILE.html")
         elif name == "plan":
             command.add_argument(
-                "--model", default="7b", metavar="SIZE", help="7b, 8b (Llama 3), 13b, 70b or a config.json"
+                "--model",
+                default="7b",
+                metavar="SIZE",
+                help="7b (default), 160m, 1.3b, 3b, 8b, 13b, 70b or a config.json",
             )
             command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of the run (default 8)")
             command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")

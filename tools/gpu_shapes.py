@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_gil import config as c
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.planning.memory import OVERHEAD_BYTES, Cut, ModelUse, num_parameters
+from megatron_gil.planning.presets import SPECS
 from megatron_gil.planning.rank import rank_memory
 from megatron_gil.planning.workload import read_workload
 
-
-def _llama(
-    hidden_size: int, ffn_size: int, num_layers: int, num_heads: int, num_kv_heads: int, vocab_size: int, tied: bool
-) -> LlamaSpec:
-    return LlamaSpec(
-        hidden_size=hidden_size,
-        ffn_size=ffn_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=hidden_size // num_heads,
-        vocab_size=vocab_size,
-        max_positions=4096,
-        norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        tied=tied,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-
-
-SHAPES = {
-    "160m": _llama(768, 3072, 12, 12, 12, 32000, False),  # JackFram/llama-160m
-    "1.3b": _llama(2048, 5504, 24, 16, 16, 32000, False),  # Sheared-LLaMA 1.3B
-    "3b": _llama(3072, 8192, 28, 24, 8, 128256, True),  # Llama 3.2 3B: grouped-query attention, a large vocabulary
-    "tiny": _llama(64, 160, 2, 4, 2, 301, False),  # for the script's own test
-}
+SHAPES = {name: SPECS[name] for name in ("160m", "1.3b", "3b")}
+SHAPES["tiny"] = replace(  # for the script's own test
+    SPECS["7b"], hidden_size=64, ffn_size=160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=301
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

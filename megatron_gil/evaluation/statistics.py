@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
-from numpy import ndarray
-
-Statistic = Callable[[Float[ndarray, "draw n"]], Float[ndarray, " draw"]]
-"""From resampled rows to one number per row."""
 
 _BLOCK = 2_000_000  # numbers resampled at a time: 16 MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A statistic with its bootstrap interval."""
+    """A mean with its bootstrap interval."""
 
     value: float
     low: float
@@ -27,19 +22,14 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def row_means(rows: Float[ndarray, "draw n"]) -> Float[ndarray, " draw"]:
-    return rows.mean(-1)
-
-
 def bootstrap(
     values: Sequence[float],
     *,
-    statistic: Statistic = row_means,
     level: float = 0.95,
     draws: int = 5000,
     seed: int = 0,
 ) -> Estimate:
-    """Percentile bootstrap (Efron 1979) of a statistic of independent values, by default their mean.
+    """Percentile bootstrap (Efron 1979) of the mean of independent values.
 
     One value alone has no spread to resample: its interval has width 0, which says nothing of its uncertainty.
     """
@@ -49,20 +39,11 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK // sample.size)
     resampled = [
-        statistic(sample[rng.integers(sample.size, size=(min(block, draws - start), sample.size))])
+        sample[rng.integers(sample.size, size=(min(block, draws - start), sample.size))].mean(-1)
         for start in range(0, draws, block)
     ]
     low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value=float(statistic(sample[None])[0]), low=float(low), high=float(high))
-
-
-def paired_difference(ours: Sequence[float], theirs: Sequence[float], **options: float) -> Estimate:
-    """Bootstrap of mean(ours - theirs), where row i of both stems from the same seed or prompt.
-
-    What the two share (a hard prompt, a lucky initialisation) cancels, so the interval is that of the difference and
-    not the sum of two.
-    """
-    return bootstrap(np.subtract(ours, theirs).tolist(), **options)  # type: ignore[arg-type]
+    return Estimate(value=float(sample.mean()), low=float(low), high=float(high))
 
 
 def skewness(values: Sequence[float]) -> float:
@@ -71,10 +52,3 @@ def skewness(values: Sequence[float]) -> float:
     centred = np.asarray(values, dtype=np.float64) - np.mean(values)
     spread = np.sqrt(np.mean(centred**2))
     return float(np.mean(centred**3) / spread**3) if spread > 0 else 0.0
-
-
-def tail_mass(values: Sequence[float], num_std: float = 2.0) -> float:
-    """Share of the values further than `num_std` standard deviations from their mean (a normal distribution: 0.0455
-    for 2)."""
-    centred = np.abs(np.asarray(values, dtype=np.float64) - np.mean(values))
-    return float(np.mean(centred > num_std * np.std(values)))

@@ -1,11 +1,10 @@
-"""Sizes of Llama 2 and of Llama 3 8B, and the reproduction's recipe (examples/paper_7b holds the same numbers; a test
-compares them)."""
+"""Sizes of published Llamas by name, and the reproduction's training runs, read from the recipe's YAML files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gil import config as c
@@ -13,7 +12,16 @@ from megatron_gil.config.files import load_config
 from megatron_gil.models.llama import LlamaSpec, read_config
 
 
-def _llama2(hidden_size: int, ffn_size: int, num_layers: int, num_heads: int, num_kv_heads: int) -> LlamaSpec:
+def _llama(
+    hidden_size: int,
+    ffn_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    vocab_size: int = 32000,
+    tied: bool = False,
+) -> LlamaSpec:
+    """What is not given here (positions, RoPE, token ids) is Llama 2's; it changes neither memory nor time."""
     return LlamaSpec(
         hidden_size=hidden_size,
         ffn_size=ffn_size,
@@ -21,32 +29,28 @@ def _llama2(hidden_size: int, ffn_size: int, num_layers: int, num_heads: int, nu
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=hidden_size // num_heads,
-        vocab_size=32000,
+        vocab_size=vocab_size,
         max_positions=4096,
         norm_eps=1e-5,
         rope_theta=10000.0,
         rope_scaling=None,
-        tied=False,
+        tied=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
     )
 
 
-LLAMA3_8B = replace(
-    _llama2(4096, 14336, 32, 32, 8),
-    vocab_size=128256,
-    max_positions=8192,
-    rope_theta=500000.0,
-    bos_token_id=128000,
-    eos_token_id=128001,
-)
 SPECS = {
-    "7b": _llama2(4096, 11008, 32, 32, 32),
-    "8b": LLAMA3_8B,
-    "13b": _llama2(5120, 13824, 40, 40, 40),
-    "70b": _llama2(8192, 28672, 80, 64, 8),
+    "160m": _llama(768, 3072, 12, 12, 12),  # JackFram/llama-160m
+    "1.3b": _llama(2048, 5504, 24, 16, 16),  # Sheared-LLaMA 1.3B
+    "3b": _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tied=True),  # Llama 3.2: a large vocabulary, tied
+    "7b": _llama(4096, 11008, 32, 32, 32),
+    "8b": _llama(4096, 14336, 32, 32, 8, vocab_size=128256),  # Llama 3
+    "13b": _llama(5120, 13824, 40, 40, 40),
+    "70b": _llama(8192, 28672, 80, 64, 8),
 }
+"""Of Llama 2 where nothing else is said."""
 
 
 def read_model(name: str) -> LlamaSpec:
@@ -61,6 +65,23 @@ def read_model(name: str) -> LlamaSpec:
     raise c.ConfigError(f"--model {name} is neither {', '.join(SPECS)} nor a config.json or its directory")
 
 
+RECIPE = Path(__file__).with_name("paper_7b")
+"""The reproduction's YAML: in the project a link to examples/paper_7b, where they are edited; in a wheel, copies."""
+NUM_DEMONSTRATIONS = 52_000
+"""ShareGPT conversations of the paper."""
+NUM_PREFERENCES = 160_800
+"""Pairs of Anthropic's HH-RLHF, helpful and harmless, training split."""
+SUPERVISED = {
+    "sft": (c.SftConfig, NUM_DEMONSTRATIONS),
+    "reward": (c.RewardConfig, NUM_PREFERENCES),
+    "dpo": (c.DpoConfig, NUM_PREFERENCES),
+}
+"""Run -> its config and the rows of an epoch."""
+PPO_RUNS = ("ppo_gil", "ppo_kl", "ppo")
+PLANNED = ("run.dir=plan", "batch.micro_size=1", "parallel.tensor_size=1", "parallel.sequence_parallel=false")
+"""What a recipe leaves open, then what the planner chooses itself: the recipe's choice must not stand in its way."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeStage:
     """One training run of the reproduction."""
@@ -70,47 +91,19 @@ class RecipeStage:
     num_iterations: int
 
 
-NUM_DEMONSTRATIONS = 52_000
-"""ShareGPT conversations of the paper."""
-NUM_PREFERENCES = 160_800
-"""Pairs of Anthropic's HH-RLHF, helpful and harmless, training split."""
-PPO_RUNS = ("ppo_gil", "ppo_kl", "ppo")
-
-
-PPO_SETTINGS = (
-    "run.dir=plan",
-    "models.dtype=bfloat16",
-    "data.max_prompt_tokens=512",
-    "batch.global_size=32",
-    "batch.micro_size=1",
-    "sampling.max_new_tokens=512",
-    "sampling.micro_size=32",
-    "ppo.iterations=2000",
-    "ppo.prompts=32",
-    "ppo.responses_per_prompt=4",
-)
-"""Sizes of the PPO runs; batch.micro_size is the planner's to choose."""
-
-
-def ppo_config(overrides: Sequence[str] = ()) -> c.PpoConfig:
-    return load_config(c.PpoConfig, None, [*PPO_SETTINGS, *overrides])
+def ppo_config(overrides: Sequence[str] = (), run: str = "ppo_gil") -> c.PpoConfig:
+    """A PPO run of the reproduction, changed by overrides."""
+    return load_config(c.PpoConfig, RECIPE / f"{run}.yaml", [*PLANNED, *overrides])
 
 
 def recipe() -> dict[str, RecipeStage]:
-    """Every training run, in their order; one epoch each of SFT, reward model and DPO in batches of 32."""
-    sizes: dict[str, int] = {"sft": 2048, "reward": 1024, "dpo": 1024}
-    kinds = {"sft": c.SftConfig, "reward": c.RewardConfig, "dpo": c.DpoConfig}
+    """Every training run, in their order."""
     stages = {}
-    for name, max_tokens in sizes.items():
-        config = kinds[name](
-            run=c.TrainingRunSection(dir="plan"),
-            models=c.ModelsSection(dtype="bfloat16"),
-            data=c.DataSection(max_prompt_tokens=max_tokens // 2, max_tokens=max_tokens),
-            batch=c.BatchSection(global_size=32, micro_size=1),
-        )
-        rows = NUM_DEMONSTRATIONS if name == "sft" else NUM_PREFERENCES
-        stages[name] = RecipeStage(command=name, config=config, num_iterations=rows // 32)
+    for name, (kind, num_rows) in SUPERVISED.items():
+        config = load_config(kind, RECIPE / f"{name}.yaml", PLANNED)
+        num_updates = config.train.epochs * num_rows // config.batch.global_size
+        stages[name] = RecipeStage(command=name, config=config, num_iterations=num_updates)
     for name in PPO_RUNS:
-        config = ppo_config()
+        config = ppo_config(run=name)
         stages[name] = RecipeStage(command="ppo", config=config, num_iterations=config.ppo.iterations)
     return stages

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_gil.commands.evaluate import evaluate, report
 from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunSection
@@ -138,6 +140,19 @@ def test_figures_are_well_formed_and_reproducible() -> None:
     assert root.tag.endswith("svg")
     bars = figures.to_svg(figures.bars({"SFT": {"greet": 0.4}, "GIL": {"greet": 0.5, "fact": 0.2}}, label="gold"))
     ElementTree.fromstring(bars)
+
+
+def test_a_png_is_small_and_the_same_every_time() -> None:
+    def draw() -> bytes:
+        lines = {f"method {i}": (range(130), np.random.default_rng(i).normal(size=130).cumsum()) for i in range(8)}
+        bands = {name: (y - 3.0, y + 3.0) for name, (_, y) in lines.items()}
+        return figures.to_png(figures.curve_grid({"a": lines, "b": lines, "c": lines}, bands={"a": bands, "b": bands}))
+
+    drawn = draw()
+    assert drawn == draw()
+    with Image.open(io.BytesIO(drawn)) as image:
+        assert image.width == pytest.approx(10.65 * 110, abs=1)
+    assert len(drawn) < 100_000
 
 
 def test_running_mean() -> None:

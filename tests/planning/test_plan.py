@@ -31,7 +31,16 @@ def plans(size: str, num_gpus: int, memory_gib: int = 80) -> list[Plan]:
 
 
 @pytest.mark.parametrize(
-    ("size", "published"), [("7b", 6.738e9), ("8b", 8.030e9), ("13b", 13.016e9), ("70b", 68.977e9)]
+    ("size", "published"),
+    [
+        ("160m", 162.4e6),
+        ("1.3b", 1.345e9),
+        ("3b", 3.213e9),
+        ("7b", 6.738e9),
+        ("8b", 8.030e9),
+        ("13b", 13.016e9),
+        ("70b", 68.977e9),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(size: str, published: float) -> None:
     model = ModelUse(role="policy", spec=SPECS[size], head="lm", trained=False)
@@ -124,7 +133,7 @@ def test_sizes_from_a_config_file_and_a_name_that_is_none(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_model(str(tmp_path / "config.json")) == read_model(str(tmp_path))
     assert read_model(str(tmp_path)).num_layers == 5
-    with pytest.raises(ConfigError, match="7b, 8b, 13b, 70b"):
+    with pytest.raises(ConfigError, match=r"160m, 1\.3b, 3b, 7b, 8b, 13b, 70b"):
         read_model("8x7b")
 
 

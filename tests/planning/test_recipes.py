@@ -1,7 +1,11 @@
-"""The recipes at the paper's scale: every file resolves, fits by estimate, and has the planner's numbers."""
+"""The recipes at the paper's scale: every file resolves, fits by estimate, and is what the planner plans."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +52,31 @@ def test_the_recipes_of_answers_and_scores_resolve(path: Path) -> None:
     assert config.models.dtype == "bfloat16"
 
 
-def test_the_planner_plans_the_recipes() -> None:
-    for name, stage in recipe().items():
-        _, config = load(RECIPES / f"{name}.yaml")
-        for section in ("batch.global_size", "data.max_prompt_tokens", "models.dtype"):
-            part, key = section.split(".")
-            assert getattr(getattr(config, part), key) == getattr(getattr(stage.config, part), key), (
-                f"{name}: {section}"
-            )
-        if isinstance(config, c.PpoConfig):
-            assert isinstance(stage.config, c.PpoConfig)
-            for key in ("iterations", "prompts", "responses_per_prompt", "epochs"):
-                assert getattr(config.ppo, key) == getattr(stage.config.ppo, key), f"{name}: ppo.{key}"
-            for key in ("max_new_tokens", "micro_size"):
-                assert getattr(config.sampling, key) == getattr(stage.config.sampling, key), f"{name}: sampling.{key}"
-        else:
-            assert config.data.max_tokens == stage.config.data.max_tokens, name
-            assert config.train.epochs == 1
+def test_an_installed_package_plans_the_recipe(tmp_path: Path) -> None:
+    """As a wheel has it: without examples/."""
+    project, installed = RECIPES.parents[1], tmp_path / "installed"
+    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(installed)]
+    subprocess.run(build, cwd=project, check=True, timeout=120)
+    command = [sys.executable, "-m", "megatron_gil", "plan"]
+    plans = [
+        subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+        for root in (installed, project)
+    ]
+    assert [done.returncode for done in plans] == [0, 0], plans[0].stderr
+    assert plans[0].stdout == plans[1].stdout
+    assert not [path for path in installed.rglob("*") if path.is_symlink()]
+
+
+def test_the_planner_plans_every_run_of_the_recipe() -> None:
+    stages = recipe()
+    assert {(name, stage.num_iterations) for name, stage in stages.items()} == {
+        ("sft", 1625), ("reward", 5025), ("dpo", 5025), ("ppo_gil", 2000), ("ppo_kl", 2000), ("ppo", 2000)
+    }  # fmt: skip
+    for name, stage in stages.items():
+        command, config = load(RECIPES / f"{name}.yaml")
+        assert command == stage.command
+        planned = {"run": config.run, "batch": config.batch, "parallel": config.parallel}
+        assert replace(stage.config, **planned) == config
 
 
 def test_the_baselines_differ_from_the_method_only_where_they_should() -> None:

@@ -1,4 +1,4 @@
-"""Pictures. Each function returns a matplotlib Figure; `to_svg` and `save` write it without a display."""
+"""Pictures. Each function returns a matplotlib Figure; `to_svg` and `to_png` write it without a display."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -219,12 +218,18 @@ def to_svg(figure: Figure) -> str:
 
 
 @_styled
-def save(figure: Figure, path: Path) -> None:
-    """In the format that the file's name ends in; the figure is closed."""
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG of 256 colours, a few tens of kB however many points it has; the figure is closed."""
     from matplotlib import pyplot
+    from PIL import Image
 
-    figure.savefig(path, dpi=160)
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     pyplot.close(figure)
+    with Image.open(drawn) as image:
+        few_colors = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few_colors.save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def _grid(count: int, columns: int, share_y: bool) -> tuple[Figure, list[Axes]]:

@@ -6,8 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-
-from megatron_gil.evaluation.agreement import adjusted_mutual_information, adjusted_rand_index, roc_auc
+from agreement import adjusted_mutual_information, adjusted_rand_index, roc_auc
 
 CASES = [
     ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 0]),

@@ -1,14 +1,13 @@
-"""Tables and pictures of a grid, finished or not: python examples/paper/analyse.py runs/paper [RESULTS]
+"""Tables and pictures of a grid, finished or not: python examples/miniature/analyse.py runs/miniature [RESULTS]
 
-Writes results.csv (one row per run and metric), wins.csv, curves.csv, tables.md and the pictures.
+Writes results.csv.gz (one row per run and metric), wins.csv.gz, curves.csv.gz, tables.md and the pictures.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from audit import audit_table, stability_table
@@ -16,6 +15,7 @@ from cells import GRID, Place, read_grid
 from measure import gap_of_scores, gold_curve, measure
 from pictures import write_pictures
 from tables import Numbers, markdown, tables, win_rows, win_table
+from tidy import write_csv
 
 from megatron_gil.evaluation.report.runs import Json, Run, read_run
 from megatron_gil.jsonl import iter_jsonl
@@ -37,9 +37,9 @@ def analyse(output: Path, results: Path, grid: Path = GRID) -> None:
     labels = {name: cell.label for name, cell in cells.items()}
     numbers, wins, curves = collect(rows), win_rows(replies), collect_curves(runs)
     results.mkdir(parents=True, exist_ok=True)
-    _write_csv(results / "results.csv", ("seed", "method", "metric", "value"), rows)
-    _write_csv(results / "wins.csv", ("seed", "ours", "opponent", "win", "tie", "lose"), wins)
-    _write_csv(results / "curves.csv", ("method", "metric", "iteration", "seeds", "mean"), _mean_rows(curves))
+    write_csv(results / "results.csv.gz", ("seed", "method", "metric", "value"), rows)
+    write_csv(results / "wins.csv.gz", ("seed", "ours", "opponent", "win", "tie", "lose"), wins)
+    write_csv(results / "curves.csv.gz", ("method", "metric", "iteration", "seeds", "mean"), _mean_rows(curves))
     missing = [f"{place.cell.label}, seed {place.seed}" for place in places if not place.rows.exists()]
     shown = [*tables(numbers, labels), win_table(wins, labels), audit_table(runs), stability_table(runs, labels)]
     text = "\n".join(map(markdown, shown))
@@ -102,14 +102,6 @@ def _mean_rows(curves: Curves) -> list[Json]:
 
 def _read(path: Path) -> list[Json]:
     return [row for _, row in iter_jsonl(path)]
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Json]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 if __name__ == "__main__":

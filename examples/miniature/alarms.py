@@ -1,12 +1,11 @@
-"""What the alarms caught: python examples/paper/alarms.py runs/faults [RESULTS], after run.py --grid faults.yaml.
+"""What the alarms caught: python examples/miniature/alarms.py runs/faults [RESULTS], after run.py --grid faults.yaml.
 
-Writes alarms.csv (one row per run and alarm) and alarms.md: recall on injected faults, false alarms on healthy runs,
+Writes alarms.csv.gz (one row per run and alarm) and alarms.md: recall on injected faults, false alarms on healthy runs,
 and how many iterations before the gold score drops each alarm fires.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from statistics import fmean, median
 from cells import GRID, read_grid
 from measure import gold_curve
 from tables import markdown
+from tidy import write_csv
 
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json, Run, read_run
@@ -43,10 +43,7 @@ def main() -> None:
     finished = [(name, path) for name in wanted for path in sorted(output.glob(f"seed_*/{name}/rows.jsonl"))]
     rows = [row for name, path in finished for row in of_run(name, path.parent / "run")]
     results.mkdir(parents=True, exist_ok=True)
-    with (results / "alarms.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(results / "alarms.csv.gz", list(rows[0]), rows)
     shown = [_of_faults(rows, labels), _of_all(rows, labels), _of_gold(rows, labels)]
     (results / "alarms.md").write_text("\n".join(map(markdown, shown)), encoding="utf-8")
 

@@ -11,7 +11,7 @@ from megatron_gil.demo.results import TIE_MARGIN
 from megatron_gil.evaluation.judge import ScoreJudge
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json
-from megatron_gil.evaluation.statistics import Estimate, bootstrap, paired_difference
+from megatron_gil.evaluation.statistics import Estimate, bootstrap
 from megatron_gil.evaluation.winrate import verdicts
 
 Numbers = Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -142,7 +142,7 @@ def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     shared = sorted(set(ours) & set(theirs))
     if not shared:
         return ""
-    found = paired_difference([ours[s] for s in shared], [theirs[s] for s in shared])
+    found = bootstrap([ours[s] - theirs[s] for s in shared])  # what a seed gives both of them cancels
     above = sum(ours[s] > theirs[s] for s in shared)
     return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {above} of {len(shared)}"
 

@@ -1,14 +1,18 @@
 """The grid's numbers on results whose answers are known by hand."""
 
 import csv
+import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from analyse import analyse, collect
 from audit import agreement, groups_of_prompts
-from measure import of_replies, of_samples
+from cells import GRID
+from measure import of_replies, of_samples, tail_mass
 from tables import collapsed, tables, win_rows
+from tidy import write_csv
 
 from megatron_gil.demo.gold import gold_score
 
@@ -79,6 +83,12 @@ def test_a_drop_is_measured_from_the_best_smoothed_gold() -> None:
     assert numbers == {"train_gold_peak": pytest.approx(best), "train_gold_drop": pytest.approx(best - worst)}
 
 
+def test_tail_mass() -> None:
+    normal = np.random.default_rng(7).normal(size=200_000).tolist()
+    assert tail_mass(normal) == pytest.approx(0.0455, abs=0.002)
+    assert tail_mass([0.0] * 99 + [100.0]) == 0.01
+
+
 def test_collapse_is_against_the_sft_policy_of_the_same_seed() -> None:
     assert collapsed({1: 0.5, 2: 0.3, 9: 0.0}, {1: 0.4, 2: 0.4}) == {1: False, 2: True}
 
@@ -114,9 +124,25 @@ def test_analysis_of_an_unfinished_grid_names_what_is_missing(tmp_path: Path) ->
     text = (tmp_path / "results" / "tables.md").read_text(encoding="utf-8")
     assert "PPO-GIL, seed 1" in text.splitlines()[-1]
     assert "SFT, seed 1" not in text.splitlines()[-1].replace("SFT training, seed 1", "")
-    with (tmp_path / "results" / "results.csv").open(encoding="utf-8") as file:
+    with gzip.open(tmp_path / "results" / "results.csv.gz", "rt", encoding="utf-8") as file:
         found = {row["metric"]: row["value"] for row in csv.DictReader(file)}
     assert float(found["gold"]) == pytest.approx(measured[0]["value"], rel=1e-5)
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
+    rows = [{"seed": 1, "value": 0.123456789}, {"seed": 2, "value": None}]
+    first, second = tmp_path / "first.csv.gz", tmp_path / "second.csv.gz"
+    write_csv(first, ("seed", "value"), rows)
+    write_csv(second, ("seed", "value"), iter(rows))
+    assert first.read_bytes() == second.read_bytes()
+    assert gzip.decompress(first.read_bytes()) == b"seed,value\n1,0.123457\n2,\n"
+
+
+def test_kept_results_are_small() -> None:
+    """A clone carries every version of them."""
+    sizes = {path.name: path.stat().st_size for path in GRID.with_name("results").iterdir()}
+    assert {"results.csv.gz", "groups.png"} <= set(sizes)
+    assert max(sizes.values()) < 60_000, sizes
 
 
 def test_groups_of_two_seeds_agree_up_to_their_numbers() -> None:

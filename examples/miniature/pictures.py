@@ -16,7 +16,7 @@ from megatron_gil.evaluation.report.figures import (
     curve_grid,
     frontier,
     score_distributions,
-    to_svg,
+    to_png,
 )
 from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.evaluation.statistics import bootstrap
@@ -44,7 +44,7 @@ def write_pictures(
     curves: Curves,
     labels: Mapping[str, str],
 ) -> None:
-    """gold.svg, scores.svg, frontier.svg, training.svg, groups.svg: means over the seeds there are, in gold.svg with
+    """gold.png, scores.png, frontier.png, training.png, groups.png: means over the seeds there are, in gold.png with
     their 95 % bootstrap intervals, in the curves with the range over seeds."""
     methods = [m for m in SHOWN if "gold" in numbers.get(m, {})]
     domains = (*TRAINING_DOMAINS, HELDOUT_DOMAIN)
@@ -58,7 +58,7 @@ def write_pictures(
         "groups": curve_grid(**_panels(curves, GROUP_PANELS, GROUPED, labels)),
     }
     for name, figure in drawn.items():
-        (directory / f"{name}.svg").write_text(to_svg(figure), encoding="utf-8")
+        (directory / f"{name}.png").write_bytes(to_png(figure))
 
 
 def _scores(replies: Mapping[tuple[str, int], Sequence[Json]], method: str) -> list[float]:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import correlation, fmean
 
+import numpy as np
+from agreement import adjusted_mutual_information, roc_auc
 from cells import EASY
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, read_task
 from megatron_gil.demo.gold import count_flattery, gold_score
-from megatron_gil.evaluation.agreement import adjusted_mutual_information, roc_auc
 from megatron_gil.evaluation.report.runs import Json, Run, read_run
-from megatron_gil.evaluation.statistics import skewness, tail_mass
+from megatron_gil.evaluation.statistics import skewness
 from megatron_gil.jsonl import iter_jsonl
 
 HARD = tuple(domain for domain in TRAINING_DOMAINS if domain not in EASY)
@@ -60,6 +61,13 @@ def of_replies(rows: Sequence[Json]) -> dict[str, float]:
         "flattery": fmean(count_flattery(row["response"]) for row in known),
         "words": fmean(len(row["response"].split()) for row in known),
     }
+
+
+def tail_mass(values: Sequence[float], num_std: float = 2.0) -> float:
+    """Share of the values further than `num_std` standard deviations from their mean (a normal distribution: 0.0455
+    for 2)."""
+    centred = np.abs(np.asarray(values, dtype=np.float64) - np.mean(values))
+    return float(np.mean(centred > num_std * np.std(values)))
 
 
 def _agreement(rows: Sequence[Json]) -> float:

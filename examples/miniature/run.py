@@ -1,4 +1,4 @@
-"""The whole grid: python examples/paper/run.py --output runs/paper
+"""The whole grid: python examples/miniature/run.py --output runs/miniature
 
 Every method of grid.yaml on every seed, two processes at a time, then the tables and pictures. What is finished is
 never run again, so a grid that was stopped goes on where it was.
@@ -31,7 +31,7 @@ WAVES = (("sft_model",), ("reward", "reward_longer", "dpo"))
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 all finished, 1 a cell failed, 2 wrong arguments, 75 stopped."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/paper"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("runs/miniature"), metavar="DIR")
     parser.add_argument("--grid", type=Path, default=GRID, metavar="FILE.yaml", help="the cells (default: grid.yaml)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--only", nargs="+", metavar="CELL", help="cells of grid.yaml (those they need are added)")
@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         failures = run_grid(arguments, console)
     except (ConfigError, StageFailed) as error:
-        print(f"examples/paper: {error}", file=sys.stderr)
+        print(f"examples/miniature: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         return STOPPED
     for failure in failures:
-        print(f"examples/paper: {failure}", file=sys.stderr)
+        print(f"examples/miniature: {failure}", file=sys.stderr)
     from analyse import analyse
 
     analyse(arguments.output, arguments.results or arguments.output / "results", arguments.grid)

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from statistics import fmean
 
+from agreement import adjusted_rand_index
 from tables import OURS
 
 from megatron_gil.demo.domains import TRAINING_DOMAINS, read_task
 from megatron_gil.demo.gold import count_flattery, gold_score
-from megatron_gil.evaluation.agreement import adjusted_rand_index
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json, Run
 
