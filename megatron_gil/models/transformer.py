@@ -69,7 +69,7 @@ def _mark_sharded_parameters(weights: WeightMap) -> None:
     that all ranks hold alike; megatron's layers set it only when they draw their own weights."""
     for entry in weights.entries:
         parameter: Any = weights.model.get_parameter(entry.param_name)
-        parameter.tensor_model_parallel = entry.rule.shard_dim is not None
+        parameter.tensor_model_parallel = entry.weight.shard_dim is not None
 
 
 def _transformer_config(
