@@ -17,15 +17,17 @@ OVERHEAD_BYTES = 4 * GIB
 """Estimate, ours: CUDA context and kernels 1 GiB, NCCL's buffers 1 GiB, what the allocator cannot use 2 GiB."""
 CHUNK_ELEMENTS = 1 << 22
 """Logits that are widened to float32 at a time (parallel/vocab.py)."""
-CACHE_BUCKET, PREFILL_TOKENS = 128, 1 << 14
-"""Columns of the cache come in such pieces, and prompts are read so many tokens at a time (engine/slots.py)."""
+CACHE_BUCKET = 128
+"""The key-value cache has a multiple of so many columns (BUCKET of engine/slots.py)."""
+PREFILL_TOKENS = 1 << 14
+"""At most so many tokens of prompts are read at once, padding included (engine/slots.py)."""
 SAMPLING_BYTES = 32
-"""Of a logit that is sampled from: float32 copies, the sorted values with their indices, and sums of them."""
+"""For each logit while a token is chosen: float32 copies, the sorted values with their indices, and running sums."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A layout that no process has."""
+    """The sizes of a layout. Unlike a ParallelLayout it needs no processes."""
 
     tp_size: int = 1
     pp_size: int = 1
@@ -65,7 +67,7 @@ class Rows:
 
     num_rows: int
     num_tokens: int
-    """Of a row, padding included."""
+    """The length of a row, padding included."""
     num_microbatches: int = 1
 
     @property
@@ -184,12 +186,12 @@ def received_weights(model: ModelUse, cut: Cut, pp_rank: int, precision: Precisi
 
 
 def sampling_work(model: ModelUse, num_rows: int) -> int:
-    """The logits of the next token of every row, over the whole vocabulary, while one is chosen."""
+    """What is needed to choose the next token of every row from logits over the whole vocabulary."""
     return num_rows * model.spec.vocab_size * SAMPLING_BYTES
 
 
 def prefill_work(model: ModelUse, cut: Cut, rows: Rows, precision: Precision) -> int:
-    """Of the prompts that are read at once, one layer's inside."""
+    """The inside of one layer, for as many prompts as are read at once."""
     whole = Cut(tp_size=cut.tp_size)  # without sequence parallelism
     num_rows = min(rows.num_rows, max(1, PREFILL_TOKENS // rows.num_tokens))
     return layer_work(model.spec, whole, Rows(num_rows=num_rows, num_tokens=rows.num_tokens), precision)

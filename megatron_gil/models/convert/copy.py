@@ -78,7 +78,7 @@ def _head(config: dict[str, Any], spec: LlamaSpec, path: Path, role: Role | None
 
 
 def _write(source: ModelDirectory, target: Path, dtype: str | None) -> Written:
-    """Beside, then renamed: `target` is there whole or not at all. Left-overs of a killed one are removed first."""
+    """Write beside, then rename: `target` is there whole or not at all. What a killed run left is removed first."""
     if target.exists():
         raise ConfigError(f"{target} exists already; nothing is overwritten, choose another name")
     cast = None if dtype is None else DTYPES[dtype]

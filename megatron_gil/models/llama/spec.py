@@ -29,7 +29,7 @@ MOST = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 30,
 }
-"""Far above any Llama: a size beyond is a mistake, and would keep a reader busy for hours."""
+"""Limits far above any Llama: a larger size is a mistake, and reading such a model would take hours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
