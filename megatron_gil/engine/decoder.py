@@ -132,7 +132,7 @@ class Decoder:
         self._prepare()
 
     def _first(self, columns: int) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer, keys and values [S, G, columns, D]. The views are kept: making them takes time in every step."""
+        """Of each layer, keys and values [S, G, columns, D]. The views are kept: to make them takes time."""
         if columns not in self._attended:
             cache = self.cache[..., :columns, :]
             self._attended[columns] = [(layer[0], layer[1]) for layer in cache]
