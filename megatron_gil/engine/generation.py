@@ -1,7 +1,14 @@
 """Sampling responses: every rank of a model copy that differs in its pipeline place answers rows of its own.
 
-Randomness is one uniform number per row and step, a pure function of (seed, sample id, step): samples do not depend on
-the layout, on the slots or on what was sampled before.
+Randomness is one uniform number per row and step, a pure function of (seed, sample id, step). So samples do not depend
+on the layout, on the slots or on what was sampled before, up to rounding: tensor-parallel ranks add numbers in another
+order, and a uniform number that lies close to the border between two tokens may then fall on its other side. From there
+on that response is another one, drawn from the same distribution.
+
+How often, measured with stories260k (2,048 responses of 120 tokens, temperature 1, on the CPU): of two tensor-parallel
+ranks against one, 4 draws of 245,532 differed in float32, and in bfloat16, whose rounding is 65,536 times as coarse,
+2,041 of 56,959; only the first that differs in a response is counted, and nothing after it. Two pipeline ranks changed
+no draw.
 """
 
 from __future__ import annotations
