@@ -9,9 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_gil.models.llama import LlamaSpec
+
 BOS_ID, EOS_ID, UNK_ID, PAD_ID = 1, 2, 0, 3
 INIT_STD = 0.08
 """About 1 / sqrt(hidden size): from the usual 0.02 so small a model takes twice the updates to learn to copy."""
+LAST_OF_BRANCH = ("proj", "down")
+"""The matrices that write into the residual stream, by the table's names (models/llama/tensors.py)."""
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int) -> None:
@@ -69,33 +73,15 @@ def llama_config(*, vocab_size: int, hidden_size: int, ffn_size: int, num_layers
 def llama_weights(config: dict[str, object], *, seed: int) -> dict[str, Tensor]:
     """Random float32 weights under transformers' names; matrices are normal with std 0.08, the residual
     branches' last ones with 0.08 / sqrt(2 * layers) (GPT-2's rule)."""
-    hidden, ffn, vocab, layers, heads, kv_heads, head = (
-        int(str(config[key]))
-        for key in (
-            "hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim",
-        )
-    )  # fmt: skip
+    spec = LlamaSpec.from_config(config, source="the tiny Llama's config.json")
     generator = torch.Generator().manual_seed(seed)
-
-    def matrix(rows: int, columns: int, std: float = INIT_STD) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) * std
-
-    weights = {"model.embed_tokens.weight": matrix(vocab, hidden)}
-    last = INIT_STD / (2 * layers) ** 0.5
-    for layer in range(layers):
-        name = f"model.layers.{layer}"
-        weights[f"{name}.self_attn.q_proj.weight"] = matrix(heads * head, hidden)
-        weights[f"{name}.self_attn.k_proj.weight"] = matrix(kv_heads * head, hidden)
-        weights[f"{name}.self_attn.v_proj.weight"] = matrix(kv_heads * head, hidden)
-        weights[f"{name}.self_attn.o_proj.weight"] = matrix(hidden, heads * head, last)
-        weights[f"{name}.mlp.gate_proj.weight"] = matrix(ffn, hidden)
-        weights[f"{name}.mlp.up_proj.weight"] = matrix(ffn, hidden)
-        weights[f"{name}.mlp.down_proj.weight"] = matrix(hidden, ffn, last)
-        weights[f"{name}.input_layernorm.weight"] = torch.ones(hidden)
-        weights[f"{name}.post_attention_layernorm.weight"] = torch.ones(hidden)
-    weights["model.norm.weight"] = torch.ones(hidden)
-    weights["lm_head.weight"] = matrix(vocab, hidden)
+    weights = {}
+    for weight, tensor in spec.weights("lm").hf_tensors(spec.num_layers):
+        if len(tensor.shape) == 1:
+            weights[tensor.name] = torch.ones(tensor.shape)
+            continue
+        std = INIT_STD / (2 * spec.num_layers) ** 0.5 if weight.name in LAST_OF_BRANCH else INIT_STD
+        weights[tensor.name] = torch.randn(tensor.shape, generator=generator) * std
     return weights
 
 

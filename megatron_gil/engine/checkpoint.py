@@ -163,7 +163,8 @@ class CheckpointStore:
             raise CheckpointError(f"iteration {iteration} cannot be saved: {error}")
 
     def _make_directories(self, beside: Path, models: Mapping[str, TrainableModel]) -> None:
-        """Without the run directory above, which may have been on a disk that is gone."""
+        """Only the directories of checkpoints. The run directory must be there already: where its disk is no longer
+        mounted, making it would put the checkpoint on another disk."""
         self._directory.mkdir(exist_ok=True)
         for left_over in self._directory.glob(".iter_*"):
             shutil.rmtree(left_over)
@@ -178,7 +179,7 @@ class CheckpointStore:
             path.rename(place)
             entries[place] = entries.pop(path)
         write_manifest(beside, {str(path.relative_to(beside)): entry for path, entry in entries.items()})
-        if final.exists():  # damaged: a good one is resumed from, and not saved again
+        if final.exists():  # it is damaged: had it been good, the run would have resumed behind it
             self._put_away(final)
         beside.rename(final)
         if unfinished.best == unfinished.iteration:
@@ -191,7 +192,7 @@ class CheckpointStore:
         return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
     def _damage(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint, the same on every rank; None if nothing is. The ranks share the reading."""
+        """What is wrong with a checkpoint, the same on every rank, or None. Each rank reads some of the files."""
         expected = broadcast_object(read_manifest(path) if self._layout.is_main else None, self._layout)
         if expected is None:
             return "manifest.json is missing or unreadable"
@@ -208,8 +209,8 @@ class CheckpointStore:
     def _prune(self, newest: int, best: int | None) -> None:
         """Delete all but the last keep_last, every keep_every-th and the best, once that of `newest` is whole.
 
-        Later ones, which can only be damaged (the run went back behind them), are not counted: they would push out
-        good ones.
+        Checkpoints later than `newest` are damaged, for the run resumed from one before them. They do not count among
+        the last: each would take the place of a good one.
         """
         iterations = [iteration for path in self._candidates() if (iteration := int(path.name[5:])) <= newest]
         for iteration in iterations[self._section.keep_last :]:

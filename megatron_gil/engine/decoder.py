@@ -43,7 +43,8 @@ class Decoder:
         self.groups = spec.num_kv_heads // layout.tp_size
         shape = (len(weights.layers), 2, num_slots, self.groups, num_columns, spec.head_dim)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
-        """Rotated keys, then values. Zeros at first: what is hidden is multiplied by 0, which NaN would survive."""
+        """Rotated keys, then values. Zeros at first: hidden columns get the weight 0, and 0 times a NaN, which memory
+        that was not set may hold, would be NaN."""
         self.position = torch.zeros(num_slots, dtype=torch.int64, device=device)
         """[S] of the token that the next step feeds."""
         self.newest = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -60,7 +61,8 @@ class Decoder:
         self._tokens = _Tokens(self.num_slots, self.weights, self.spec, self.layout)
         heads = torch.arange(self.num_slots * self.groups, device=device).view(self.num_slots, self.groups)
         self._first_lines, self._lines = heads * self.num_columns, torch.empty_like(heads)
-        """Where each slot and head begins, and where it now writes, among the lines of D numbers of a layer's cache."""
+        """[S, G] line numbers, a layer's cache seen as lines of D numbers: where each slot and head begins, and the
+        line that it writes now."""
         lines = [layer.view(2, -1, self.spec.head_dim) for layer in self.cache]
         self._cache_lines = [(layer[0], layer[1]) for layer in lines]
         self._attended: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -105,7 +107,7 @@ class Decoder:
             self.cache[number, 0, :, :, :width].index_copy_(0, slots, keys)
             self.cache[number, 1, :, :, :width].index_copy_(0, slots, values)
             if number == len(self.weights.layers) - 1:
-                break  # nothing is read of what comes after
+                break  # the rest of the last layer would only be needed for logits
             queries = work.queries.reshape(num_rows, width, self.groups * heads, -1).transpose(1, 2)
             attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=heads > 1)
             work.add_attention(attended.transpose(1, 2).reshape(num_rows * width, -1), layer)
@@ -118,7 +120,7 @@ class Decoder:
         self.mask.index_copy_(0, slots, rows)
 
     def copy(self, sources: Tensor, targets: Tensor, columns: int) -> None:
-        """The first columns of the cache of slots `sources` [n] to slots `targets` [n], as if all at once."""
+        """Copy the first columns of the cache of slots `sources` [n] to slots `targets` [n]; a slot may be in both."""
         for layer in self.cache[..., :columns, :]:
             layer.index_copy_(1, targets, layer.index_select(1, sources))
 
@@ -130,7 +132,7 @@ class Decoder:
         self._prepare()
 
     def _first(self, columns: int) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer, keys and values [S, G, columns, D]; made once, for making views takes time in every step."""
+        """Of each layer, keys and values [S, G, columns, D]. The views are kept: to make them takes time."""
         if columns not in self._attended:
             cache = self.cache[..., :columns, :]
             self._attended[columns] = [(layer[0], layer[1]) for layer in cache]

@@ -1,7 +1,14 @@
 """Sampling responses: every rank of a model copy that differs in its pipeline place answers rows of its own.
 
-Randomness is one uniform number per row and step, a pure function of (seed, sample id, step): samples do not depend on
-the layout, on the slots or on what was sampled before.
+Randomness is one uniform number per row and step, a pure function of (seed, sample id, step). So samples do not depend
+on the layout, on the slots or on what was sampled before, up to rounding: tensor-parallel ranks add numbers in another
+order, and a uniform number that lies close to the border between two tokens may then fall on its other side. From there
+on that response is another one, drawn from the same distribution.
+
+How often, measured with stories260k (2,048 responses of 120 tokens, temperature 1, on the CPU): of two tensor-parallel
+ranks against one, 4 draws of 245,532 differed in float32, and in bfloat16, whose rounding is 65,536 times as coarse,
+2,041 of 56,959; only the first that differs in a response is counted, and nothing after it. Two pipeline ranks changed
+no draw.
 """
 
 from __future__ import annotations
@@ -60,7 +67,7 @@ class Generator:
         answers = self._answer(mine, meet or self._meet)
 
         def gather(part: Tensor) -> Tensor:
-            """The rows of all pipeline ranks, each of which gives as many."""
+            """The rows of all pipeline ranks. Each gives `share` rows: the last of `part`, a dummy, fills up."""
             if num_rows == 0:
                 return part[:0]
             fill = part[-1:].expand(share - len(mine.tokens), *part.shape[1:])
@@ -72,7 +79,7 @@ class Generator:
         )
 
     def _answer(self, prompts: PromptBatch, meet: Meet) -> Answers:
-        """This rank's own rows. What it needs for that is made here, once, and given back at the end."""
+        """Answer this rank's own rows. The decoder with its cache is made here and freed at the end."""
         model, section = self._model, self._section
         uniforms = _uniforms(self._seed, prompts.sample_ids, section.max_new_tokens).to(prompts.tokens.device)
         answers = Answers(prompts, uniforms, self._pad_id)
@@ -96,7 +103,8 @@ class Generator:
 
 
 def _default_slots(model: MegatronModel, columns: int) -> int:
-    """As sampling.micro_size=null says; equal on all ranks, for those that share a row must fill their slots alike."""
+    """For sampling.micro_size=null: what fits into half of the free GPU memory, at most 256; 64 on the CPU. The same on
+    all ranks, because the tensor-parallel ranks of a model copy must fill their slots alike."""
     spec, device = model.spec, model.layout.device
     if device.type != "cuda":
         return 64
@@ -107,7 +115,7 @@ def _default_slots(model: MegatronModel, columns: int) -> int:
 
 
 def num_columns(prompt_tokens: int, new_tokens: int) -> int:
-    """Positions of the cache for rows of this length: one more than they feed, and what rounds it up."""
+    """Positions of the cache for rows of this length, rounded up to a multiple of BUCKET."""
     return -(-(prompt_tokens + new_tokens) // BUCKET) * BUCKET
 
 
@@ -121,7 +129,7 @@ def _uniforms(seed: int, sample_ids: Tensor, count: int) -> Tensor:
 def _join(
     prompts: PromptBatch, tokens: Tensor, log_probs: Tensor, lengths: Tensor, eos_ids: Tensor, pad_id: int
 ) -> Rollout:
-    """What was written behind the end of a row taken out, and the columns that no row of this rank reaches."""
+    """The rollout: what was written behind the end of a row becomes padding, unused columns are cut off."""
     width = int(lengths.max()) if len(lengths) else prompts.tokens.shape[1]
     columns = torch.arange(width, device=tokens.device)
     tokens = torch.where(columns < lengths[:, None], tokens[:, :width], pad_id)

@@ -8,10 +8,11 @@ import torch
 
 
 class CapturedSteps:
-    """Calls `step(columns)`; from the second call with a number on, as a replay of what the first one was.
+    """Calls `step(columns)`. The first call with a number of columns also captures a CUDA graph of the step, which
+    later calls with that number replay.
 
-    The step reads and writes fixed tensors alone and asks the host for nothing. All graphs share one memory pool: no
-    two of them run at once, and nothing that one leaves in it is read by another.
+    The step must read and write the same tensors each time, and must not wait for the GPU. All graphs share one memory
+    pool: no two of them run at once, and none reads what another has left there.
     """
 
     def __init__(self, step: Callable[[int], None]) -> None:
@@ -27,10 +28,11 @@ class CapturedSteps:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._step(columns)  # a step as any other; kernels and libraries are loaded in it, which capture forbids
+            self._step(columns)  # the call itself; it also loads kernels and libraries, which capture would refuse
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Capture runs nothing. NCCL's watchdog is another thread, which may ask CUDA for events meanwhile.
+        # Capture records the step without running it. "thread_local" because NCCL's watchdog, in another thread, may
+        # query CUDA events meanwhile, which the default mode takes for an error.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._step(columns)
         self._graphs[columns] = graph

@@ -73,7 +73,8 @@ class ModelOptimizer:
             self._fuse()
 
     def _fuse(self) -> None:
-        """torch's AdamW as one kernel, with its count of steps on the GPU. Other libraries' Adam is fused already."""
+        """Let torch's AdamW update with fused kernels and count its steps on the GPU. The Adam of Transformer Engine or
+        Apex, which megatron-core takes where it finds one, is fused already."""
         for part in self._optimizer.chained_optimizers:
             if isinstance(part.optimizer, torch.optim.AdamW):
                 for group in part.optimizer.param_groups:
@@ -99,7 +100,7 @@ class ModelOptimizer:
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self._section.clip_grad, norm)
             for group in part.param_groups:
                 group["lr"] = lr
-                # 0 for norms: megatron leaves it to its scheduler, which we have no use for, to multiply.
+                # wd_mult: 0 for norms, 1 for matrices. megatron-core's scheduler would multiply by it; we use none.
                 group["weight_decay"] = self._section.weight_decay * group["wd_mult"]
         self._optimizer.step_with_ready_grads()
         return True, norm

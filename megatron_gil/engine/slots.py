@@ -17,16 +17,18 @@ from megatron_gil.types import PromptBatch
 STEPS = 16
 """At most so many tokens are chosen before the host looks which slots have ended."""
 REFILL_SHARE = 8
-"""Slots are filled again once one in so many has ended, so that prompts are read together."""
+"""New rows take the free slots once one slot in so many is free, so that several prompts are read together."""
 
 BUCKET = 128
-"""Attended columns are a multiple of it, so that few graphs are enough; where there are none, of a quarter of it."""
+"""A step attends to a multiple of so many columns. Each number of columns needs a CUDA graph of its own, so there
+should be few. Without graphs it is a multiple of a quarter of this."""
 PREFILL_TOKENS = 1 << 14
-"""At most so many tokens of prompts, padding included, are read at once; bounds the memory of it."""
+"""At most so many tokens of prompts, padding included, are read at once, which limits the memory for it."""
 
 
 class Answers:
-    """What is known of the rows: [B + 1, W], the last row for slots that have none, W = P + max_new_tokens + 1."""
+    """The rows as far as they are answered: [B + 1, W], W = P + max_new_tokens + 1. Slots without a row write to the
+    last row, which nobody reads."""
 
     def __init__(self, prompts: PromptBatch, uniforms: Tensor, pad_id: int) -> None:
         """uniforms: [B, max_new_tokens], the random numbers of each row's tokens."""
@@ -37,7 +39,7 @@ class Answers:
         self.tokens[:num_rows, :prompt_width] = prompts.tokens
         self.log_probs = torch.zeros(num_rows + 1, self.width, device=device)
         self.lengths = torch.ones(num_rows + 1, dtype=torch.int64, device=device)
-        """Prompt and response; right only of rows that have ended."""
+        """[B + 1] tokens of prompt and response together; valid once a row has ended."""
         columns = prompts.lengths[:, None] - 1 + torch.arange(count, device=device)
         self.uniforms = torch.zeros(num_rows + 1, self.width, device=device)
         self.uniforms[:num_rows].scatter_(1, columns, uniforms)  # in the column of the token before
@@ -76,7 +78,7 @@ class Slots:
         self._ends = [0] * size
         """Position of the last token that each slot's row may have."""
         self._held: dict[int, tuple[int, ...]] = {}
-        """Whose keys and values the cache of a slot begins with."""
+        """slot -> the prompt whose keys and values its cache begins with: an equal prompt is copied, not read again."""
 
     @property
     def busy(self) -> bool:
@@ -118,7 +120,7 @@ class Slots:
             else:
                 first[prompt] = slot
             self._held[slot] = prompt
-        self._copy(copies)  # before their sources may be written
+        self._copy(copies)  # first: prefill may overwrite the slots they come from
         for batch in _by_length([(slot, prompt) for prompt, slot in first.items()]):
             self._prefill(batch)
         self._copy(repeats)
@@ -170,7 +172,7 @@ class Slots:
             self._decoder.copy(sources, targets, max(len(self._held[target]) for _, target in pairs))
 
     def _choose(self, columns: int) -> None:
-        """One token for every slot. What slots choose that have ended lies behind the end of their rows."""
+        """One token for every slot. A slot that has ended goes on: its tokens land behind the end of its row."""
         decoder, answers, section = self._decoder, self._answers, self._section
         logits = decoder.step(columns)
         if section.repetition_penalty != 1.0:

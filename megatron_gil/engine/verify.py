@@ -16,7 +16,7 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.models.convert.copy import ModelDirectory
 from megatron_gil.models.convert.locate import Role, find_model
-from megatron_gil.models.llama import Head, check_layout
+from megatron_gil.models.llama import check_layout
 from megatron_gil.parallel.collectives import broadcast_object, share_from_last_pp_stage
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.parallel.pipeline import receive_from_previous_pp_stage, send_to_next_pp_stage
@@ -114,15 +114,13 @@ def compare(
 
 def _their_outputs(directory: ModelDirectory, rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """[T, V] logits, or [T, 1] scores, of each row."""
-    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    kinds: dict[Head, Any] = {"lm": LlamaForCausalLM, "score": LlamaForSequenceClassification}
+    kind: Any = getattr(transformers, directory.spec.architectures[directory.head])
     is_safe = any(path.path.suffix == ".safetensors" for path in directory.files)
-    model = kinds[directory.head].from_pretrained(
-        directory.path, dtype=torch.float32, use_safetensors=is_safe, local_files_only=True
-    )
+    model = kind.from_pretrained(directory.path, dtype=torch.float32, use_safetensors=is_safe, local_files_only=True)
     model = model.to(device).eval()
     readout = model.score if directory.head == "score" else model.lm_head
     return [readout(model.model(row[None].to(device)).last_hidden_state)[0] for row in rows]

@@ -17,7 +17,7 @@ class ScalarHead(torch.nn.Module):
 
     def __init__(self, hidden_size: int, num_groups: int, dtype: torch.dtype, layout: ParallelLayout) -> None:
         super().__init__()
-        self.tp_pg = layout.tp_pg
+        self.tp_pg, self.num_groups = layout.tp_pg, num_groups
         self.sequence_parallel = layout.sequence_parallel  # set_model_to_sequence_parallel switches it by this name
         self.score = _zero_linear(hidden_size, 1, dtype, layout.device)
         self.group_head = _zero_linear(hidden_size, num_groups, dtype, layout.device) if num_groups > 1 else None

@@ -1,5 +1,5 @@
-"""The one table between Hugging Face's tensors and this rank's parameters, used both ways: for weights, and for
-anything of a parameter's shape, such as gradients and Adam's moments."""
+"""Between Hugging Face's tensors and this rank's parameters, both ways, as the family's table of weights says: for
+weights, and for anything of a parameter's shape, such as gradients and Adam's moments."""
 
 from __future__ import annotations
 
@@ -7,59 +7,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_gil.models.heads import ScalarHead
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.weight_table import Shape, Weight, WeightTable
 from megatron_gil.parallel.collectives import concat_over_tp
 from megatron_gil.parallel.layout import ParallelLayout
 
-Fusion = Literal["one", "qkv", "gate_up"]
 ReadSlice = Callable[[str, tuple[slice, ...]], Tensor]
-
-EMBEDDING = "model.embed_tokens.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """How one parameter of megatron is made of Hugging Face's."""
-
-    hf_names: tuple[str, ...]  # may hold {layer}, numbered from 0 over the whole model
-    shard_dim: int | None  # the axis cut over tensor-parallel ranks; None: every rank holds all of it
-    fusion: Fusion = "one"
-
-
-_NORM_1 = Rule(("model.layers.{layer}.input_layernorm.weight",), None)
-_NORM_2 = Rule(("model.layers.{layer}.post_attention_layernorm.weight",), None)
-
-LAYER_RULES = {
-    "input_layernorm.weight": _NORM_1,
-    "self_attention.linear_qkv.layer_norm_weight": _NORM_1,  # Transformer Engine's spelling
-    "self_attention.linear_qkv.weight": Rule(
-        tuple(f"model.layers.{{layer}}.self_attn.{x}_proj.weight" for x in "qkv"), 0, "qkv"
-    ),
-    "self_attention.linear_proj.weight": Rule(("model.layers.{layer}.self_attn.o_proj.weight",), 1),
-    "pre_mlp_layernorm.weight": _NORM_2,
-    "mlp.linear_fc1.layer_norm_weight": _NORM_2,  # Transformer Engine's spelling
-    "mlp.linear_fc1.weight": Rule(
-        ("model.layers.{layer}.mlp.gate_proj.weight", "model.layers.{layer}.mlp.up_proj.weight"), 0, "gate_up"
-    ),
-    "mlp.linear_fc2.weight": Rule(("model.layers.{layer}.mlp.down_proj.weight",), 1),
-}
-
-OTHER_RULES = {
-    "embedding.word_embeddings.weight": Rule((EMBEDDING,), 0),
-    "decoder.final_layernorm.weight": Rule(("model.norm.weight",), None),
-    "output_layer.weight": Rule(("lm_head.weight",), 0),
-    "output_layer.score.weight": Rule(("score.weight",), None),
-    "output_layer.group_head.weight": Rule(("group_head.weight",), None),
-}
-
-HEAD_NAMES = ("score.weight", "group_head.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,104 +28,80 @@ class Entry:
 
     param_name: str  # as in model.named_parameters()
     hf_names: tuple[str, ...]
-    rule: Rule
-    local_shape: tuple[int, ...]
-    is_copy: bool
-    """The tied embedding's second copy, on the last pipeline stage: read, not written."""
+    weight: Weight
+
+    @property
+    def is_copy(self) -> bool:
+        """The tied embedding's second copy, on the last pipeline rank: read, not written."""
+        return self.weight.is_copy
 
 
 class WeightMap:
     """The entries of one pipeline stage of one model, and the two directions."""
 
     def __init__(self, spec: LlamaSpec, model: GPTModel, layout: ParallelLayout) -> None:
-        self.spec, self.model = spec, model
-        self.layout = layout
+        self.model, self.layout = model, layout
+        table = _weight_table(spec, model)
+        weights = {name: weight for weight in (*table.first, *table.layer, *table.last) for name in weight.param_names}
         first_layer = spec.layers_of(layout.pp_rank, layout.pp_size).start
-        tied = model.share_embeddings_and_output_weights
-        self.entries = [
-            _make_entry(name, tuple(param.shape), first_layer, tied) for name, param in model.named_parameters()
-        ]
-        self._by_name = {entry.param_name: entry for entry in self.entries}
+        self._by_name: dict[str, Entry] = {}
+        for name, parameter in model.named_parameters():
+            entry = self._by_name[name] = _make_entry(name, weights, first_layer)
+            expected = entry.weight.local_shape(layout.tp_size)
+            assert tuple(parameter.shape) == expected, (name, parameter.shape, expected)
+        self.entries = list(self._by_name.values())
 
-    def full_shape(self, entry: Entry) -> tuple[tuple[int, ...], ...]:
+    def full_shape(self, entry: Entry) -> tuple[Shape, ...]:
         """Shapes of the entry's Hugging Face tensors, in the order of `hf_names`."""
-        dim, tp_size = entry.rule.shard_dim, self.layout.tp_size
-        shapes = [list(shape) for shape in self._part_shapes(entry)]
-        for shape in shapes:
-            if dim is not None:
-                shape[dim] *= tp_size
-            if self._is_vocab(entry):
-                shape[0] = self.spec.vocab_size
-        return tuple(tuple(shape) for shape in shapes)
+        return tuple(part.shape for part in entry.weight.parts)
 
     def to_full(self, param_name: str, local: Tensor) -> dict[str, Tensor]:
         """Hugging Face's tensors, bit for bit, of one parameter-shaped tensor; all tensor-parallel ranks call it
         together, and all get the result."""
         entry = self._by_name[param_name]
-        assert tuple(local.shape) == entry.local_shape, (param_name, local.shape, entry.local_shape)
+        weight, dim = entry.weight, entry.weight.shard_dim
+        assert tuple(local.shape) == weight.local_shape(self.layout.tp_size), (param_name, local.shape)
         full = {}
-        for name, part in zip(entry.hf_names, self._split(entry, local), strict=True):
-            dim = entry.rule.shard_dim
+        for name, shape, part in zip(entry.hf_names, self.full_shape(entry), self._split(weight, local), strict=True):
             whole = part.contiguous() if dim is None else concat_over_tp(part.contiguous(), dim, self.layout)
-            full[name] = whole[: self.spec.vocab_size] if self._is_vocab(entry) else whole
+            full[name] = whole[: shape[0]]  # without the rows that pad the vocabulary
         return full
 
     def to_local(self, param_name: str, read: ReadSlice) -> Tensor:
         """This rank's part, from `read(hf_name, slices)`; rows that pad the vocabulary are zero."""
         entry = self._by_name[param_name]
         parts = []
-        for name, shape in zip(entry.hf_names, self._part_shapes(entry), strict=True):
-            part = read(name, self._local_slices(entry, shape))
+        for name, whole, shape in zip(entry.hf_names, self.full_shape(entry), self._part_shapes(entry), strict=True):
+            part = read(name, self._local_slices(entry.weight.shard_dim, whole, shape))
             if part.shape[0] < shape[0]:
                 part = torch.cat([part, part.new_zeros(shape[0] - part.shape[0], *shape[1:])])
             parts.append(part)
-        return self._fuse(entry, parts)
+        return self._fuse(entry.weight, parts)
 
-    def _is_vocab(self, entry: Entry) -> bool:
-        return entry.hf_names[0] in (EMBEDDING, "lm_head.weight")
+    def _part_shapes(self, entry: Entry) -> tuple[Shape, ...]:
+        return entry.weight.part_shapes(self.layout.tp_size)
 
-    def _local_slices(self, entry: Entry, part_shape: tuple[int, ...]) -> tuple[slice, ...]:
-        slices = [slice(0, size) for size in part_shape]
-        dim = entry.rule.shard_dim
-        if dim is not None:
-            start = self.layout.tp_rank * part_shape[dim]
-            stop = start + part_shape[dim]
-            slices[dim] = slice(start, min(stop, self.spec.vocab_size) if self._is_vocab(entry) else stop)
+    def _local_slices(self, shard_dim: int | None, whole: Shape, part: Shape) -> tuple[slice, ...]:
+        slices = [slice(0, size) for size in part]
+        if shard_dim is not None:
+            start = self.layout.tp_rank * part[shard_dim]
+            slices[shard_dim] = slice(start, min(start + part[shard_dim], whole[shard_dim]))
         return tuple(slices)
 
-    def _part_shapes(self, entry: Entry) -> tuple[tuple[int, ...], ...]:
-        rows, rest = entry.local_shape[0], entry.local_shape[1:]
-        if entry.rule.fusion == "gate_up":
-            return ((rows // 2, *rest),) * 2
-        if entry.rule.fusion == "qkv":
-            kv_rows = rows // (self._heads_per_kv + 2)
-            return ((self._heads_per_kv * kv_rows, *rest), (kv_rows, *rest), (kv_rows, *rest))
-        return (entry.local_shape,)
+    def _num_blocks(self, weight: Weight) -> int:
+        """On this rank."""
+        return 1 if weight.num_blocks is None else weight.num_blocks // self.layout.tp_size
 
-    @property
-    def _heads_per_kv(self) -> int:
-        return self.spec.num_heads // self.spec.num_kv_heads
+    def _split(self, weight: Weight, local: Tensor) -> list[Tensor]:
+        num_blocks = self._num_blocks(weight)
+        rows = [shape[0] // num_blocks for shape in weight.part_shapes(self.layout.tp_size)]
+        blocks = local.reshape(num_blocks, sum(rows), *local.shape[1:])
+        return [part.flatten(0, 1) for part in blocks.split(rows, dim=1)]
 
-    def _split(self, entry: Entry, local: Tensor) -> list[Tensor]:
-        if entry.rule.fusion == "gate_up":
-            return list(local.chunk(2))
-        if entry.rule.fusion == "qkv":  # megatron keeps a key-value head after the query heads that read it
-            shape = (-1, self._heads_per_kv + 2, self.spec.head_dim, *local.shape[1:])
-            heads = local.reshape(shape).split([self._heads_per_kv, 1, 1], dim=1)
-            return [part.flatten(0, 2) for part in heads]
-        return [local]
-
-    def _fuse(self, entry: Entry, parts: list[Tensor]) -> Tensor:
-        if entry.rule.fusion == "gate_up":
-            return torch.cat(parts)
-        if entry.rule.fusion == "qkv":
-            counts = (self._heads_per_kv, 1, 1)
-            heads = [
-                part.reshape(-1, count, self.spec.head_dim, *part.shape[1:])
-                for part, count in zip(parts, counts, strict=True)
-            ]
-            return torch.cat(heads, dim=1).flatten(0, 2)
-        return parts[0]
+    def _fuse(self, weight: Weight, parts: list[Tensor]) -> Tensor:
+        num_blocks = self._num_blocks(weight)
+        blocks = [part.reshape(num_blocks, -1, *part.shape[1:]) for part in parts]
+        return torch.cat(blocks, dim=1).flatten(0, 1) if len(blocks) > 1 else parts[0]
 
 
 @torch.no_grad()
@@ -180,7 +116,7 @@ def load_weights(model: GPTModel, spec: LlamaSpec, hf_dir: Path, layout: Paralle
     params = dict(model.named_parameters())
     absent = []
     for entry in weights.entries:
-        if entry.hf_names[0] in HEAD_NAMES and entry.hf_names[0] not in tensors:
+        if entry.weight.optional and entry.hf_names[0] not in tensors:
             absent.append(entry.hf_names[0])
             continue
         for name, shape in zip(entry.hf_names, weights.full_shape(entry), strict=True):
@@ -189,12 +125,17 @@ def load_weights(model: GPTModel, spec: LlamaSpec, hf_dir: Path, layout: Paralle
     return absent
 
 
-def _make_entry(param_name: str, local_shape: tuple[int, ...], first_layer: int, tied: bool) -> Entry:
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", param_name)
-    rule = OTHER_RULES[param_name] if match is None else LAYER_RULES[match[2]]
-    is_copy = tied and param_name == "output_layer.weight"
-    if is_copy:
-        rule = OTHER_RULES["embedding.word_embeddings.weight"]
+def _weight_table(spec: LlamaSpec, model: GPTModel) -> WeightTable:
+    """A pipeline rank without the last layer holds no head: there, all heads' tables say the same."""
+    head = getattr(model, "output_layer", None)
+    if isinstance(head, ScalarHead):
+        return spec.weights("critic", head.num_groups)
+    return spec.weights("lm")
+
+
+def _make_entry(param_name: str, weights: dict[str, Weight], first_layer: int) -> Entry:
+    """weights: by megatron-core's names, with {layer} in the place of the layer's number."""
+    match = re.search(r"\.layers\.(\d+)\.", param_name)
     layer = first_layer + int(match[1]) if match else 0
-    names = tuple(name.format(layer=layer) for name in rule.hf_names)
-    return Entry(param_name, names, rule, local_shape, is_copy)
+    weight = weights[re.sub(r"\.layers\.\d+\.", ".layers.{layer}.", param_name)]
+    return Entry(param_name, tuple(part.name.format(layer=layer) for part in weight.parts), weight)

@@ -65,11 +65,12 @@ def build_model(
 
 
 def _mark_sharded_parameters(weights: WeightMap) -> None:
-    """The mark without which a parameter counts in the gradient norm on the first tensor-parallel rank alone, as one
-    that all ranks hold alike; megatron's layers set it only when they draw their own weights."""
+    """Mark the parameters of which each tensor-parallel rank holds a part. An unmarked one is taken for one that all
+    ranks hold alike, and counts in the gradient norm on the first rank only. megatron's layers set the mark only when
+    they draw their own weights."""
     for entry in weights.entries:
         parameter: Any = weights.model.get_parameter(entry.param_name)
-        parameter.tensor_model_parallel = entry.rule.shard_dim is not None
+        parameter.tensor_model_parallel = entry.weight.shard_dim is not None
 
 
 def _transformer_config(
@@ -98,7 +99,7 @@ def _transformer_config(
         pipeline_model_parallel_size=layout.pp_size,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=True,  # the padded length differs from batch to batch
-        moe_token_dispatcher_type="alltoall",  # variable lengths are refused beside the default, even without experts
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, experts or not
         cuda_graph_scope=[],  # the default warns that it is deprecated
         calculate_per_token_loss=True,  # losses are sums, divided once by the global count
         perform_initialization=False,  # weights are loaded
@@ -106,8 +107,8 @@ def _transformer_config(
         gradient_accumulation_fusion=kernels.gradient_accumulation_fusion,
         bias_activation_fusion=kernels.swiglu_fusion,
         apply_rope_fusion=kernels.rope_fusion,
-        masked_softmax_fusion=False,  # of an attention that is not ours
-        bias_dropout_fusion=False,  # there is neither
+        masked_softmax_fusion=False,  # for megatron's own attention, which is not used
+        bias_dropout_fusion=False,  # there is neither bias nor dropout
         **_recompute_options(recompute),
         **_pipeline_options(spec, layout.pp_size),
     )

@@ -6,24 +6,28 @@ them with what the engine does allocate. What they leave out is in `OVERHEAD_BYT
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_gil.models.llama import Head, LlamaSpec
+from megatron_gil.models.weight_table import Weight
 
 GIB, MIB = 1 << 30, 1 << 20
 OVERHEAD_BYTES = 4 * GIB
 """Estimate, ours: CUDA context and kernels 1 GiB, NCCL's buffers 1 GiB, what the allocator cannot use 2 GiB."""
 CHUNK_ELEMENTS = 1 << 22
 """Logits that are widened to float32 at a time (parallel/vocab.py)."""
-CACHE_BUCKET, PREFILL_TOKENS = 128, 1 << 14
-"""Columns of the cache come in such pieces, and prompts are read so many tokens at a time (engine/slots.py)."""
+CACHE_BUCKET = 128
+"""The key-value cache has a multiple of so many columns (BUCKET of engine/slots.py)."""
+PREFILL_TOKENS = 1 << 14
+"""At most so many tokens of prompts are read at once, padding included (engine/slots.py)."""
 SAMPLING_BYTES = 32
-"""Of a logit that is sampled from: float32 copies, the sorted values with their indices, and sums of them."""
+"""For each logit while a token is chosen: float32 copies, the sorted values with their indices, and running sums."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A layout that no process has."""
+    """The sizes of a layout. Unlike a ParallelLayout it needs no processes."""
 
     tp_size: int = 1
     pp_size: int = 1
@@ -63,7 +67,7 @@ class Rows:
 
     num_rows: int
     num_tokens: int
-    """Of a row, padding included."""
+    """The length of a row, padding included."""
     num_microbatches: int = 1
 
     @property
@@ -86,26 +90,19 @@ class Resident:
 
 def num_parameters(model: ModelUse, cut: Cut, pp_rank: int) -> int:
     """Parameters of one model on one rank."""
-    spec, tp, hidden = model.spec, cut.tp_size, model.spec.hidden_size
-    count = len(spec.layers_of(pp_rank, cut.pp_size)) * layer_parameters(spec, cut)
-    table = spec.padded_vocab_size(tp) // tp * hidden
-    is_last = pp_rank == cut.pp_size - 1
+    table = model.spec.weights(model.head, model.num_groups)
+    count = len(model.spec.layers_of(pp_rank, cut.pp_size)) * _num_elements(table.layer, cut)
     if pp_rank == 0:
-        count += table
-    if is_last:
-        count += hidden
-        if model.head != "lm":
-            count += hidden * (1 + (model.num_groups if model.num_groups > 1 else 0))
-        elif not spec.tied or pp_rank > 0:  # a tied head on another rank is a copy of the embedding
-            count += table
+        count += _num_elements(table.first, cut)
+    if pp_rank == cut.pp_size - 1:
+        # A tied head is the embedding itself where one rank holds both, else a copy of it.
+        count += _num_elements((w for w in table.last if not (w.is_copy and pp_rank == 0)), cut)
     return count
 
 
-def layer_parameters(spec: LlamaSpec, cut: Cut) -> int:
-    """Of one layer, on one tensor-parallel rank."""
-    hidden, queries, keys = spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    matrices = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * spec.ffn_size
-    return matrices // cut.tp_size + 2 * hidden
+def _num_elements(weights: Iterable[Weight], cut: Cut) -> int:
+    """On one tensor-parallel rank."""
+    return sum(weight.num_elements(cut.tp_size) for weight in weights)
 
 
 def resident(model: ModelUse, cut: Cut, pp_rank: int, precision: Precision) -> Resident:
@@ -178,24 +175,23 @@ def key_value_cache(model: ModelUse, cut: Cut, rows: Rows, precision: Precision)
 
 def received_weights(model: ModelUse, cut: Cut, pp_rank: int, precision: Precision) -> int:
     """What a pipeline rank is sent of the other ranks' weights for as long as it decodes."""
-    spec = model.spec
-    is_last = pp_rank == cut.pp_size - 1
-    table = spec.padded_vocab_size(cut.tp_size) // cut.tp_size * spec.hidden_size
-    layers = spec.num_layers - len(spec.layers_of(pp_rank, cut.pp_size))
-    count = layers * layer_parameters(spec, cut)
-    count += (0 if is_last else spec.hidden_size) + (0 if pp_rank == 0 else table)
-    if not spec.tied and not is_last:
-        count += table
+    table = model.spec.weights(model.head, model.num_groups)
+    num_layers = model.spec.num_layers - len(model.spec.layers_of(pp_rank, cut.pp_size))
+    count = num_layers * _num_elements(table.layer, cut)
+    if pp_rank > 0:
+        count += _num_elements(table.first, cut)
+    if pp_rank < cut.pp_size - 1:
+        count += _num_elements((w for w in table.last if not w.is_copy), cut)
     return precision.dtype_bytes * count
 
 
 def sampling_work(model: ModelUse, num_rows: int) -> int:
-    """The logits of the next token of every row, over the whole vocabulary, while one is chosen."""
+    """What is needed to choose the next token of every row from logits over the whole vocabulary."""
     return num_rows * model.spec.vocab_size * SAMPLING_BYTES
 
 
 def prefill_work(model: ModelUse, cut: Cut, rows: Rows, precision: Precision) -> int:
-    """Of the prompts that are read at once, one layer's inside."""
+    """The inside of one layer, for as many prompts as are read at once."""
     whole = Cut(tp_size=cut.tp_size)  # without sequence parallelism
     num_rows = min(rows.num_rows, max(1, PREFILL_TOKENS // rows.num_tokens))
     return layer_work(model.spec, whole, Rows(num_rows=num_rows, num_tokens=rows.num_tokens), precision)

@@ -16,8 +16,8 @@ class RankMemory:
     resident: Mapping[str, m.Resident]
     """By the model's role."""
     phases: Mapping[str, Mapping[str, int]]
-    """rollout, score, update of a model, its optimizer step -> weights received for sampling, activations,
-    logits, KV cache."""
+    """By phase (rollout, score, update ROLE, step ROLE), then by part (weights received for sampling, KV cache, logits,
+    activations, optimizer)."""
 
     @property
     def held(self) -> int:
@@ -37,7 +37,7 @@ class RankMemory:
 
 
 def rank_memory(workload: Workload, cut: m.Cut, pp_rank: int) -> RankMemory:
-    """The same for all ranks of a pipeline rank."""
+    """Of one pipeline rank; all tensor- and data-parallel ranks of it need the same."""
     precision, rows = workload.precision, workload.rows(cut)
     phases: dict[str, dict[str, int]] = {}
     if workload.rollout is not None:

@@ -16,7 +16,7 @@ from megatron_gil.planning.workload import Workload
 MICRO_SIZES = (8, 4, 2, 1)
 MOST_PIPELINE_RANKS = 16
 MOST_GROWTH = 1.125
-"""How much larger than asked for a batch may be that another number of replicas can share."""
+"""Where the replicas of a layout cannot share the batch evenly, it may grow by this factor until they can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

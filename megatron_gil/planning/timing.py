@@ -1,6 +1,7 @@
 """Seconds of one iteration: estimates from sizes and the assumptions of hardware.py.
 
-All rows are taken to be as long as the limits allow and nothing to overlap: an upper bound, but for the assumptions.
+All rows are taken to be as long as the limits allow, and no two things to happen at the same time. So the times are an
+upper bound as far as the assumptions hold.
 """
 
 from __future__ import annotations

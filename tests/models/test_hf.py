@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForSequenceClassification
 
 from megatron_gil.config import ConfigError
-from megatron_gil.models.hf import LAYER_RULES, WeightMap, load_weights
+from megatron_gil.models.hf import WeightMap, load_weights
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.transformer import build_model
@@ -74,11 +74,6 @@ def test_round_trip_is_bitwise(layout: dict[str, Any], root: Path) -> None:
 
 def test_the_sharded_directory_has_several_files(root: Path) -> None:
     assert len(list((root / "untied").glob("model-*.safetensors"))) > 2
-
-
-def test_both_spellings_of_the_norms_name_the_same_tensors() -> None:
-    assert LAYER_RULES["input_layernorm.weight"] == LAYER_RULES["self_attention.linear_qkv.layer_norm_weight"]
-    assert LAYER_RULES["pre_mlp_layernorm.weight"] == LAYER_RULES["mlp.linear_fc1.layer_norm_weight"]
 
 
 def _load_heads(hf_dir: Path, num_groups: int) -> tuple[list[str], bool]:

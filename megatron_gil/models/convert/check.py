@@ -10,38 +10,16 @@ from pathlib import Path
 from megatron_gil.config import ConfigError
 from megatron_gil.models.convert.weight_files import WeightFile
 from megatron_gil.models.llama import Head, LlamaSpec
+from megatron_gil.models.weight_table import EMBEDDING, GROUP_HEAD, LM_HEAD, Shape
+from megatron_gil.models.weight_table import SCORE_HEAD as SCORE_HEAD
 
-Shape = tuple[int, ...]
-
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
-SCORE_HEAD = "score.weight"
-GROUP_HEAD = "group_head.weight"
-"""Our group classifier, beside the critic's score.weight."""
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # written by early transformers 4
 
 
 def expected_shapes(spec: LlamaSpec, head: Head) -> Iterator[tuple[str, Shape]]:
     """Name and shape of every tensor such a model must have."""
-    hidden, ffn = spec.hidden_size, spec.ffn_size
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    yield EMBEDDING, (spec.vocab_size, hidden)
-    for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        yield f"{prefix}.self_attn.q_proj.weight", (queries, hidden)
-        yield f"{prefix}.self_attn.k_proj.weight", (keys, hidden)
-        yield f"{prefix}.self_attn.v_proj.weight", (keys, hidden)
-        yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-        yield f"{prefix}.mlp.gate_proj.weight", (ffn, hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (ffn, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, ffn)
-    yield "model.norm.weight", (hidden,)
-    if head != "lm":
-        yield SCORE_HEAD, (1, hidden)
-    elif not spec.tied:
-        yield LM_HEAD, (spec.vocab_size, hidden)
+    for _, tensor in spec.weights(head).hf_tensors(spec.num_layers):
+        yield tensor.name, tensor.shape
 
 
 def check_tensors(

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.models.llama import ARCHITECTURES, Head, LlamaSpec
+from megatron_gil.models.llama import Head, LlamaSpec
 
 _DROPPED = (
     "auto_map",  # names code of the source directory, which is not copied
@@ -28,7 +28,7 @@ def portable_config(raw: dict[str, Any], spec: LlamaSpec, head: Head, dtype: str
     config = {key: value for key, value in raw.items() if key not in _DROPPED}
     scaling = spec.rope_scaling_config()
     config |= {
-        "architectures": [ARCHITECTURES[head]],
+        "architectures": [spec.architectures[head]],
         "rope_theta": spec.rope_theta,
         "rope_scaling": scaling,
         "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": spec.rope_theta},

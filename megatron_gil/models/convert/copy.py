@@ -11,11 +11,12 @@ from typing import Any
 
 from megatron_gil.config import ConfigError
 from megatron_gil.models.convert.bin_files import read_bin_files
-from megatron_gil.models.convert.check import GROUP_HEAD, check_tensors
+from megatron_gil.models.convert.check import check_tensors
 from megatron_gil.models.convert.config_json import portable_config, read_tokenizer, score_config, write_small_files
 from megatron_gil.models.convert.locate import Role, find_model
 from megatron_gil.models.convert.weight_files import SafetensorsFile, StoredTensor, WeightFile, read_safetensors
 from megatron_gil.models.llama import Head, LlamaSpec, read_config
+from megatron_gil.models.weight_table import GROUP_HEAD
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -33,7 +34,7 @@ class ModelDirectory:
         """Sizes, headers and names, all checked; ConfigError in one line."""
         config = read_config(path)
         spec = LlamaSpec.from_config(config, source=str(path / "config.json"))
-        head = _head(config, path, role)
+        head = _head(config, spec, path, role)
         has_bin_only = not any(path.glob("model*.safetensors*")) and any(path.glob("pytorch_model*.bin"))
         files = read_bin_files(path) if allow_bin and has_bin_only else read_safetensors(path)
         check_tensors(files, spec, head, path)
@@ -68,8 +69,8 @@ def export_model(
     return _write(ModelDirectory.read(find_model(ckpt_dir, role, note), role=role), hf_dir, dtype)
 
 
-def _head(config: dict[str, Any], path: Path, role: Role | None) -> Head:
-    is_score = config.get("architectures") == ["LlamaForSequenceClassification"]
+def _head(config: dict[str, Any], spec: LlamaSpec, path: Path, role: Role | None) -> Head:
+    is_score = config.get("architectures") == [spec.architectures["score"]]
     if role is not None and is_score != (role != "policy"):
         found = "a score head" if is_score else "a language-model head"
         raise ConfigError(f"{path / 'config.json'}: architectures names a model with {found}, not a {role}")
@@ -77,7 +78,7 @@ def _head(config: dict[str, Any], path: Path, role: Role | None) -> Head:
 
 
 def _write(source: ModelDirectory, target: Path, dtype: str | None) -> Written:
-    """Beside, then renamed: `target` is there whole or not at all. Left-overs of a killed one are removed first."""
+    """Write beside, then rename: `target` is there whole or not at all. What a killed run left is removed first."""
     if target.exists():
         raise ConfigError(f"{target} exists already; nothing is overwritten, choose another name")
     cast = None if dtype is None else DTYPES[dtype]

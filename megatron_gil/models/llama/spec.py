@@ -7,9 +7,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from megatron_gil.config import ConfigError
+from megatron_gil.models.llama.tensors import llama_weights
+from megatron_gil.models.weight_table import WeightTable
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +29,7 @@ MOST = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 30,
 }
-"""Far above any Llama: a size beyond is a mistake, and would keep a reader busy for hours."""
-
-ARCHITECTURES: dict[Head, str] = {
-    "lm": "LlamaForCausalLM",
-    "score": "LlamaForSequenceClassification",
-    "critic": "LlamaForSequenceClassification",
-}
+"""Limits far above any Llama: a larger size is a mistake, and reading such a model would take hours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +44,12 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaSpec:
+    architectures: ClassVar[dict[Head, str]] = {
+        "lm": "LlamaForCausalLM",
+        "score": "LlamaForSequenceClassification",
+        "critic": "LlamaForSequenceClassification",
+    }
+    """transformers' classes."""
     hidden_size: int
     ffn_size: int
     num_layers: int
@@ -113,10 +115,14 @@ class LlamaSpec:
         """Rows of the embedding so that every tensor-parallel rank holds as many; never seen outside the model."""
         return math.ceil(self.vocab_size / tp_size) * tp_size
 
+    def weights(self, head: Head, num_groups: int = 0) -> WeightTable:
+        """The model's tensors: names, shapes and how ranks share them; group logits with more than one group."""
+        return llama_weights(self, head, num_groups)
+
     def hf_config(self, *, head: Head, num_groups: int = 0, dtype: torch.dtype) -> dict[str, Any]:
         """config.json for these sizes, in the keys that both transformers 4 and 5 read."""
         config: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[head]],
+            "architectures": [self.architectures[head]],
             "model_type": "llama",
             "hidden_act": "silu",
             "hidden_size": self.hidden_size,
@@ -217,9 +223,10 @@ class _ConfigReader:
         architectures = self.raw.get("architectures") or []
         if not isinstance(architectures, list):
             raise ConfigError(f"{self.source}: architectures is {architectures!r}, expected a list of names")
+        known_names = sorted(set(LlamaSpec.architectures.values()))
         for architecture in architectures:
-            if architecture not in (*ARCHITECTURES.values(), "LlamaModel"):
-                known = " or ".join(sorted(set(ARCHITECTURES.values())))
+            if architecture not in (*known_names, "LlamaModel"):
+                known = " or ".join(known_names)
                 raise ConfigError(f"{self.source}: architectures is {architecture!r}, expected {known}")
 
     def size(self, key: str, default: int | None = None) -> int:
