@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_gil import config as c
 from megatron_gil.models.llama import LlamaSpec
-from megatron_gil.planning.memory import OVERHEAD_BYTES, Cut, ModelUse, num_parameters
+from megatron_gil.planning.memory import OVERHEAD_BYTES, Cut, SizedModel, num_parameters
 from megatron_gil.planning.presets import SPECS
 from megatron_gil.planning.rank import rank_memory
 from megatron_gil.planning.workload import read_workload
@@ -138,5 +138,5 @@ def decoding_bytes(spec: LlamaSpec, num_rows: int, num_columns: float) -> float:
     return 2 * (forward_flops(spec, 0) / 2 + cache)
 
 
-def _use(spec: LlamaSpec) -> ModelUse:
-    return ModelUse(role="policy", spec=spec, head="lm", trained=False)
+def _use(spec: LlamaSpec) -> SizedModel:
+    return SizedModel(role="policy", spec=spec, head="lm", trained=False)

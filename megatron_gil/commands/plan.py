@@ -14,7 +14,7 @@ from megatron_gil.config import PpoConfig
 from megatron_gil.config.files import load_config
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.planning.hardware import GPUS, Assumptions, Gpu
-from megatron_gil.planning.memory import GIB, MIB, OVERHEAD_BYTES, Cut, ModelUse, num_parameters
+from megatron_gil.planning.memory import GIB, MIB, OVERHEAD_BYTES, Cut, SizedModel, num_parameters
 from megatron_gil.planning.presets import ppo_config, read_model, recipe
 from megatron_gil.planning.rank import RankMemory
 from megatron_gil.planning.search import Plan, advice, find_plans, limits
@@ -33,7 +33,7 @@ def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
     workload = read_workload(config, lambda role: spec)
     memory = int(arguments.gpu_memory * GIB)
     plans = find_plans(workload, arguments.gpus, memory, gpu, assume)
-    count = num_parameters(ModelUse(role="", spec=spec, head="lm", trained=False), Cut(), 0)
+    count = num_parameters(SizedModel(role="", spec=spec, head="lm", trained=False), Cut(), 0)
     console.print(
         f"{arguments.model}: {count / 1e9:.2f} billion parameters, PPO with {len(workload.models)} models on "
         f"{arguments.gpus} x {gpu.name}, {arguments.gpu_memory:g} GiB each. All figures are estimates."

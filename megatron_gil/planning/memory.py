@@ -44,7 +44,7 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelUse:
+class SizedModel:
     """One model of a run."""
 
     role: str
@@ -88,7 +88,7 @@ class Resident:
         return self.weights + self.gradients + self.optimizer
 
 
-def num_parameters(model: ModelUse, cut: Cut, pp_rank: int) -> int:
+def num_parameters(model: SizedModel, cut: Cut, pp_rank: int) -> int:
     """Parameters of one model on one rank."""
     table = model.spec.weights(model.head, model.num_groups)
     count = len(model.spec.layers_of(pp_rank, cut.pp_size)) * _num_elements(table.layer, cut)
@@ -105,7 +105,7 @@ def _num_elements(weights: Iterable[Weight], cut: Cut) -> int:
     return sum(weight.num_elements(cut.tp_size) for weight in weights)
 
 
-def resident(model: ModelUse, cut: Cut, pp_rank: int, precision: Precision) -> Resident:
+def resident(model: SizedModel, cut: Cut, pp_rank: int, precision: Precision) -> Resident:
     """Weights; of a trained model also float32 gradients, Adam's moments and, beside bfloat16, master weights."""
     count = num_parameters(model, cut, pp_rank)
     if not model.trained:
@@ -115,7 +115,7 @@ def resident(model: ModelUse, cut: Cut, pp_rank: int, precision: Precision) -> R
     return Resident(weights=precision.dtype_bytes * count, gradients=4 * count, optimizer=state * count // shared)
 
 
-def saved_activations(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+def saved_activations(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
     """What the forward pass keeps for the backward pass, of all microbatches that are under way at once."""
     spec, size, tokens = model.spec, precision.dtype_bytes, rows.total
     layers = len(spec.layers_of(pp_rank, cut.pp_size))
@@ -131,14 +131,14 @@ def saved_activations(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, preci
     return held * min(cut.pp_size - pp_rank, rows.num_microbatches) + passing
 
 
-def saved_logits(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+def saved_logits(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
     """The logits of one microbatch, which the backward pass reads; none but on the last pipeline rank."""
     if model.head != "lm" or pp_rank < cut.pp_size - 1:
         return 0
     return rows.total * _vocab(model, cut) * precision.dtype_bytes
 
 
-def backward_work(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+def backward_work(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
     """The most that the backward pass has beside what was saved: gradients of the logits, or of a layer's inside."""
     logits = saved_logits(model, cut, pp_rank, rows, precision)
     layer = 2 * rows.total * model.spec.ffn_size // cut.tp_size * precision.dtype_bytes
@@ -148,7 +148,7 @@ def backward_work(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision
     return max(logits + _chunk(model, cut, rows, precision), 2 * logits, layer) + gathered
 
 
-def forward_work(model: ModelUse, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+def forward_work(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
     """The most that a pass without gradient has at once: the inside of a layer, or the logits."""
     layer = layer_work(model.spec, cut, rows, precision)
     logits = saved_logits(model, cut, pp_rank, rows, precision)
@@ -165,7 +165,7 @@ def layer_work(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> i
     return inside + _gathered_bytes(spec, cut, rows, precision)
 
 
-def key_value_cache(model: ModelUse, cut: Cut, rows: Rows, precision: Precision) -> int:
+def key_value_cache(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) -> int:
     """Keys and values of every layer, slot and column: a pipeline rank decodes rows of its own through all layers."""
     spec = model.spec
     columns = -(-rows.num_tokens // CACHE_BUCKET) * CACHE_BUCKET
@@ -173,7 +173,7 @@ def key_value_cache(model: ModelUse, cut: Cut, rows: Rows, precision: Precision)
     return 2 * spec.num_layers * rows.num_rows * columns * width * precision.dtype_bytes
 
 
-def received_weights(model: ModelUse, cut: Cut, pp_rank: int, precision: Precision) -> int:
+def received_weights(model: SizedModel, cut: Cut, pp_rank: int, precision: Precision) -> int:
     """What a pipeline rank is sent of the other ranks' weights for as long as it decodes."""
     table = model.spec.weights(model.head, model.num_groups)
     num_layers = model.spec.num_layers - len(model.spec.layers_of(pp_rank, cut.pp_size))
@@ -185,19 +185,19 @@ def received_weights(model: ModelUse, cut: Cut, pp_rank: int, precision: Precisi
     return precision.dtype_bytes * count
 
 
-def sampling_work(model: ModelUse, num_rows: int) -> int:
+def sampling_work(model: SizedModel, num_rows: int) -> int:
     """What is needed to choose the next token of every row from logits over the whole vocabulary."""
     return num_rows * model.spec.vocab_size * SAMPLING_BYTES
 
 
-def prefill_work(model: ModelUse, cut: Cut, rows: Rows, precision: Precision) -> int:
+def prefill_work(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) -> int:
     """The inside of one layer, for as many prompts as are read at once."""
     whole = Cut(tp_size=cut.tp_size)  # without sequence parallelism
     num_rows = min(rows.num_rows, max(1, PREFILL_TOKENS // rows.num_tokens))
     return layer_work(model.spec, whole, Rows(num_rows=num_rows, num_tokens=rows.num_tokens), precision)
 
 
-def step_work(model: ModelUse, cut: Cut, pp_rank: int) -> int:
+def step_work(model: SizedModel, cut: Cut, pp_rank: int) -> int:
     """What torch's Adam makes for a moment: square roots of all second moments. (TE's and Apex' fused ones do not.)"""
     return 4 * num_parameters(model, cut, pp_rank) // (cut.dp_size if cut.distributed_optimizer else 1)
 
@@ -223,11 +223,11 @@ def _gathered_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision)
     return 2 * rows.total * spec.hidden_size * precision.dtype_bytes if cut.sequence_parallel else 0
 
 
-def _chunk(model: ModelUse, cut: Cut, rows: Rows, precision: Precision) -> int:
+def _chunk(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) -> int:
     """Logits widened to float32, a piece at a time."""
     elements = min(CHUNK_ELEMENTS, rows.total * _vocab(model, cut))
     return elements * (8 if precision.dtype_bytes == 2 else 4)
 
 
-def _vocab(model: ModelUse, cut: Cut) -> int:
+def _vocab(model: SizedModel, cut: Cut) -> int:
     return model.spec.padded_vocab_size(cut.tp_size) // cut.tp_size

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_gil.planning.hardware import Assumptions, Gpu
-from megatron_gil.planning.memory import Cut, ModelUse, num_parameters, received_weights
+from megatron_gil.planning.memory import Cut, SizedModel, num_parameters, received_weights
 from megatron_gil.planning.workload import Workload
 
 
@@ -51,7 +51,9 @@ def iteration_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) 
     return IterationTime(rollout=rollout, score=score, update=update, bubble=bubble)
 
 
-def decode_step_time(model: ModelUse, cut: Cut, num_rows: int, columns: float, gpu: Gpu, assume: Assumptions) -> float:
+def decode_step_time(
+    model: SizedModel, cut: Cut, num_rows: int, columns: float, gpu: Gpu, assume: Assumptions
+) -> float:
     """One token for each of the rows of a rank: every layer's weights and cache are read once. Only tensor parallelism
     makes a step shorter; pipeline ranks take rows of their own."""
     spec = model.spec
@@ -86,7 +88,7 @@ def _rollout_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -
     return sharing + fillings * (prefill + rollout.new_tokens * step)
 
 
-def _forward_time(model: ModelUse, workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
+def _forward_time(model: SizedModel, workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
     """One microbatch through one pipeline rank: 2 flops a parameter and token, and tensor parallelism's two all-reduces
     a layer. Attention's own products, a few percent at these lengths, are left out."""
     spec, tokens = model.spec, workload.micro_size * workload.sequences_per_row * workload.num_tokens
@@ -98,7 +100,7 @@ def _forward_time(model: ModelUse, workload: Workload, cut: Cut, gpu: Gpu, assum
     return compute + 2 * spec.num_layers / cut.pp_size * each
 
 
-def _step_time(model: ModelUse, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
+def _step_time(model: SizedModel, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
     """Gradients summed over data-parallel ranks in float32, then Adam: some 28 bytes a parameter read and written."""
     count = max(num_parameters(model, cut, pp_rank) for pp_rank in (0, cut.pp_size - 1))
     shared = cut.dp_size if cut.distributed_optimizer else 1
@@ -109,5 +111,5 @@ def _step_time(model: ModelUse, cut: Cut, gpu: Gpu, assume: Assumptions) -> floa
     return adam + volume / assume.bandwidth(gpu, cut.tp_size * cut.dp_size)
 
 
-def _parameters(model: ModelUse) -> int:
+def _parameters(model: SizedModel) -> int:
     return num_parameters(model, Cut(), 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_gil.config import CommandConfig, DpoConfig, PpoConfig, RewardConfig, require
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.uses import model_uses
-from megatron_gil.planning.memory import Cut, ModelUse, Precision, Rows
+from megatron_gil.planning.memory import Cut, Precision, Rows, SizedModel
 
 DEFAULT_SLOTS = 64
 """Where sampling.micro_size is null; a GPU with room takes more, one without takes fewer."""
@@ -32,7 +32,7 @@ class RolloutShape:
 class Workload:
     """A training run, as far as memory and time go. Rows are as long as the config's limits allow: upper bounds."""
 
-    models: tuple[ModelUse, ...]
+    models: tuple[SizedModel, ...]
     global_size: int
     """Rows of an update (pairs count once), over all ranks."""
     sequences_per_row: int
@@ -79,7 +79,7 @@ class Workload:
 def read_workload(config: CommandConfig, spec_of: Callable[[str], LlamaSpec]) -> Workload:
     """spec_of: the sizes of a model by its role."""
     models = tuple(
-        ModelUse(role=use.role, spec=spec_of(use.role), head=use.head, trained=use.trained, num_groups=use.num_groups)
+        SizedModel(role=use.role, spec=spec_of(use.role), head=use.head, trained=use.trained, num_groups=use.num_groups)
         for use in model_uses(config)
     )
     rollout = _read_rollout(config) if isinstance(config, PpoConfig) else None

@@ -27,10 +27,11 @@ from megatron_gil.data.rows.demonstrations import DemonstrationDataset, Response
 from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.models.convert.check import SCORE_HEAD, check_tensors
+from megatron_gil.models.convert.check import check_tensors
 from megatron_gil.models.convert.weight_files import read_safetensors
 from megatron_gil.models.llama import LlamaSpec, check_layout
 from megatron_gil.models.uses import ModelUse, model_uses
+from megatron_gil.models.weight_table import SCORE_HEAD
 from megatron_gil.training.ppo.checks import check_rollout
 from megatron_gil.training.run.best import check_keep_best
 from megatron_gil.training.run.output import new_file

@@ -51,7 +51,7 @@ def test_formula_agrees_with_what_is_allocated(case: tuple[dict[str, Any], str, 
 
 
 def predict(head: Any, cut: m.Cut, pp_rank: int, settings: dict[str, Any]) -> dict[str, int]:
-    model = m.ModelUse(role="policy", spec=SPEC, head=head, trained=True, num_groups=2 if head == "critic" else 0)
+    model = m.SizedModel(role="policy", spec=SPEC, head=head, trained=True, num_groups=2 if head == "critic" else 0)
     precision = m.Precision(
         dtype_bytes=2 if settings["dtype"] == "bfloat16" else 4, recompute=settings.get("recompute", "none")
     )

@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_gil.cli import main
 from megatron_gil.config import ConfigError
 from megatron_gil.planning.hardware import GPUS, Assumptions
-from megatron_gil.planning.memory import GIB, Cut, ModelUse, Precision, num_parameters
+from megatron_gil.planning.memory import GIB, Cut, Precision, SizedModel, num_parameters
 from megatron_gil.planning.presets import SPECS, ppo_config, read_model
 from megatron_gil.planning.search import Plan, advice, find_plans, limits
 from megatron_gil.planning.timing import iteration_time
@@ -43,13 +43,13 @@ def plans(size: str, num_gpus: int, memory_gib: int = 80) -> list[Plan]:
     ],
 )
 def test_presets_have_the_published_number_of_parameters(size: str, published: float) -> None:
-    model = ModelUse(role="policy", spec=SPECS[size], head="lm", trained=False)
+    model = SizedModel(role="policy", spec=SPECS[size], head="lm", trained=False)
     assert num_parameters(model, Cut(), 0) == pytest.approx(published, rel=1e-3)
 
 
 @pytest.mark.parametrize("head", ["lm", "score", "critic"])
 def test_pipeline_ranks_share_the_parameters_out(head: str) -> None:
-    model = ModelUse(role="any", spec=SPECS["7b"], head=head, trained=True, num_groups=2)  # type: ignore[arg-type]
+    model = SizedModel(role="any", spec=SPECS["7b"], head=head, trained=True, num_groups=2)  # type: ignore[arg-type]
     parts = [num_parameters(model, Cut(pp_size=3), pp_rank) for pp_rank in range(3)]
     assert sum(parts) == num_parameters(model, Cut(), 0)
 
@@ -157,10 +157,10 @@ def test_time_of_a_published_run_within_a_factor_of_two() -> None:
         SPECS["7b"], hidden_size=1024, ffn_size=2730, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=64
     )
     models = (
-        ModelUse(role="policy", spec=SPECS["13b"], head="lm", trained=True),
-        ModelUse(role="ref_policy", spec=SPECS["13b"], head="lm", trained=False),
-        ModelUse(role="critic", spec=small, head="critic", trained=True),
-        ModelUse(role="reward_model", spec=small, head="score", trained=False),
+        SizedModel(role="policy", spec=SPECS["13b"], head="lm", trained=True),
+        SizedModel(role="ref_policy", spec=SPECS["13b"], head="lm", trained=False),
+        SizedModel(role="critic", spec=small, head="critic", trained=True),
+        SizedModel(role="reward_model", spec=small, head="score", trained=False),
     )
     workload = Workload(
         models=models,

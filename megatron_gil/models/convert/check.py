@@ -11,7 +11,6 @@ from megatron_gil.config import ConfigError
 from megatron_gil.models.convert.weight_files import WeightFile
 from megatron_gil.models.llama import Head, LlamaSpec
 from megatron_gil.models.weight_table import EMBEDDING, GROUP_HEAD, LM_HEAD, Shape
-from megatron_gil.models.weight_table import SCORE_HEAD as SCORE_HEAD
 
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # written by early transformers 4
 

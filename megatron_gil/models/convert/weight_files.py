@@ -87,8 +87,12 @@ def read_safetensors(directory: Path) -> list[SafetensorsFile]:
     if files:
         return files
     if any(directory.glob("pytorch_model*.bin")):
-        raise ConfigError(f"{directory}: holds .bin files only, which are pickles; `convert import --allow-bin` reads their tensors")
-    raise ConfigError(f"{directory}: holds no model.safetensors or model-*-of-*.safetensors; give a directory that does")
+        raise ConfigError(
+            f"{directory}: holds .bin files only, which are pickles; `convert import --allow-bin` reads their tensors"
+        )
+    raise ConfigError(
+        f"{directory}: holds no model.safetensors or model-*-of-*.safetensors; give a directory that does"
+    )
 
 
 def find_files(directory: Path, stem: str, suffix: str) -> list[Path]:

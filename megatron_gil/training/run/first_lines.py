@@ -17,8 +17,7 @@ from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.kernels import Kernels, attention_backend
 from megatron_gil.models.uses import ModelUse
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.planning.memory import GIB, Cut, num_parameters
-from megatron_gil.planning.memory import ModelUse as SizedModel
+from megatron_gil.planning.memory import GIB, Cut, SizedModel, num_parameters
 from megatron_gil.training.check_run import CheckedRun, model_path
 
 FirstRow = tuple[str, str]
