@@ -31,7 +31,7 @@ words = st.text(min_size=1, max_size=30).filter(str.strip)
 def trained_tokens(batch: TokenBatch, row: int) -> list[int]:
     """The tokens whose choice is imitated, by the legend of types.py."""
     mask = batch.response_mask[row].tolist()
-    return [batch.tokens[row, t + 1].item() for t in range(len(mask)) if mask[t]]
+    return [int(batch.tokens[row, t + 1]) for t in range(len(mask)) if mask[t]]
 
 
 def trained_runs(tokens: list[int], is_reply: list[bool]) -> list[list[int]]:

@@ -82,7 +82,7 @@ def _weights(models: dict[str, TrainableModel]) -> Weights:
     return {role: full_weights(model) for role, model in models.items()}
 
 
-def _store(directory: Path, layout: ParallelLayout, root: Path, **section: int) -> CheckpointStore:
+def _store(directory: Path, layout: ParallelLayout, root: Path, **section: Any) -> CheckpointStore:
     return CheckpointStore(directory, layout, CheckpointSection(**section), tokenizer_dir=root / "policy")
 
 

@@ -5,10 +5,12 @@ import base64
 import json
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 
 from megatron_gil.commands.evaluate import evaluate, report
 from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunSection
@@ -27,7 +29,7 @@ def make_run(directory: Path, *, num_groups: int, iterations: int = 30) -> Path:
     (directory / "config.yaml").write_text(f"# megatron_gil 0.1.0, commit abc123\n{dump_config(config)}")
     with (directory / "metrics.jsonl").open("w") as file:
         for i in range(iterations):
-            row: dict[str, float | None] = {"iteration": i, "reward/score_mean": i / 10, "policy/kl_sequence": None}
+            row: dict[str, Any] = {"iteration": i, "reward/score_mean": i / 10, "policy/kl_sequence": None}
             row |= {"reward/score_mean_known_greet": i / 10, "reward/score_mean_known_fact": 0.0}
             row |= {f"group/return_{g}": float(g) for g in range(num_groups)}
             file.write(json.dumps(row) + "\n")
@@ -315,6 +317,7 @@ def test_alarms_are_a_list_and_bands(runs: list[Path], tmp_path: Path) -> None:
     shaded = figures.curve_grid(lines, alarms={"KL": {"a": [(1, 2)]}}, color={"a": "#123456"}).axes[0]
     assert (len(plain.patches), len(shaded.patches)) == (0, 2)
     for patch in shaded.patches:  # the shade and the strip at the foot, half an iteration to each side
+        assert isinstance(patch, Rectangle)
         assert (patch.get_x(), patch.get_x() + patch.get_width()) == (0.5, 2.5)
         assert patch.get_facecolor()[:3] == pytest.approx((0x12 / 255, 0x34 / 255, 0x56 / 255))
 

@@ -88,7 +88,7 @@ def _ppo(root: Path, layout: ParallelLayout, micro_size: int, dtype: torch.dtype
             gil=gil, batch={"micro_size": micro_size}, ppo={"clip_range": 0.05, "value_clip_range": 0.1}
         )
         trainer = make_trainer(config, root, layout, kind=GradientModel, dtype=dtype)
-        rollout = trainer.sampler.sample(trainer.prompts.batch(0))
+        rollout = trainer.sample(trainer.prompts.batch(0))
         experience, _ = trainer.shape(rollout, trainer.score(rollout))
         metrics = trainer.optimize(_as_if_older(experience, rollout.sample_ids))
         models = {"policy": trainer.policy, "critic": trainer.critic, "classifier": trainer.classifier}

@@ -64,10 +64,10 @@ def _shape(layout: dict[str, Any]) -> list[tuple[Experience, ScoreMoments, dict[
         sums = all_sum(started)
         grouping, moments, found = LearnedGroups(GIL, sums), ScoreMoments(), []
         for seed in (1, 2):
-            rollout, scores = (take_rows(batch, _mine(started)) for batch in _rollout(seed))
+            rollout, scores = _rollout(seed)
             experience, moments, metrics = shape_experience(
-                rollout,
-                scores,
+                take_rows(rollout, _mine(started)),
+                take_rows(scores, _mine(started)),
                 moments=moments,
                 grouping=grouping,
                 num_updates=1,

@@ -58,7 +58,7 @@ def _check(command: str, world: Path, *overrides: str) -> Any:
     extra = ["run.dir=x"] if command not in ("generate", "score") else ["output=x"]
     config = load_config(CONFIGS[command], None, [*common, *extra, *overrides])
     named = {role: getattr(config.models, role) for role in ROLES[command]}
-    paths = {role: Path(path or getattr(config.models, FALLBACKS.get(role, role))) for role, path in named.items()}
+    paths = {role: Path(path or getattr(config.models, FALLBACKS[role])) for role, path in named.items()}
     return read_tokenizers(command, config, paths, {role: LlamaSpec.read(path) for role, path in paths.items()})
 
 
