@@ -31,12 +31,12 @@ def _commands(world: Path, tmp_path: Path) -> dict[str, tuple[Callable[[list[str
     (tmp_path / "out").mkdir()
     data = ["jsonl", "--input", str(world / "demonstrations.jsonl"), "--output", output]
     return {
-        "plan": (main, ["plan"], "planning.command.find_plans"),
+        "plan": (main, ["plan"], "commands.plan.find_plans"),
         "report": (main, ["report", str(tmp_path / "run"), "--output", output], "paths.os.fsync"),
         "evaluate": (main, ["evaluate", replies, replies, "--output", output], "paths.os.fsync"),
-        "sft": (main, [*ppo(world), "--dry-run"], "training.dry_run.rank_memory"),
+        "sft": (main, [*ppo(world), "--dry-run"], "commands.dry_run.rank_memory"),
         "demo": (main, ["demo", "--quick", "--output", output], "demo.world.write_tiny_llama"),
-        "prepare-data": (main, ["prepare-data", *data], "data.prepare.write_card"),
+        "prepare-data": (main, ["prepare-data", *data], "data.prepare.split.write_card"),
         "convert": (
             main,
             ["convert", "import", str(world / "policy"), output],

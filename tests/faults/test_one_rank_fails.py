@@ -131,7 +131,7 @@ class HangUnderNccl:
 
 def test_a_rank_that_hangs_is_named_where_collectives_do_not_raise(world: Path, tmp_path: Path) -> None:
     run = arguments("ppo", world, tmp_path / "run", "parallel.timeout_s=10")
-    ranks = Ranks(run, world, tmp_path / "log", change=HangUnderNccl("training.ppo.PpoTrainer.sample"))
+    ranks = Ranks(run, world, tmp_path / "log", change=HangUnderNccl("training.ppo.iteration.PpoTrainer.sample"))
     ranks.processes[0].join(90)
     ranks.kill([1])
     assert ranks.wait()[0] == 1
