@@ -1,16 +1,26 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+
+def read_version() -> str:
+    """From the package's text: importing it takes torch, which a build does not have."""
+    found = re.search(r'^__version__ = "(.+)"$', Path("megatron_gil/__init__.py").read_text(encoding="utf-8"), re.M)
+    assert found is not None
+    return found[1]
+
+
 setup(
     name="megatron_gil",
-    version="0.1.0",
+    version=read_version(),
     description="Group-invariant learning for RLHF on megatron-core",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_gil", "megatron_gil.*"]),
     package_data={
+        "megatron_gil": ["py.typed"],
         "megatron_gil.demo": ["recipes/*.yaml"],
         "megatron_gil.planning": ["paper_7b/*.yaml"],  # through a link: examples/paper_7b, which `plan` reads
     },

@@ -155,10 +155,3 @@ def take_rows(batch: Rows, index: Tensor | slice) -> Rows:
     """The rows of a batch of this module that `index` picks (every field is indexed along its first axis)."""
     values: dict[str, Any] = {f.name: getattr(batch, f.name)[index] for f in fields(batch)}  # type: ignore[arg-type]
     return replace(batch, **values)  # type: ignore[type-var]
-
-
-def concat_rows(batches: list[Rows]) -> Rows:
-    """Batches of one type and padded length, one after the other."""
-    first = batches[0]
-    values = {f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(first)}  # type: ignore[arg-type]
-    return replace(first, **values)  # type: ignore[type-var]

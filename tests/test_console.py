@@ -36,7 +36,7 @@ def _commands(world: Path, tmp_path: Path) -> dict[str, tuple[Callable[[list[str
         "evaluate": (main, ["evaluate", replies, replies, "--output", output], "paths.os.fsync"),
         "sft": (main, [*ppo(world), "--dry-run"], "commands.dry_run.rank_memory"),
         "demo": (main, ["demo", "--quick", "--output", output], "demo.world.write_tiny_llama"),
-        "prepare-data": (main, ["prepare-data", *data], "data.prepare.write_card"),
+        "prepare-data": (main, ["prepare-data", *data], "data.prepare.split.write_card"),
         "convert": (
             main,
             ["convert", "import", str(world / "policy"), output],

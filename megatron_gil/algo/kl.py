@@ -15,11 +15,6 @@ def k1(log_probs: Float[Tensor, "batch pos"], ref_log_probs: Float[Tensor, "batc
     return log_probs - ref_log_probs
 
 
-def k2(log_probs: Float[Tensor, "batch pos"], ref_log_probs: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-    """(log r)^2 / 2: biased to second order, never negative."""
-    return (log_probs - ref_log_probs).square() / 2
-
-
 def k3(log_probs: Float[Tensor, "batch pos"], ref_log_probs: Float[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
     """(r - 1) - log r: unbiased and never negative."""
     log_r = ref_log_probs - log_probs

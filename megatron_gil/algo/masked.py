@@ -31,17 +31,12 @@ def masked_mean(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, all
 
 
 @torch.no_grad()
-def whiten(
-    x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, all_sum: AllSum, keep_mean: bool = False
-) -> Float[Tensor, "*shape"]:
-    """(x - mean) / sqrt(variance + 1e-8) with the population moments over all ranks; 0 outside the mask.
-
-    `keep_mean=True` only rescales: the result has the mean of x.
-    """
+def whiten(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, all_sum: AllSum) -> Float[Tensor, "*shape"]:
+    """(x - mean) / sqrt(variance + 1e-8) with the population moments over all ranks; 0 outside the mask."""
     mean = masked_mean(x, mask, all_sum=all_sum)
     centred = x.double() - mean
     variance = masked_mean(centred.square(), mask, all_sum=all_sum)
-    whitened = centred * torch.rsqrt(variance + _TINY) + (mean if keep_mean else 0)
+    whitened = centred * torch.rsqrt(variance + _TINY)
     return torch.where(mask, whitened, 0).to(x.dtype)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,10 +28,6 @@ def all_sum(layout: ParallelLayout) -> AllSum:
         return total.to(tensor.device)
 
     return sum_over_dp
-
-
-def max_over_dp(value: int, layout: ParallelLayout) -> int:
-    return _reduce_int(value, dist.ReduceOp.MAX, layout, layout.dp_pg)
 
 
 def max_over_ranks(value: int, layout: ParallelLayout) -> int:
@@ -82,18 +77,6 @@ def share_from_last_pp_stage(
         tensor = tensor.contiguous()
         dist.broadcast(tensor, group=layout.pp_pg, group_src=layout.pp_size - 1)
     return tensor
-
-
-def gather_rows(rows: Rows, layout: ParallelLayout) -> Rows:
-    """All data-parallel ranks' rows, in the order of ranks: of a tensor, or of every tensor of a batch of types.py.
-
-    Every rank gives equal shapes. Fields that are None stay None.
-    """
-    if isinstance(rows, Tensor):
-        return _gather_tensor(rows, layout)
-    batch: Any = rows
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{n: v if v is None else _gather_tensor(v, layout) for n, v in values.items()})
 
 
 def sum_over_tp(tensor: Tensor, layout: ParallelLayout) -> None:
@@ -158,12 +141,3 @@ def _reduce_int(value: int, op: Any, layout: ParallelLayout, group: dist.Process
     box = torch.tensor(value, dtype=torch.int64)  # through gloo: a GPU would first have to finish what it works on
     dist.all_reduce(box, op=op, group=group)
     return int(box.item())
-
-
-def _gather_tensor(tensor: Tensor, layout: ParallelLayout) -> Any:
-    if layout.dp_size == 1:
-        return tensor
-    local = tensor.to(layout.device).contiguous()
-    parts = [torch.empty_like(local) for _ in range(layout.dp_size)]
-    dist.all_gather(parts, local, group=layout.dp_pg)
-    return torch.cat(parts).to(tensor.device)

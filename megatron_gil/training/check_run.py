@@ -120,8 +120,8 @@ def _find_model(config: CommandConfig, use: ModelUse, sizes_from: Path | None) -
     if not directory.is_dir():
         if sizes_from is None:
             raise ConfigError(
-                f"models.{use.key}={directory} is not a directory; where an earlier stage has yet to write it, --dry-run "
-                "takes --sizes-from LLAMA_DIR"
+                f"models.{use.key}={directory} is not a directory; where an earlier stage has yet to write it, "
+                "--dry-run takes --sizes-from LLAMA_DIR"
             )
         directory, note = sizes_from, f"models.{use.key}={directory} is not there yet: sizes of {sizes_from}"
     spec, parallel = LlamaSpec.read(directory), config.parallel

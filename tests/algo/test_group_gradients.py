@@ -124,6 +124,7 @@ def test_a_zero_head_never_moves(num_groups):
     probs = logits.detach().softmax(1)
     stats = group_statistics(probs, returns, all_sum=torch.clone)
     classifier_loss(logits, classifier_coefs(probs, returns, stats)).backward()
+    assert logits.grad is not None
     assert logits.grad.abs().max() <= (0 if num_groups == 2 else 1e-16)
 
 
@@ -139,6 +140,7 @@ def test_a_head_off_zero_grows_the_variance():
         stats = group_statistics(probs.detach(), returns, all_sum=torch.clone)
         variances.append(stats.variance)
         classifier_loss(hidden @ phi, classifier_coefs(probs.detach(), returns, stats)).backward()
+        assert phi.grad is not None
         head = head - 0.5 * phi.grad
     assert variances == sorted(variances)
     assert variances[-1] > 100 * variances[0]

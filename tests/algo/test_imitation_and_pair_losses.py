@@ -65,6 +65,7 @@ def test_accuracy_can_fail():
 def test_pairwise_gradient_stays_finite_for_extreme_margins():
     scores = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
     pairwise_loss(scores).total.backward()
+    assert scores.grad is not None
     assert scores.grad.tolist() == [[0, 0], [-1, 1]]
 
 

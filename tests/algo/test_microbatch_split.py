@@ -47,6 +47,7 @@ def accumulated(name, rows_of_pieces):
         loss.total.backward()
         for key, value in {"total": loss.total, **loss.metrics}.items():
             sums[key] = sums.get(key, 0.0) + value.item()
+    assert weight.grad is not None
     return weight.grad, sums
 
 

@@ -42,6 +42,7 @@ def test_policy_gradient_is_minus_ratio_times_advantage_where_not_clipped():
     (log_probs, old, advantages, *_), mask = tokens(torch.float64)
     log_probs.requires_grad_()
     policy_loss(log_probs, old, advantages, mask, clip_range=0.2).total.backward()
+    assert log_probs.grad is not None
     for i in range(6):
         for t in range(4):
             ratio, a = math.exp(log_probs[i, t].item() - old[i, t].item()), advantages[i, t].item()
@@ -62,6 +63,7 @@ def test_wild_padding_gives_no_nan_gradient():
     wild = torch.where(mask, log_probs, 1e4).requires_grad_()
     loss = policy_loss(wild, old, advantages, mask, clip_range=0.2)
     loss.total.backward()
+    assert wild.grad is not None
     assert wild.grad.isfinite().all()
     assert (wild.grad[~mask] == 0).all()
     assert all(value.isfinite() for value in loss.metrics.values())

@@ -57,6 +57,13 @@ def test_config(world: Path, tmp_path: Path, name: str) -> None:
     assert all(part in message for part in [str(source), *parts]), message
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"hidden_size": ' + "9" * 5000 + "}", "\ufeff{}"])
+def test_config_texts_that_break_parsers(world: Path, tmp_path: Path, text: str) -> None:
+    source = copy_as(world / "policy", tmp_path / "source")
+    (source / "config.json").write_text(text)
+    assert str(source) in _refusal(source, tmp_path)
+
+
 def _remove_tensor(source: Path) -> None:
     tensors = read_tensors(source)
     del tensors[QUERY]

@@ -86,7 +86,8 @@ def test_transformers_gives_the_same_scores(trained: tuple[Path, Tensor], tmp_pa
     """The critic has the reward model's weights and the group classifier's besides, which is left out."""
     assert "group_head.weight" in read_tensors(trained[0] / "checkpoints/iter_0000002/critic")
     export_model(trained[0], tmp_path / "out", role=role, note=pytest.fail)
-    model, report = LlamaForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loaded: Any = LlamaForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, report = loaded
     assert not any(report.values()), report
     batch = _batch()
     mask = torch.arange(12) < batch.lengths[:, None]

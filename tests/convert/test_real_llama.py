@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -47,7 +48,7 @@ def test_greedy_text_equals_transformers(stories: Path, tmp_path: Path) -> None:
     export_model(tmp_path / "imported", tmp_path / "exported", role="policy", note=print)
     assert_equal_bits(read_tensors(tmp_path / "exported"), read_tensors(stories))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "exported")
+    model: Any = LlamaForCausalLM.from_pretrained(tmp_path / "exported")
     expected = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")

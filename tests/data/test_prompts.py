@@ -27,9 +27,9 @@ def test_prompts_are_padded_on_the_right_and_keep_their_ids(
     texts = ["a", "the little girl loved to play", "TL;DR:"]
     dataset = PromptDataset(write_rows([{"prompt": t} for t in texts]), plain_tokenizer, max_prompt_tokens=64)
     row_ids = [1, 1, 0, 2]
-    batch = dataset.collate(row_ids, [4, 5, 6, 7], pad_to_multiple=8)
+    batch = dataset.collate(row_ids, [4, 5, 6, 7])
     expected = [plain_tokenizer.encode(texts[i], bos=True) for i in row_ids]
-    assert batch.tokens.shape == (4, -(-max(map(len, expected)) // 8) * 8)
+    assert batch.tokens.shape == (4, max(map(len, expected)))
     for tokens, length, ids in zip(batch.tokens.tolist(), batch.lengths.tolist(), expected, strict=True):
         assert tokens[:length] == ids
         assert set(tokens[length:]) <= {plain_tokenizer.pad_id}

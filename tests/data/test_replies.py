@@ -31,7 +31,7 @@ words = st.text(min_size=1, max_size=30).filter(str.strip)
 def trained_tokens(batch: TokenBatch, row: int) -> list[int]:
     """The tokens whose choice is imitated, by the legend of types.py."""
     mask = batch.response_mask[row].tolist()
-    return [batch.tokens[row, t + 1].item() for t in range(len(mask)) if mask[t]]
+    return [int(batch.tokens[row, t + 1]) for t in range(len(mask)) if mask[t]]
 
 
 def trained_runs(tokens: list[int], is_reply: list[bool]) -> list[list[int]]:
@@ -47,8 +47,8 @@ def trained_runs(tokens: list[int], is_reply: list[bool]) -> list[list[int]]:
 def test_a_demonstration_is_prompt_reply_and_end(write_rows: Callable[..., Path], plain_tokenizer: Tokenizer):
     rows = [{"prompt": "\n\nHuman: hi\n\nAssistant:", "completion": " hello there"}, {"prompt": "a", "completion": "b"}]
     dataset = DemonstrationDataset(write_rows(rows), plain_tokenizer, **LIMITS)
-    batch = dataset.collate([1, 0, 0], pad_to_multiple=16)
-    assert batch.tokens.shape[1] % 16 == 0
+    batch = dataset.collate([1, 0, 0])
+    assert batch.tokens.shape[1] == max(batch.lengths)
     assert batch.response_mask.shape == (3, batch.tokens.shape[1] - 1)
     assert batch.row_ids.tolist() == [1, 0, 0]
     for i, row_id in enumerate([1, 0, 0]):
@@ -159,7 +159,7 @@ def test_a_preference_is_two_replies_to_one_prompt(write_rows: Callable[..., Pat
         {"prompt": "a", "chosen": "b", "rejected": "the little girl"},
     ]
     dataset = PreferenceDataset(write_rows(rows), plain_tokenizer, **LIMITS)
-    batch: PreferenceBatch = dataset.collate([1, 0], pad_to_multiple=4)
+    batch: PreferenceBatch = dataset.collate([1, 0])
     assert batch.tokens.shape == (2, 2, batch.tokens.shape[-1])
     assert batch.ref_log_probs.tolist() == [[0, 0], [0, 0]]
     for i, row_id in enumerate([1, 0]):

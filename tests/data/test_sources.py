@@ -14,6 +14,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.data.prepare.sources import SOURCES, guess_reader
 from megatron_gil.data.prepare.sources.example import Example, Origin, Tally
 from megatron_gil.data.prepare.sources.files import HubChoice, iter_native_rows, stream_hub
+from megatron_gil.data.text.chat import Message
 
 HI = "\n\nHuman: hi\n\nAssistant:"
 CUT_END = "question without a reply cut from the end"
@@ -48,7 +49,7 @@ def turns(*said: str, first: str = "human") -> list[dict[str, str]]:
     return [{"from": speakers[i % 2], "value": text} for i, text in enumerate(said)]
 
 
-def messages(*said: str) -> list[dict[str, str]]:
+def messages(*said: str) -> list[Message]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,8 @@ def test_every_word_is_one_piece(world: World) -> None:
 def test_transformers_loads_the_model_whole(world: World) -> None:
     from transformers import LlamaForCausalLM
 
-    model, info = LlamaForCausalLM.from_pretrained(str(world.model), output_loading_info=True)
+    loaded: Any = LlamaForCausalLM.from_pretrained(str(world.model), output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -75,14 +75,14 @@ def _critic_loss(readout: Readout, rows: TokenBatch) -> LossSum:
     assert readout.group_logits is not None
     target = torch.arange(NUM_GROUPS) + 1.0
     total = (readout.values - 1).square().sum() + (readout.group_logits - target).square().sum()
-    return LossSum(total=total, count=torch.tensor(rows.tokens.shape[0]), metrics={})
+    return LossSum(total=total, metrics={})
 
 
 def _weights(models: dict[str, TrainableModel]) -> Weights:
     return {role: full_weights(model) for role, model in models.items()}
 
 
-def _store(directory: Path, layout: ParallelLayout, root: Path, **section: int) -> CheckpointStore:
+def _store(directory: Path, layout: ParallelLayout, root: Path, **section: Any) -> CheckpointStore:
     return CheckpointStore(directory, layout, CheckpointSection(**section), tokenizer_dir=root / "policy")
 
 

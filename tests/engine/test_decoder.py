@@ -155,7 +155,7 @@ class _HostReads:
 
 class NoEnd:
     pad_id = 0
-    eos_ids = (2,)
+    eos_ids: tuple[int, ...] = (2,)
 
 
 def _prompts(num_rows: int, repeats: int = 1) -> PromptBatch:

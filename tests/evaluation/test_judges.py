@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from megatron_gil.config import ConfigError
-from megatron_gil.evaluation.judge import ScoreJudge, SwappedOrders, opposite, recorded_scores
+from megatron_gil.evaluation.judge import ScoreJudge, SwappedOrders, Verdict, opposite, recorded_scores
 from megatron_gil.evaluation.llm_judge import LlmJudge, read_verdict
 from megatron_gil.evaluation.winrate import HEADER, table_rows, verdicts, win_rate
 
@@ -64,7 +64,9 @@ def test_win_rate_counts_and_swaps() -> None:
 
 def test_win_rate_interval_is_binomial() -> None:
     """60 wins in 100: 1.96 sqrt(0.6 * 0.4 / 100) = 0.096 to either side."""
-    win = win_rate(["win"] * 60 + ["lose"] * 40).win
+    won: list[Verdict] = ["win"] * 60
+    lost: list[Verdict] = ["lose"] * 40
+    win = win_rate(won + lost).win
     assert win.low == pytest.approx(0.6 - 0.096, abs=0.015)
     assert win.high == pytest.approx(0.6 + 0.096, abs=0.015)
 

@@ -6,10 +6,12 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from megatron_gil.commands.evaluate import evaluate, report
@@ -29,7 +31,7 @@ def make_run(directory: Path, *, num_groups: int, iterations: int = 30) -> Path:
     (directory / "config.yaml").write_text(f"# megatron_gil 0.1.0, commit abc123\n{dump_config(config)}")
     with (directory / "metrics.jsonl").open("w") as file:
         for i in range(iterations):
-            row: dict[str, float | None] = {"iteration": i, "reward/score_mean": i / 10, "policy/kl_sequence": None}
+            row: dict[str, Any] = {"iteration": i, "reward/score_mean": i / 10, "policy/kl_sequence": None}
             row |= {"reward/score_mean_known_greet": i / 10, "reward/score_mean_known_fact": 0.0}
             row |= {f"group/return_{g}": float(g) for g in range(num_groups)}
             file.write(json.dumps(row) + "\n")
@@ -144,8 +146,10 @@ def test_figures_are_well_formed_and_reproducible() -> None:
 
 def test_a_png_is_small_and_the_same_every_time() -> None:
     def draw() -> bytes:
-        lines = {f"method {i}": (range(130), np.random.default_rng(i).normal(size=130).cumsum()) for i in range(8)}
-        bands = {name: (y - 3.0, y + 3.0) for name, (_, y) in lines.items()}
+        lines: dict[str, Any] = {
+            f"method {i}": (range(130), np.random.default_rng(i).normal(size=130).cumsum()) for i in range(8)
+        }
+        bands: dict[str, Any] = {name: (y - 3.0, y + 3.0) for name, (_, y) in lines.items()}
         return figures.to_png(figures.curve_grid({"a": lines, "b": lines, "c": lines}, bands={"a": bands, "b": bands}))
 
     drawn = draw()
@@ -330,6 +334,7 @@ def test_alarms_are_a_list_and_bands(runs: list[Path], tmp_path: Path) -> None:
     shaded = figures.curve_grid(lines, alarms={"KL": {"a": [(1, 2)]}}, color={"a": "#123456"}).axes[0]
     assert (len(plain.patches), len(shaded.patches)) == (0, 2)
     for patch in shaded.patches:  # the shade and the strip at the foot, half an iteration to each side
+        assert isinstance(patch, Rectangle)
         assert (patch.get_x(), patch.get_x() + patch.get_width()) == (0.5, 2.5)
         assert patch.get_facecolor()[:3] == pytest.approx((0x12 / 255, 0x34 / 255, 0x56 / 255))
 

@@ -14,8 +14,8 @@ from tests.faults.running import arguments, check_equal
 TIMEOUT_S = 24.0
 BOTH = (0, 1)
 PLACES = {
-    "rollout_rank_1": SignalAt("engine.generation.Generator._choose", 40, (1,)),
-    "rollout_all": SignalAt("engine.generation.Generator._choose", 40, BOTH),
+    "rollout_rank_1": SignalAt("engine.slots.Slots._choose", 40, (1,)),
+    "rollout_all": SignalAt("engine.slots.Slots._choose", 40, BOTH),
     "update_rank_0": SignalAt("engine.optimizer.ModelOptimizer.step", 7, (0,)),
     "update_all": SignalAt("engine.optimizer.ModelOptimizer.step", 8, BOTH),
     "first_save_all": SignalAt("engine.files.digest", 3, BOTH),

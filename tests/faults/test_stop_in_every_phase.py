@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,8 @@ def stopped_runs(
     command again. All in one pair of processes, for starting one takes longer than such a run."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     ours = [item for item in items if item.originalname == "test_a_stop_loses_nothing"]
-    cells: list[Cell] = [tuple(item.callspec.params[name] for name in ("stage", "phase", "number")) for item in ours]
+    params: list[Any] = [item.callspec.params for item in ours]
+    cells: list[Cell] = [(each["stage"], each["phase"], each["number"]) for each in params]
     directory = tmp_path_factory.mktemp("stopped")
     calls = []
     for place, (stage, phase, number) in enumerate(cells):

@@ -33,7 +33,13 @@ from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
 
 KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")
-fuzzed = settings(deadline=10_000, suppress_health_check=list(HealthCheck))
+_CHECKS = [
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.large_base_example,
+]
+fuzzed = settings(deadline=10_000, suppress_health_check=_CHECKS)
 """10 s for one input is a hang."""
 
 json_values = st.recursive(
@@ -155,6 +161,22 @@ def weights(place: Path) -> bytes:
     return content
 
 
+@st.composite
+def header_entries(draw: st.DrawFn, whole: bytes) -> bytes:
+    """Well-formed JSON with a wrong dtype, shape or offset."""
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    name = draw(st.sampled_from(sorted(header)))
+    dtypes = st.sampled_from(["F64", "F8_E4M3", "I32", "BOOL", "BF16", "F16", "F4", "C64"])
+    value = draw(dtypes | st.lists(st.integers(0, 2**64), max_size=3) | json_values)
+    header[name] = {**header[name], draw(st.sampled_from(["dtype", "shape", "data_offsets"])): value}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + whole[end:]
+
+
+ROPE = ["rope_type", "rope_theta", "factor", "low_freq_factor", "original_max_position_embeddings"]
+
+
 def _read_tensors(directory: Path) -> None:
     tensors = HfTensors.open(directory)
     for name in tensors.files:
@@ -167,7 +189,8 @@ def test_safetensors(data: st.DataObject, weights: bytes, place: Path) -> None:
     header = json_values.map(lambda v: json.dumps(v).encode()).map(
         lambda h: len(h).to_bytes(8, "little") + h + b"0" * 64
     )
-    (place / "model.safetensors").write_bytes(data.draw(damaged(weights) | header | st.binary(max_size=80)))
+    content = data.draw(damaged(weights) | header | header_entries(weights) | st.binary(max_size=80))
+    (place / "model.safetensors").write_bytes(content)
     _accept_or_refuse(lambda: _read_tensors(place), place)
 
 
@@ -189,9 +212,10 @@ def test_weight_index(content: bytes, weights: bytes, place: Path) -> None:
 @given(data=st.data())
 def test_config_json(data: st.DataObject, world: Path, place: Path) -> None:
     whole = json.loads((world / "policy" / "config.json").read_text())
-    changed = st.builds(
-        lambda key, value: json.dumps({**whole, key: value}).encode(), st.sampled_from(sorted(whole)), json_values
-    )
+    keys = sorted({*whole, "rope_scaling", "rope_theta", "rms_norm_eps", "id2label", "torch_dtype"})
+    rope = st.dictionaries(st.sampled_from(ROPE), json_values, max_size=5)
+    changes = st.dictionaries(st.sampled_from(keys), json_values | rope, min_size=1, max_size=3)
+    changed = changes.map(lambda found: json.dumps({**whole, **found}).encode())
     (place / "config.json").write_bytes(data.draw(changed | damaged(json.dumps(whole).encode())))
     _accept_or_refuse(lambda: LlamaSpec.read(place), place)
 

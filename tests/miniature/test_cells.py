@@ -69,6 +69,7 @@ def test_faults_are_valid_commands_on_the_seeds_own_files(tmp_path: Path) -> Non
     config = load_config(RewardConfig, Path(train[2]), train[3:])
     take_world(tmp_path / "seed_3", 3)
     write_longer_chosen(tmp_path / "seed_3")
+    assert config.data.train is not None
     rows = [row for _, row in iter_jsonl(Path(config.data.train))]
     assert len(rows) == 12000
     assert all(len(row["chosen"]) >= len(row["rejected"]) for row in rows)

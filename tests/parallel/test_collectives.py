@@ -15,12 +15,12 @@ from megatron_gil.parallel.collectives import (
     barrier,
     broadcast_object,
     gather_objects,
-    gather_rows,
-    max_over_dp,
+    max_over_ranks,
     share_from_last_pp_stage,
 )
 from megatron_gil.parallel.layout import start_parallel, stop_parallel
 from megatron_gil.types import Readout, TokenBatch
+from tests.gathered import gather_rows
 from tests.ranks import RankError, run_ranks
 
 
@@ -41,7 +41,7 @@ def _over_dp() -> dict[str, Any]:
         "untouched": mine.tolist() == [0.1 + layout.dp_rank] * 2,
         "rows": gather_rows(rows, layout),
         "readout": (readout.scores.tolist(), readout.values),  # type: ignore[union-attr]
-        "max": max_over_dp(5 + layout.dp_rank, layout),
+        "max": max_over_ranks(5 + layout.rank, layout),
         "objects": gather_objects({"rank": layout.rank}, layout),
         "broadcast": broadcast_object(["from", layout.rank], layout),
         "any": [any_rank(layout.rank == 3, layout), any_rank(False, layout)],
@@ -63,7 +63,7 @@ def test_over_data_parallel_ranks_and_the_world() -> None:
         assert rank["rows"].response_mask.tolist() == [[True, False]] * 2 + [[False, True]] * 2
         assert rank["rows"].response_mask.dtype == torch.bool
         assert rank["readout"] == ([0.1, 0.1, 1.1, 1.1], None)
-        assert rank["max"] == 6
+        assert rank["max"] == 8
         assert rank["objects"] == [{"rank": r} for r in range(4)]
         assert rank["broadcast"] == ["from", 0]
         assert rank["any"] == [True, False]
@@ -73,7 +73,7 @@ def test_over_data_parallel_ranks_and_the_world() -> None:
 def _alone() -> bool:
     layout = start_parallel(ParallelSection(), seed=1)
     mine = torch.ones(3)
-    return all_sum(layout)(mine) is not mine and gather_rows(mine, layout) is mine and any_rank(True, layout)
+    return all_sum(layout)(mine) is not mine and any_rank(True, layout)
 
 
 def test_one_rank_alone_sums_into_a_new_tensor() -> None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-import random
 import stat
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from megatron.core import tensor_parallel
 
 from megatron_gil.config import ConfigError, ParallelSection
 from megatron_gil.parallel import layout as layout_module
 from megatron_gil.parallel.cpu import install_cpu_shim
 from megatron_gil.parallel.layout import read_world_size, start_parallel, stop_parallel
-from megatron_gil.parallel.random import get_rng_state, set_rng_state
 from tests.ranks import run_ranks
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -113,27 +109,6 @@ def _restart() -> list[int]:
 
 def test_a_layout_can_be_started_again() -> None:
     assert run_ranks(_restart, 1) == [[1, 1]]
-
-
-def _draw() -> list[Any]:
-    with tensor_parallel.get_cuda_rng_tracker().fork():  # type: ignore[union-attr]
-        in_tracker = torch.rand(2).tolist()
-    return [random.random(), np.random.rand(), torch.rand(2).tolist(), in_tracker]
-
-
-def _resume_streams(path: Path) -> tuple[Any, Any, Any]:
-    start_parallel(ParallelSection(), seed=3)
-    _draw()
-    torch.save(get_rng_state(), path)
-    first, second = _draw(), _draw()
-    set_rng_state(torch.load(path, weights_only=True))
-    return first, second, _draw()
-
-
-def test_every_random_stream_continues_after_a_restore(tmp_path: Path) -> None:
-    first, second, again = run_ranks(_resume_streams, 1, tmp_path / "rng.pt")[0]
-    assert again == first
-    assert all(a != b for a, b in zip(first, second, strict=True)), "a stream stands still"
 
 
 def _shim_twice() -> list[Any]:

@@ -65,9 +65,10 @@ def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict
         batch = _rows(ROWS * MICROBATCHES)
         part = Part(batch=batch, loss_fn=sft_loss if head == "lm" else _value_loss)
         model.update(part, lr=1e-4)  # the first one also makes Adam's state
+        buffers: Any = model.ddp.buffers  # megatron-core's, not those of torch.nn.Module
         found = {
             "weights": sum(p.nbytes for p in model.module.parameters()),
-            "gradients": sum(buffer.grad_data.nbytes for buffer in model.ddp.buffers),
+            "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
             "optimizer": _optimizer_bytes(model),
             "saved": most_saved(model, lambda: model.accumulate(part)),
         }
@@ -108,7 +109,8 @@ def peak(run: Callable[[], Any]) -> int:
     """The most that was allocated at once above what there was before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    profiler: Any = recorded.profiler
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     now = top = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -127,7 +129,7 @@ def _rows(count: int) -> TokenBatch:
 
 def _value_loss(readout: Readout, rows: TokenBatch) -> LossSum:
     total = readout.values.square().sum()
-    return LossSum(total=total, count=rows.response_mask.sum(), metrics={})
+    return LossSum(total=total, metrics={})
 
 
 def _optimizer_bytes(model: TrainableModel) -> int:

@@ -148,10 +148,13 @@ def test_microbatches_are_cheaper_to_hold_and_recomputing_cheaper_still() -> Non
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_time_of_a_published_run_within_a_factor_of_two() -> None:
-    """DeepSpeed-Chat: 13B actor, 350M critic and reward model, 8 x A100 80 GB, 131.9k queries of 256 + 256 in 9 hours.
+def test_the_time_of_a_published_run_is_the_arithmetic_of_its_sizes() -> None:
+    """DeepSpeed-Chat: 13B actor, 350M critic and reward model, 8 x A100 80 GB, 131.9k queries of 256 + 256 tokens in
+    batches of 1,024 (its published script's): the only published run of our survey whose lengths are known. It took 9
+    hours; our estimate is 6.6.
 
-    Its batch is 1,024 (its published script's); the only published run of our survey whose lengths are known.
+    The sum is written out here for TP 4 x DP 2; it leaves out the critic's and the reward model's lack of an LM head,
+    which is below 1 %.
     """
     small = replace(
         SPECS["7b"], hidden_size=1024, ffn_size=2730, num_layers=24, num_heads=16, num_kv_heads=16, head_dim=64
@@ -173,10 +176,26 @@ def test_time_of_a_published_run_within_a_factor_of_two() -> None:
             num_rows=1024, prompt_tokens=256, new_tokens=256, micro_size=128, epochs=1, num_iterations=131_900 // 1024
         ),
     )
-    seconds = iteration_time(workload, Cut(tp_size=4, dp_size=2, distributed_optimizer=True), A100, ASSUME).total
-    hours = seconds * 131_900 / 1024 / 3600
-    print(f"DeepSpeed-Chat 13B: {hours:.1f} h estimated, 9 h published")
-    assert 4.5 < hours < 18
+    found = iteration_time(workload, Cut(tp_size=4, dp_size=2, distributed_optimizer=True), A100, ASSUME)
+
+    large, little = 13.016e9, 0.335e9  # parameters
+    flops, read, link = 0.20 * 312e12, 0.5 * 2.0e12, 0.7 * 300e9  # per second: A100's, by the shares assumed
+
+    def forward(size: float, layers: int, hidden: int) -> float:
+        """All 1,024 rows of 512 tokens once through a model; two all-reduces a layer in each of 128 microbatches."""
+        all_reduce = 25e-6 + 2 * 3 / 4 * (4 * 512 * hidden * 2) / link
+        return 2 * size * 1024 * 512 / (8 * flops) + 128 * 2 * layers * all_reduce
+
+    score = 2 * forward(large, 40, 5120) + 2 * forward(little, 24, 1024)
+    adam = sum((28 / 2 / read + 4 / link) * size / 4 for size in (large, little))
+    update = 3 * forward(large, 40, 5120) + 3 * forward(little, 24, 1024) + adam
+    vocabulary = 32_000 * 5120
+    cache = 2 * 128 * (256 + 256 / 2) * 5120 * 2
+    layer = (2 * (large - 2 * vocabulary) / 40 + cache) / 4 / read + 2 * (25e-6 + 2 * 128 * 5120 * 2 / link)
+    step = 40 * layer + 2 * vocabulary / 4 / read
+    rollout = 4 * (2 * large * 128 * 256 / 4 / flops + 256 * step)  # 512 rows a replica in 128 slots
+    assert (found.score, found.update, found.rollout) == pytest.approx((score, update, rollout), rel=0.01)
+    assert found.total * 131_900 / 1024 / 3600 == pytest.approx(6.6, rel=0.01)
 
 
 def test_the_command_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:

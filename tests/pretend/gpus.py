@@ -42,6 +42,9 @@ def answered_by(places: Places, report: Report, calls: TorchFunctionMode) -> Ite
                 stack.enter_context(mock.patch.object(torch.cuda.random, name, value))
         engine = _Engine(Variable._execution_engine, places, calls)
         stack.enter_context(mock.patch.object(Variable, "_execution_engine", engine))
+        # A graph is what its steps are: there is nothing to record from.
+        step = "megatron_gil.engine.graphs.CapturedSteps.__call__"
+        stack.enter_context(mock.patch(step, lambda self, columns: self._step(columns)))
         graph: Any = importlib.import_module("torch._C._autograd")
         hooks = _under(calls, graph._push_saved_tensors_default_hooks)
         stack.enter_context(mock.patch.object(graph, "_push_saved_tensors_default_hooks", hooks))
@@ -100,6 +103,7 @@ def _devices(places: Places) -> dict[str, Any]:
         "get_arch_list": lambda: ["sm_90"],
         "default_generators": (torch.default_generator,) * places.num_gpus,
         "manual_seed_all": _nothing,
+        "graph_pool_handle": lambda: (0, 0),
         "is_current_stream_capturing": lambda: False,
     }
 

@@ -12,10 +12,10 @@ from typing import Any
 from unittest import mock
 
 from megatron_gil import cli
-from megatron_gil.commands import train as training_commands
 from megatron_gil.engine.optimizer import ModelOptimizer
 from megatron_gil.models import transformer
 from megatron_gil.training.ppo.iteration import PpoTrainer
+from megatron_gil.training.supervised import objectives
 from megatron_gil.training.supervised.trainer import SupervisedTrainer
 from tests.pretend.device import pretended_gpus
 from tests.pretend.report import Report, Sync
@@ -123,13 +123,13 @@ def _iterations_counted(report: Report, found: list[Counter[Sync]]) -> Iterator[
 @contextlib.contextmanager
 def losses_not_a_number() -> Iterator[None]:
     """Of sft."""
-    sft_loss = training_commands.sft_loss
+    sft_loss = objectives.sft_loss
 
     def loss(readout: Any, rows: Any) -> Any:
         found = sft_loss(readout, rows)
         return replace(found, total=found.total * float("nan"))
 
-    with mock.patch.object(training_commands, "sft_loss", loss):
+    with mock.patch.object(objectives, "sft_loss", loss):
         yield
 
 

@@ -55,7 +55,7 @@ class SlurmTestbed:
     def submit(self, *arguments: str | Path, **env: str) -> str:
         """The number of a job of slurm/train.sbatch."""
         options = ("--parsable", "--signal=B:USR1@60", "--ntasks-per-node=1", "--output=%x.log")
-        return self.run("sbatch", *options, *arguments, **env).stdout.strip()
+        return self.run("sbatch", *options, *arguments, check=True, **env).stdout.strip()
 
     def field(self, job: str, name: str) -> str:
         """One field of `scontrol show job`."""

@@ -86,7 +86,7 @@ def build(
 
 def full_gradients(model: TrainableModel) -> dict[str, Tensor]:
     """The accumulated gradients of this pipeline stage under Hugging Face's names."""
-    return _full(model, {name: parameter.main_grad for name, parameter in model.module.named_parameters()})
+    return _full(model, {name: parameter.main_grad for name, parameter in model.module.named_parameters()})  # type: ignore[attr-defined]
 
 
 def full_weights(model: MegatronModel) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import PAD_ID
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
-from megatron_gil.parallel.collectives import gather_rows
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.row_source import to_device
 from megatron_gil.training.supervised.objectives import reward_loss_fn
 from megatron_gil.types import PreferenceBatch, Rollout
+from tests.gathered import gather_rows
 from tests.ranks import run_ranks
 from tests.training.running import (
     DP2,

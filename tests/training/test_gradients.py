@@ -18,11 +18,11 @@ from megatron_gil.data.rows.demonstrations import DemonstrationDataset
 from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.protocol import Part
-from megatron_gil.parallel.collectives import gather_rows
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.row_source import to_device
 from megatron_gil.training.supervised.objectives import dpo_loss_fn, fill_ref_log_probs, reward_loss_fn, sft_loss
 from megatron_gil.types import Experience
+from tests.gathered import gather_rows
 from tests.ranks import run_ranks
 from tests.training.running import (
     DP2,

@@ -47,9 +47,14 @@ def _holder(path: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+def _touch(path: Path, silent_s: float) -> None:
+    last = time.time() - silent_s
+    os.utime(path, (last, last))
+
+
 def _write(path: Path, holder: Holder, *, silent_s: float = 0.0) -> None:
     path.write_text(json.dumps(asdict(holder)) + "\n")
-    os.utime(path, (time.time() - silent_s,) * 2)
+    _touch(path, silent_s)
 
 
 def _elsewhere() -> Holder:
@@ -100,7 +105,7 @@ def test_another_machines_holder_is_dead_when_its_beat_is_old(tmp_path: Path) ->
     _write(path, _elsewhere(), silent_s=lock_module.SILENCE_S + 1)
     _take(path).release()
     path.write_bytes(b"")  # killed between making and writing the file
-    os.utime(path, (time.time() - lock_module.SILENCE_S - 1,) * 2)
+    _touch(path, lock_module.SILENCE_S + 1)
     _take(path).release()
     assert list(tmp_path.iterdir()) == []
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from megatron_gil.algo.masked import ScoreMoments
 from megatron_gil.config import GilSection, PpoSection
-from megatron_gil.parallel.collectives import all_sum, gather_rows
+from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo.grouping import LearnedGroups
 from megatron_gil.training.ppo.shaping import shape_experience
 from megatron_gil.types import Experience, Rollout, Scores, take_rows
+from tests.gathered import gather_rows
 from tests.ranks import run_ranks
 from tests.training.running import DP2, ONE, parallel, world_size
 
@@ -64,10 +65,10 @@ def _shape(layout: dict[str, Any]) -> list[tuple[Experience, ScoreMoments, dict[
         sums = all_sum(started)
         grouping, moments, found = LearnedGroups(GIL, sums), ScoreMoments(), []
         for seed in (1, 2):
-            rollout, scores = (take_rows(batch, _mine(started)) for batch in _rollout(seed))
+            rollout, scores = _rollout(seed)
             experience, moments, metrics = shape_experience(
-                rollout,
-                scores,
+                take_rows(rollout, _mine(started)),
+                take_rows(scores, _mine(started)),
                 moments=moments,
                 grouping=grouping,
                 num_updates=1,

@@ -105,6 +105,7 @@ def test_samples_of_pairs_are_what_the_metrics_average(
 ) -> None:
     run = runs[stage, "one"][0]
     known = {(r["prompt"], r["chosen"], r["rejected"]) for r in _rows(world, "preferences.jsonl")}
+    margins = []
     for iteration, metrics in enumerate(_rows(run, "metrics.jsonl")):
         samples = [row for row in _rows(run, "samples.jsonl") if row["iteration"] == iteration]
         assert len(samples) == 8  # all rows of the update
@@ -113,7 +114,8 @@ def test_samples_of_pairs_are_what_the_metrics_average(
             assert row["margin"] == row[f"{kind}_chosen"] - row[f"{kind}_rejected"]
         margin = fmean(row["margin"] for row in samples)
         assert margin == pytest.approx(metrics[f"{stage}/margin"], rel=1e-5, abs=1e-6)
-    assert margin != 0
+        margins.append(margin)
+    assert any(margins)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-def pad_tokens(rows: Sequence[Sequence[int]], pad_id: int, multiple: int) -> tuple[Tensor, Tensor]:
-    """tokens [B, T] int64 and lengths [B] int64; T is the longest row, rounded up to a multiple."""
+def pad_tokens(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """tokens [B, T] int64 and lengths [B] int64; T is the longest row."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    tokens = torch.full((len(rows), padded_length(int(lengths.max()), multiple)), pad_id, dtype=torch.int64)
+    tokens = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.int64)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return tokens, lengths
@@ -23,7 +23,3 @@ def pad_response_mask(is_reply: Sequence[Sequence[bool]], length: int) -> Tensor
     for i, flags in enumerate(is_reply):
         mask[i, : len(flags) - 1] = torch.tensor(flags[1:], dtype=torch.bool)
     return mask
-
-
-def padded_length(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple

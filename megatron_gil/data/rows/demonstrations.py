@@ -26,10 +26,10 @@ class DemonstrationDataset(RowDataset[EncodedRow]):
         check_lengths(max_tokens, max_prompt_tokens)
         super().__init__(path, tokenizer, {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens})
 
-    def collate(self, row_ids: Sequence[int], *, pad_to_multiple: int = 1) -> TokenBatch:
+    def collate(self, row_ids: Sequence[int]) -> TokenBatch:
         """The rows, in that order. An end-of-sequence token follows the last reply, and counts as part of it."""
         rows = [self._encode(row_id) for row_id in row_ids]
-        return collate_rows(rows, row_ids, self._tokenizer.pad_id, pad_to_multiple=pad_to_multiple)
+        return collate_rows(rows, row_ids, self._tokenizer.pad_id)
 
     def text(self, row_id: int) -> tuple[str, str]:
         """The prompt as the model reads it, control tokens written out, and the (last) reply, before any cut."""
@@ -94,10 +94,8 @@ class TextDataset(DemonstrationDataset):
         )
 
 
-def collate_rows(
-    rows: Sequence[EncodedRow], row_ids: Sequence[int], pad_id: int, *, pad_to_multiple: int = 1
-) -> TokenBatch:
-    tokens, lengths = pad_tokens([row.tokens for row in rows], pad_id, pad_to_multiple)
+def collate_rows(rows: Sequence[EncodedRow], row_ids: Sequence[int], pad_id: int) -> TokenBatch:
+    tokens, lengths = pad_tokens([row.tokens for row in rows], pad_id)
     return TokenBatch(
         tokens=tokens,
         lengths=lengths,

@@ -26,11 +26,11 @@ class PreferenceDataset(RowDataset[list[EncodedRow]]):
         check_lengths(max_tokens, max_prompt_tokens)
         super().__init__(path, tokenizer, {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens})
 
-    def collate(self, row_ids: Sequence[int], *, pad_to_multiple: int = 1) -> PreferenceBatch:
+    def collate(self, row_ids: Sequence[int]) -> PreferenceBatch:
         """The pairs, in that order; both replies follow the same prompt and end in an end-of-sequence token."""
         pairs = [self._encode(row_id) for row_id in row_ids]
         rows = list(chain.from_iterable(pairs))
-        tokens, lengths = pad_tokens([row.tokens for row in rows], self._tokenizer.pad_id, pad_to_multiple)
+        tokens, lengths = pad_tokens([row.tokens for row in rows], self._tokenizer.pad_id)
         mask = pad_response_mask([row.is_reply for row in rows], tokens.shape[1])
         return PreferenceBatch(
             tokens=tokens.view(len(pairs), 2, -1),

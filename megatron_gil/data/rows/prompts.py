@@ -30,10 +30,10 @@ class PromptDataset(RowDataset[EncodedPrompt]):
         """Rows that came with a group."""
         return int((self._group_ids >= 0).sum())
 
-    def collate(self, row_ids: Sequence[int], sample_ids: Sequence[int], *, pad_to_multiple: int = 1) -> PromptBatch:
+    def collate(self, row_ids: Sequence[int], sample_ids: Sequence[int]) -> PromptBatch:
         """The prompts of the rows, in that order; a row may be asked for several times."""
         encoded = {row_id: self._encode(row_id).tokens for row_id in dict.fromkeys(row_ids)}
-        tokens, lengths = pad_tokens([encoded[i] for i in row_ids], self._tokenizer.pad_id, pad_to_multiple)
+        tokens, lengths = pad_tokens([encoded[i] for i in row_ids], self._tokenizer.pad_id)
         rows = torch.tensor(row_ids, dtype=torch.int64)
         return PromptBatch(
             tokens=tokens,
