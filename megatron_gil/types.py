@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -105,7 +105,7 @@ class Scores:
     values: Tensor  # [B, S]
     group_probs: Tensor  # [B, M] float32; a row sums to 1; M = 1 is all ones
     scores: Tensor  # [B] raw score of the reward model
-    truncated: Sequence[bool] | None = None  # [B] whether the scored text was cut; None: all were read whole
+    truncated: Tensor | None = None  # [B] bool: the scored text was cut; None: all were read whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,5 +153,6 @@ def count_terms(batch: Any, per: Literal["token", "row"]) -> Tensor:
 
 def take_rows(batch: Rows, index: Tensor | slice) -> Rows:
     """The rows of a batch of this module that `index` picks (every field is indexed along its first axis)."""
-    values: dict[str, Any] = {f.name: getattr(batch, f.name)[index] for f in fields(batch)}  # type: ignore[arg-type]
+    found = {f.name: getattr(batch, f.name) for f in fields(batch)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {name: value[index] for name, value in found.items() if value is not None}
     return replace(batch, **values)  # type: ignore[type-var]

@@ -6,7 +6,7 @@ function is a class of its own with these methods, and one line where commands/t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -88,8 +88,8 @@ class Sampler(Protocol):
 class RowScores:
     scores: Tensor
     """[B], higher is better."""
-    truncated: Sequence[bool] | None = None
-    """Of each row: its text was cut before it was scored; None where all are read whole."""
+    truncated: Tensor | None = None
+    """[B] bool: its text was cut before it was scored; None where all are read whole."""
 
 
 class Scorer(Protocol):

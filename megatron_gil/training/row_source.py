@@ -112,9 +112,10 @@ def _deal(num_rows: int, size: int, layout: ParallelLayout, done: Collection[int
     return [[row for row in rows if row % layout.dp_size == layout.dp_rank] for rows in left if rows]
 
 
-def truncated_fraction(flags: Sequence[bool], layout: ParallelLayout, all_sum: AllSum) -> float:
-    """Share of rows over all data-parallel ranks; `flags` says which of this rank's were cut to fit."""
-    num_cut, num_rows = all_sum(torch.tensor([sum(flags), len(flags)], device=layout.device)).tolist()
+def truncated_fraction(flags: Sequence[bool] | torch.Tensor, layout: ParallelLayout, all_sum: AllSum) -> float:
+    """Share of rows over all data-parallel ranks; `flags` [B] says which of this rank's were cut to fit."""
+    cut = torch.as_tensor(flags, device=layout.device).long()
+    num_cut, num_rows = all_sum(torch.stack([cut.sum(), torch.ones_like(cut).sum()])).tolist()
     return num_cut / num_rows
 
 

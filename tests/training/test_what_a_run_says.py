@@ -49,7 +49,7 @@ def test_the_first_lines_say_what_is_about_to_happen(stage: str, runs: dict[tupl
         "sft": ("policy",),
         "reward": ("reward_model",),
         "dpo": ("policy", "ref_policy"),
-        "ppo": ("policy", "critic", "classifier", "ref_policy", "reward_model"),
+        "ppo": ("policy", "ref_policy", "critic", "classifier", "reward_model"),
     }[stage]
     length = "4 iterations of 8 prompts" if stage == "ppo" else "4 updates of 8 rows"
     parts = [

@@ -159,7 +159,7 @@ class PpoTrainer:
             mask = rollout.response_mask
             explained = explained_variance(scores.values, experience.returns, mask, all_sum=self.all_sum)
             metrics["critic/explained_variance"] = float(explained)
-        cut: dict[str, Sequence[bool]] = {
+        cut: dict[str, Sequence[bool] | torch.Tensor] = {
             "data/truncated_fraction": self.prompts.dataset.truncated(rollout.row_ids.tolist())
         }
         if scores.truncated is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.engine.protocol import FrozenEngine, RowScores
 from megatron_gil.training.ppo.reward_text import RewardText
@@ -18,5 +20,6 @@ class RewardModel:
     def score(self, rollout: Rollout, prompts: PromptDataset) -> RowScores:
         if self._text is None:
             return RowScores(scores=self._engine.evaluate(rollout).scores)
-        rows, truncated = self._text.rows(rollout, prompts)
-        return RowScores(scores=self._engine.evaluate(rows).scores, truncated=truncated)
+        rows, cut = self._text.rows(rollout, prompts)
+        scores = self._engine.evaluate(rows).scores
+        return RowScores(scores=scores, truncated=torch.tensor(cut, device=scores.device))

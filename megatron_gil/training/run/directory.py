@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+import megatron_gil
 from megatron_gil import __version__
 from megatron_gil.config import IS_PATH, ConfigError, TrainConfig
 from megatron_gil.config.files import dump_config, read_yaml
@@ -200,8 +201,8 @@ def _config_text(config: TrainConfig) -> str:
 def git_commit() -> str:
     """The commit of the code that runs, with `+changes` if the work tree has any; `unknown` where this package is not
     in a checkout of this project: it may lie in an environment inside another project, whose commit says nothing."""
-    package = Path(__file__).resolve().parents[1]
-    ours = [f"{package.name}/{Path(__file__).parent.name}/{Path(__file__).name}", "setup.py"]
+    package = Path(megatron_gil.__file__).resolve().parent
+    ours = [f"{package.name}/__init__.py", "setup.py"]
     try:
         top = Path(_git(package, "rev-parse", "--show-toplevel"))
         _git(top, "ls-files", "--error-unmatch", *ours)
