@@ -25,7 +25,8 @@ SLOW = (
     *(f"engine/test_{name}.py" for name in ("checkpoint", "decoder", "generation", "optimizer")),
     *(f"models/test_{name}.py" for name in ("equals_transformers", "hf")),
     *(f"training/test_{name}.py" for name in ("gradients", "keep_best", "resume", "score_range")),
-    *("planning/test_memory.py", "pretend/test_commands.py", "test_cli.py"),
+    *("planning/test_memory.py", "pretend/test_commands.py", "test_cli.py", "engine/test_stories.py"),
+    "training/test_bitwise_facts.py",
 )
 """Folders and files that `make test-quick` leaves out: each starts many processes."""
 
