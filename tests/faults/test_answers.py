@@ -68,7 +68,7 @@ def test_a_stopped_command_goes_on_with_what_is_not_answered(
         call_all,
         2,
         [
-            Call(generate, Interruption("rollout", 3, signal.SIGTERM, rank=1)),
+            Call(generate, Interruption("rollout", 10, signal.SIGTERM, rank=1)),
             Call(generate),
             Call(score, Interruption("scoring", 7, signal.SIGUSR1, rank=0)),
             Call(score),
@@ -79,7 +79,7 @@ def test_a_stopped_command_goes_on_with_what_is_not_answered(
     # the thread that listens may hear of the signal a batch later
     assert re.search(rf"stopped by SIGTERM in rollout; (8|16) of 24 rows are kept in {output}\.part", stopped.stderr)
     assert re.search(rf"{output}\.part: (8|16) of 24 rows are there", resumed.stderr)
-    assert resumed.phases.count("rollout") < 6, "rows that were there are answered again"
+    assert resumed.phases.count("rollout") <= 12, "of three batches at six each, one was there"
     assert "rows are kept" in stopped_score.stderr
     assert output.read_bytes() == wholes[0].read_bytes()
     assert scores.read_bytes() == wholes[1].read_bytes()
@@ -138,11 +138,11 @@ def test_a_part_of_something_else_is_refused_in_one_line(world: Path, tmp_path: 
 def test_rows_in_memory_may_change_between_starts(world: Path, wholes: tuple[Path, Path], tmp_path: Path) -> None:
     """What one lowers after running out of memory, and another layout: the rows that are there stay."""
     output = tmp_path / "responses.jsonl"
-    stop = Interruption("rollout", 3, signal.SIGTERM, rank=0)
+    stop = Interruption("rollout", 10, signal.SIGTERM, rank=0)
     assert run_ranks(call_all, 2, [Call(_generate(world, output), stop)], world)[0][0].code == 75
     (resumed,) = run_ranks(call_all, 1, [Call(_generate(world, output, "sampling.micro_size=3"))], world)[0]
     assert resumed.code == 0, resumed.stderr
-    assert "0 of 24 rows are there" in resumed.stderr
+    assert re.search(r"\b(8|16) of 24 rows are there", resumed.stderr)
     assert output.read_bytes() == wholes[0].read_bytes()  # float32, far from ties: no token hangs on the last bit
 
 
