@@ -13,15 +13,17 @@ else
 RUN := $(BIN)/python
 endif
 
-.PHONY: help setup demo miniature test gpu faults soak fuzz lint clean
+.PHONY: help setup demo miniature test test-quick gpu faults long soak fuzz lint clean
 
 help:
 	@echo "make demo       the whole pipeline in miniature, ending in runs/demo/report.html (under 10 minutes on two cores)"
 	@echo "make miniature  every method on five seeds, into runs/miniature/results (under 100 minutes on two cores, restartable)"
 	@echo "make test       every test that needs no GPU (under 10 minutes on two cores)"
+	@echo "make test-quick the part of them that starts few processes"
 	@echo "make gpu        on a machine with a CUDA GPU: its tests and benchmark, into runs/gpu (under 8 minutes on one H200);"
 	@echo "                make gpu SETUP=no PYTHON=python3 makes no .venv and takes that Python as it is (docs/gpu.md)"
 	@echo "make faults     every stop, kill and failed save, in every phase; longer than make test"
+	@echo "make long       more layouts and kinds of the tests outside tests/faults"
 	@echo "make soak       a hundred random kill -9s of a PPO run, then its weights compared with a run never killed"
 	@echo "make fuzz       18,000 damaged or made-up files and settings through every reader"
 	@echo "make lint       formatting, lint and types"
@@ -41,8 +43,11 @@ miniature: setup
 	$(BIN)/python examples/miniature/run.py --output runs/miniature
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --ignore tests/slurm
-	$(BIN)/python -m pytest -m "not gpu and not long" tests/slurm
+	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --durations=10 --ignore tests/slurm
+	$(BIN)/python -m pytest -m "not gpu and not long" --durations=10 tests/slurm
+
+test-quick: setup
+	$(BIN)/python -m pytest -m "not gpu and not long and not slow" -n 2 --dist loadfile
 
 # Started again it goes on with the tests that have not passed and with what is not measured yet.
 gpu: $(if $(filter no,$(SETUP)),,setup)
@@ -53,6 +58,9 @@ gpu: $(if $(filter no,$(SETUP)),,setup)
 
 faults: setup
 	$(BIN)/python -m pytest -m "not gpu" tests/faults
+
+long: setup
+	$(BIN)/python -m pytest -m "long and not gpu" -n 2 --dist loadfile --ignore tests/faults
 
 soak: setup
 	$(BIN)/python -m tests.faults.soak --kills 100

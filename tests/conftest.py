@@ -11,6 +11,33 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
+TESTS = Path(__file__).parent
+SLOW = (
+    *(
+        "faults",
+        "fuzz",
+        "peer",
+        "slurm",
+        "convert/test_verify.py",
+        "gpu/test_sides_on_the_cpu.py",
+        "parallel/test_vocab.py",
+    ),
+    *(f"engine/test_{name}.py" for name in ("checkpoint", "decoder", "generation", "optimizer")),
+    *(f"models/test_{name}.py" for name in ("equals_transformers", "hf")),
+    *(f"training/test_{name}.py" for name in ("gradients", "keep_best", "resume", "score_range")),
+    *("planning/test_memory.py", "pretend/test_commands.py", "test_cli.py", "engine/test_stories.py"),
+    "training/test_bitwise_facts.py",
+)
+"""Folders and files that `make test-quick` leaves out: each starts many processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        place = item.path.relative_to(TESTS)
+        if any(place.is_relative_to(slow) for slow in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 def shows_gpu(expression: str) -> bool:
     """Whether pytest was asked, with -m, for tests marked gpu alone: `gpu`, or `gpu and ...`."""
     words = expression.split()

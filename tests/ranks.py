@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PATIENCE_S = 900.0
+"""How long a test waits for what must come. A busy machine may take minutes; only what hangs takes this long."""
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.ranks_preload"])
 
@@ -25,7 +28,7 @@ class RankError(AssertionError):
     """A rank failed; the message is its traceback."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = PATIENCE_S) -> list[Any]:
     """Each rank's `fn(*args)`, in the order of ranks, run with the environment that torchrun would give.
 
     fn, its arguments and results travel by pickle: fn is a function of a test module. The first rank that fails ends
@@ -38,7 +41,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
     finally:
         for process, receiver in ranks:
             receiver.close()
-            process.join(timeout=2)  # a rank that has answered is about to end
+            process.join(timeout=10)  # a rank that has answered is about to end
             process.kill()
             process.join()
 

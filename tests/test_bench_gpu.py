@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import PATIENCE_S
+
 ROOT = Path(__file__).parents[1]
 NAMES = ["ceilings", "tiny train", "tiny score", "tiny decode", "tiny iteration"]
 
@@ -18,7 +20,7 @@ def _bench(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     files = ["--json", str(place / "results.json"), "--markdown", str(place / "results.md")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tools/bench.py"), "gpu", *files, *arguments]
-    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

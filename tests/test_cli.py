@@ -19,7 +19,7 @@ import pytest
 from megatron_gil.cli import COMMANDS, main
 from megatron_gil.config import PpoConfig
 from megatron_gil.config.files import dump_config, load_config
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE_S, run_ranks
 from tests.training.running import use_cache
 from tests.world import write_json, write_rows
 
@@ -170,7 +170,7 @@ def test_under_torchrun_nothing_but_the_line_is_ours(world: Path, tmp_path: Path
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--redirects=3",
          f"--log-dir={logs}", "-m", "megatron_gil", *arguments],
-        env=_environment(world), capture_output=True, text=True, timeout=120,
+        env=_environment(world), capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode != 0
     said = {path.parent.name: path.read_text() for path in logs.rglob("stderr.log")}
@@ -188,7 +188,7 @@ def test_a_process_of_its_own(world: Path, tmp_path: Path) -> None:
         env=_environment(world),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2
     assert done.stdout == ""
@@ -204,7 +204,7 @@ def test_help_answers_at_once(world: Path) -> None:
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            [sys.executable, "-m", "megatron_gil", "--help"], capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "megatron_gil", "--help"], capture_output=True, text=True, timeout=PATIENCE_S
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -212,7 +212,7 @@ def test_help_answers_at_once(world: Path) -> None:
         assert all(command in done.stdout for command in COMMANDS)
     assert min(seconds) < 0.7, seconds
     heavy = "import sys, megatron_gil.cli; sys.exit(str({'torch', 'omegaconf', 'transformers'} & set(sys.modules)))"
-    found: Any = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=60)
+    found: Any = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=PATIENCE_S)
     assert found.stderr.strip() == "set()"
 
 

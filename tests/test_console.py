@@ -18,6 +18,7 @@ from megatron_gil.cli import main
 from tests.evaluation.test_report import make_run
 from tests.faults.running import NUM_ITERATIONS, arguments
 from tests.planning.test_dry_run import ppo
+from tests.ranks import PATIENCE_S
 from tests.world import write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -89,12 +90,12 @@ def test_a_reader_that_has_gone_is_no_error_and_a_full_disk_one_line(given: list
     os.close(writer)
     full = _run(given, world, "> /dev/full", stderr=subprocess.PIPE)
     closed = _run(given, world, ">&-", stderr=subprocess.PIPE)
-    assert (gone.communicate(timeout=60)[1], gone.returncode) == ("", 141)
-    said = full.communicate(timeout=60)[1]
+    assert (gone.communicate(timeout=PATIENCE_S)[1], gone.returncode) == ("", 141)
+    said = full.communicate(timeout=PATIENCE_S)[1]
     assert full.returncode == 1
     assert said.endswith("standard output cannot be written: No space left on device\n")
     assert said.count("\n") == 1
-    assert (closed.communicate(timeout=60)[1], closed.returncode) == ("", 0)
+    assert (closed.communicate(timeout=PATIENCE_S)[1], closed.returncode) == ("", 0)
 
 
 @pytest.mark.parametrize("shell", ["> /dev/full 2> /dev/full", ">&- 2>&-", "2>&1 | true"])
@@ -107,6 +108,6 @@ def test_training_goes_on_whatever_becomes_of_its_output(shell: str, world: Path
         os.close(writer)
     else:
         process = _run(given, world, shell)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n") if line]
     assert [row["iteration"] for row in rows] == list(range(NUM_ITERATIONS))

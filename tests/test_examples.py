@@ -14,6 +14,7 @@ import pytest
 
 from megatron_gil import config
 from megatron_gil.cli import COMMANDS
+from tests.ranks import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if ".venv" not in path.parts)
@@ -101,7 +102,7 @@ def test_the_hh_example_finds_mistakes_before_it_trains(world: Path, tmp_path: P
             env=environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=PATIENCE_S,
         )
         assert done.returncode == 2, done.stderr
         assert message in done.stderr.splitlines()[-1], done.stderr

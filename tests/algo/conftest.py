@@ -15,7 +15,7 @@ from megatron_gil.types import AllSum
 
 class _Ranks:
     def __init__(self, size: int) -> None:
-        self._barrier = Barrier(size, timeout=20)
+        self._barrier = Barrier(size, timeout=900)
         self._parts: list[Any] = [None] * size
         self.calls: list[tuple[torch.Size, torch.dtype]] = []
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.convert.directories import assert_equal_bits, copy_as, edit_config, files_under, read_tensors
+from tests.ranks import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ("-m", "megatron_gil", "convert")
@@ -60,7 +61,7 @@ from megatron_gil.models.convert import copy
 def copyfile(source, target):
     target.write_bytes(b"half a file")
     print("copying", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 
 copy.shutil.copyfile = copyfile
 sys.exit(main(["convert", *sys.argv[1:]]))
@@ -73,7 +74,7 @@ def _interrupt(world: Path, tmp_path: Path, number: int) -> int:
     assert process.stdout is not None
     assert process.stdout.readline() == "copying\n"
     process.send_signal(number)
-    process.wait(timeout=20)
+    process.wait(timeout=PATIENCE_S)
     process.stdout.close()
     return process.returncode
 

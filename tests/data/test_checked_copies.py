@@ -13,6 +13,7 @@ import pytest
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.rows.records import read_records
+from tests.ranks import PATIENCE_S
 from tests.world import write_rows
 
 READ = """
@@ -68,7 +69,7 @@ def test_what_a_killed_reader_leaves_goes_with_the_next_start(root: Path, tmp_pa
     assert len(list(root.rglob("*.arrow"))) == 2
     records = read_records(_rows(tmp_path / "c.jsonl", "c"), "prompts")
     assert len(list(root.rglob("*.arrow"))) == 2
-    assert living.communicate("", timeout=30) == ("b 0\n", "")
+    assert living.communicate("", timeout=PATIENCE_S) == ("b 0\n", "")
     assert len(list(root.rglob("*.arrow"))) == 1
     assert records[2]["prompt"] == "c 2"
 
@@ -96,7 +97,7 @@ def test_a_place_that_takes_no_copy_is_named(root: Path, tmp_path: Path, monkeyp
 def test_a_full_disk_is_one_line(root: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "large.jsonl", [{"prompt": "x" * 5000 + str(i)} for i in range(200)])
     command = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh", sys.executable, "-c", READ, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert "ConfigError" in done.stderr.splitlines()[-1]
     assert "no checked copy of the data can be written (" in done.stderr.splitlines()[-1]
     assert list(root.iterdir()) == []

@@ -20,6 +20,7 @@ from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.text.chat import parse_dialogue
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.jsonl import iter_jsonl
+from tests.ranks import PATIENCE_S
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 KINDS = ("prompts", "demonstrations", "preferences")
@@ -224,6 +225,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps({"prompt": f"{i}" * 900, "completion": "x"}) + "\n" for i in range(300)))
     given = ["jsonl", "--input", str(source), "--output", str(tmp_path / "out")]
     command = ["sh", "-c", 'ulimit -f 100; exec "$@"', "sh", sys.executable, str(tool), *given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (1, f"megatron-gil prepare-data: {tmp_path / 'out'}: File too large\n")
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -68,7 +68,7 @@ def _update(models: dict[str, TrainableModel], update: int) -> None:
     share = NUM_ROWS // layout.dp_size
     mine = take_rows(batch, slice(layout.dp_rank * share, (layout.dp_rank + 1) * share))
     models["policy"].update(Part(batch=mine, loss_fn=sft_loss), lr=1e-2)
-    models["critic"].update(Part(batch=mine, loss_fn=_critic_loss), lr=1e-2)
+    models["critic"].update(Part(batch=mine, loss_fn=_critic_loss, per="row"), lr=1e-2)
 
 
 def _critic_loss(readout: Readout, rows: TokenBatch) -> LossSum:

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from megatron_gil.cli import main
+from tests.ranks import PATIENCE_S
 from tests.training.running import use_cache
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -72,7 +73,7 @@ class Ranks:
             if start is None or rank in start:
                 self.processes[-1].start()
 
-    def wait(self, timeout_s: float = 120.0) -> list[int | None]:
+    def wait(self, timeout_s: float = PATIENCE_S) -> list[int | None]:
         """Exit codes; None for a rank that has not ended (and is killed now)."""
         for process in self._started():
             process.join(timeout_s)

@@ -44,7 +44,7 @@ def arguments(stage: str, root: Path, run: Path, *more: str) -> list[str]:
         "checkpoint.every=2",
         "log.eval_every=2",
         "log.tensorboard=false",
-        "parallel.timeout_s=60",
+        "parallel.timeout_s=600",
     ]
     own = {
         "sft": [f"models.policy={root / 'policy'}"],

@@ -20,6 +20,7 @@ from megatron_gil.parallel.watchdog import Watchdog
 from megatron_gil.training.run.out_of_memory import is_out_of_memory
 from tests.faults.processes import Ranks
 from tests.faults.running import arguments
+from tests.ranks import PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ def _hang() -> None:
 CHOOSE, STEP = "engine.slots.Slots._choose", "engine.optimizer.ModelOptimizer.step"
 
 
-def _run(world: Path, tmp_path: Path, misfortune: Misfortune, timeout_s: int = 24) -> tuple[list[Any], list[str]]:
+def _run(world: Path, tmp_path: Path, misfortune: Misfortune, timeout_s: int = 600) -> tuple[list[Any], list[str]]:
     run = arguments("ppo", world, tmp_path / "run", f"parallel.timeout_s={timeout_s}")
     ranks = Ranks(run, world, tmp_path / "log", change=misfortune)
-    ranks.processes[0].join(90)
+    ranks.processes[0].join(PATIENCE_S)
     if misfortune.what is _hang:
         ranks.kill([1])
     return ranks.wait(), [" ".join(ranks.said(rank).split()) for rank in range(2)]
@@ -132,7 +133,7 @@ class HangUnderNccl:
 def test_a_rank_that_hangs_is_named_where_collectives_do_not_raise(world: Path, tmp_path: Path) -> None:
     run = arguments("ppo", world, tmp_path / "run", "parallel.timeout_s=10")
     ranks = Ranks(run, world, tmp_path / "log", change=HangUnderNccl("training.ppo.iteration.PpoTrainer.sample"))
-    ranks.processes[0].join(90)
+    ranks.processes[0].join(PATIENCE_S)
     ranks.kill([1])
     assert ranks.wait()[0] == 1
     said = " ".join(ranks.said(0).split())

@@ -21,7 +21,7 @@ SECOND, LAST = 2, 4
 
 
 def _arguments(world: Path, run: Path, *more: str) -> list[str]:
-    return arguments("sft", world, run, "parallel.timeout_s=24", *more)
+    return arguments("sft", world, run, "parallel.timeout_s=120", *more)
 
 
 @pytest.fixture(scope="module")

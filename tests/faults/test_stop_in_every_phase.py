@@ -83,7 +83,7 @@ def stopped_runs(
         run = arguments(stage, world, directory / str(place))
         calls.append(Call(run, Interruption(phase, occurrence, number, rank=1)))  # rank 0 must learn of it
         calls.append(Call(run))
-    by_rank = run_ranks(call_all, 2, calls, world, timeout_s=60.0 * len(cells))
+    by_rank = run_ranks(call_all, 2, calls, world, timeout_s=300.0 * len(cells))
     answers = [list(ranks) for ranks in zip(*by_rank, strict=True)]
     return {
         cell: (directory / str(place), answers[2 * place], answers[2 * place + 1]) for place, cell in enumerate(cells)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.processes import Ranks
 from tests.faults.running import Call, arguments, call_all, check_equal
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE_S, run_ranks
 
 PACKAGE = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def test_a_signal_while_the_libraries_are_imported(number: signal.Signals, world
     while not _catches(process.pid, signal.SIGUSR1):  # the last that is listened to; Python itself catches SIGINT
         time.sleep(0.005)
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 75, said
     assert f"stopped by {number.name} in checking the data, with nothing to save" in said
     assert not (tmp_path / "run").exists()
@@ -57,7 +57,7 @@ print(signal.Signals(stop.wanted).name)
 
 @pytest.mark.parametrize(("how", "wanted"), [("ssh", "SIGHUP"), ("nohup", "SIGUSR1")])
 def test_a_lost_connection_stops_a_run_unless_it_was_started_under_nohup(how: str, wanted: str) -> None:
-    done = subprocess.run([sys.executable, "-c", HANG_UP, how], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HANG_UP, how], capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.stdout, done.stderr) == (f"{wanted}\n", "")
 
 
@@ -89,7 +89,7 @@ def test_a_second_signal_ends_a_rank_at_once_even_in_a_collective(world: Path, t
     process.join(1)
     assert process.exitcode is None, "it saves first, as soon as it can"
     os.kill(process.pid or 0, signal.SIGTERM)
-    process.join(5)
+    process.join(150)  # half of the collective's time-out
     assert process.exitcode == 128 + signal.SIGTERM
     ranks.kill()
 
@@ -105,14 +105,14 @@ def test_the_time_budget_stops_as_a_signal_does(world: Path, tmp_path: Path) -> 
 
 @pytest.mark.long
 def test_torchrun_restarts_and_resumes_by_itself(world: Path, tmp_path: Path) -> None:
-    run, whole = (arguments("ppo", world, tmp_path / name, "parallel.timeout_s=24") for name in ("run", "whole"))
+    run, whole = (arguments("ppo", world, tmp_path / name, "parallel.timeout_s=120") for name in ("run", "whole"))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=2", "--standalone"]
     process = _start(run, launcher, world)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.01)
     os.kill(_worker(process.pid), signal.SIGKILL)
-    _, said = process.communicate(timeout=240)
+    _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     assert "resuming" in said
     assert [answer[0].code for answer in run_ranks(call_all, 2, [Call(whole)], world)] == [0, 0]
@@ -135,4 +135,4 @@ libc = ctypes.CDLL(None)
 libc.on_exit(getattr(libc, "raise"), None)  # the last thing to happen: raise(exit code)
 sys.exit(int(signal.SIGUSR1))
 """
-    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == signal.SIGUSR1
+    assert subprocess.run([sys.executable, "-c", program], timeout=PATIENCE_S).returncode == signal.SIGUSR1

@@ -10,6 +10,7 @@ from unittest import mock
 
 from tests.faults.processes import Ranks
 from tests.faults.running import arguments, check_equal
+from tests.ranks import PATIENCE_S
 
 
 class WaitForEver:
@@ -26,7 +27,7 @@ class WaitForEver:
 
 
 def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.05)

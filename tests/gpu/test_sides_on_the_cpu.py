@@ -38,6 +38,7 @@ def test_this_run_sees_no_gpu() -> None:
     assert not torch.cuda.is_available()
 
 
+@pytest.mark.long
 def test_a_side_repeats_itself_and_bfloat16_comes_near(sides: Sides) -> None:
     first, again = flatten(sides.of("cpu")), flatten(sides.run("cpu", name="again_"))
     assert apart(again, first, 0.0) == []

@@ -40,7 +40,7 @@ def world_size(layout: dict[str, Any]) -> int:
 
 @contextmanager
 def parallel(layout: dict[str, Any]) -> Iterator[ParallelLayout]:
-    started = start_parallel(ParallelSection(**layout, timeout_s=60.0), seed=5)
+    started = start_parallel(ParallelSection(**layout, timeout_s=600.0), seed=5)
     try:
         yield started
     finally:

@@ -16,6 +16,8 @@ from tests.models.running import LAYOUTS, forward, gradients, layout_name, load_
 from tests.models.tiny import SIZES, VARIANTS, make_llama, sample_tokens
 from tests.ranks import run_ranks
 
+WHOLE = (LAYOUTS[0], LAYOUTS[5], LAYOUTS[6])  # the others cut a model in part of the ways that these do
+CUTS = [each if each in WHOLE else pytest.param(each, marks=pytest.mark.long) for each in LAYOUTS]
 NUM_GROUPS = 3
 HEADS = {"tied": "lm", "grouped_heads": "lm", "score": "critic"}  # whose gradients are compared
 # float32 sums in another order; logits reach 2 to 4.
@@ -36,7 +38,7 @@ def _outputs(layout: dict[str, Any], root: Path, names: list[str]) -> dict[str, 
         return {n: forward(load_model(root / n, started, heads[n])[1], sample_tokens()) for n in names}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("layout", CUTS, ids=layout_name)
 def test_outputs_at_every_position(layout: dict[str, Any], llamas: tuple[Path, dict[str, Any]]) -> None:
     root, models = llamas
     ranks = run_ranks(_outputs, world_size(layout), layout, root, list(models))
@@ -105,7 +107,7 @@ def _transformers_gradients(model: Any, head: str) -> dict[str, Tensor]:
     return {"group_head.weight": groups.grad, **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("layout", CUTS, ids=layout_name)
 def test_every_gradient(layout: dict[str, Any], llamas: tuple[Path, dict[str, Any]]) -> None:
     root, models = llamas
     ranks = run_ranks(_full_gradients, world_size(layout), layout, root, torch.float32, "none", *HEADS)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_gil.cli import main
+from tests.ranks import PATIENCE_S
 
 
 def ppo(world: Path, *more: str) -> list[str]:
@@ -116,7 +117,7 @@ def test_megatron_is_not_imported(world: Path) -> None:
         f"status = main({[*ppo(world), '--dry-run']!r}); "
         "sys.exit(status or 3 * any(name.startswith('megatron.') for name in sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
 
 

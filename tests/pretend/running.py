@@ -50,7 +50,7 @@ def settings(command: str, root: Path, run: Path) -> list[str]:
     """A short run on the tiny world: two updates of two microbatches on one rank."""
     policy, reward_model = f"models.policy={root / 'policy'}", f"models.reward_model={root / 'reward_model'}"
     data = {"sft": "demonstrations", "reward": "preferences", "dpo": "preferences", "score": "answers"}
-    limits = ["data.max_tokens=32", "data.max_prompt_tokens=24", "parallel.timeout_s=60"]
+    limits = ["data.max_tokens=32", "data.max_prompt_tokens=24", "parallel.timeout_s=600"]
     sampling = ["sampling.max_new_tokens=4", "sampling.micro_size=4"]
     common = [command, f"data.train={root / data.get(command, 'prompts')}.jsonl", *limits]
     if command == "generate":

@@ -42,18 +42,18 @@ def jobs_of(out: Path) -> list[str]:
     return (out / "jobs").read_text().split()
 
 
-def finish(slurm: SlurmTestbed, out: Path, timeout_s: float) -> dict[str, set[str]]:
+def finish(slurm: SlurmTestbed, out: Path) -> dict[str, set[str]]:
     """The states in which the jobs of a chain ended."""
     under_way = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"}
     jobs = jobs_of(out)
-    slurm.wait(lambda: not set.union(*slurm.states(jobs).values()) & under_way, "the end of the chain", timeout_s)
+    slurm.wait(lambda: not set.union(*slurm.states(jobs).values()) & under_way, "the end of the chain")
     return slurm.states(jobs)
 
 
 def test_the_whole_chain(slurm: SlurmTestbed, miniature: World, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     slurm.run(*pipeline(miniature, data, out))
-    states = finish(slurm, out, timeout_s=240)
+    states = finish(slurm, out)
     log = (out / "pipeline.log").read_text()
     assert set.union(*states.values()) == {"COMPLETED"}, f"{states}\n{log}"
 
@@ -70,7 +70,7 @@ def test_the_whole_chain(slurm: SlurmTestbed, miniature: World, data: Path, tmp_
     assert "FAILED" not in log
 
     slurm.run(*pipeline(miniature, data, out, "--no-check"))  # again: what is done stays, and says so
-    assert set.union(*finish(slurm, out, timeout_s=60).values()) == {"COMPLETED"}
+    assert set.union(*finish(slurm, out).values()) == {"COMPLETED"}
     said = (out / "pipeline.log").read_text().removeprefix(log).splitlines()
     assert len(said) == 17
     assert all("done before" in line for line in said)
@@ -84,7 +84,7 @@ def test_a_stage_that_fails_stops_the_chain_and_says_why_in_one_place(
     shutil.copytree(data, broken)
     slurm.run(*pipeline(miniature, broken, out, "--no-check"))
     (broken / "train" / "demonstrations.jsonl").write_text('{"prompt": "no completion"}\n')
-    states = finish(slurm, out, timeout_s=120)
+    states = finish(slurm, out)
     by_job = [states[job] for job in jobs_of(out)]
     assert by_job[:2] == [{"COMPLETED"}, {"FAILED"}]
     assert set.union(*by_job[2:]) == {"CANCELLED"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import PATIENCE_S
 from tests.slurm.testbed import PROJECT
 
 PIPELINE = PROJECT / "slurm" / "pipeline.sh"
@@ -15,7 +16,7 @@ SCRIPTS = sorted([*(PROJECT / "slurm").glob("*.s*"), *(PROJECT / "tests" / "slur
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(part) for part in arguments], capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_the_jobs_of_the_paper_and_what_each_waits_for(tmp_path: Path) -> None:

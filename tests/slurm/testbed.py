@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gil.jsonl import iter_jsonl
+from tests.ranks import PATIENCE_S
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).with_name("cluster")
@@ -49,7 +50,7 @@ class SlurmTestbed:
             capture_output=True,
             text=True,
             check=check,
-            timeout=120,
+            timeout=PATIENCE_S,
         )
 
     def submit(self, *arguments: str | Path, **env: str) -> str:
@@ -74,18 +75,18 @@ class SlurmTestbed:
             found.setdefault(array_job, set()).add(state)
         return found
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 180.0) -> None:
-        deadline = time.monotonic() + timeout_s
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < deadline, (
-                f"{what} did not happen within {timeout_s:.0f} s\n{self.run('squeue').stdout}"
+                f"{what} did not happen within {PATIENCE_S:.0f} s\n{self.run('squeue').stdout}"
             )
             time.sleep(0.1)
 
-    def wait_for_end(self, job: str, timeout_s: float = 180.0) -> str:
+    def wait_for_end(self, job: str) -> str:
         """The state in which a job ended."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
-        self.wait(lambda: self.state(job) in ends, f"the end of job {job}", timeout_s)
+        self.wait(lambda: self.state(job) in ends, f"the end of job {job}")
         return self.state(job)
 
 
@@ -95,7 +96,10 @@ def start_testbed(root: Path) -> Iterator[SlurmTestbed]:
     directory = root / "cluster"
     for kind in ("net", "uts"):
         started = subprocess.run(
-            [str(SCRIPTS / "start.sh"), str(directory), f"ns={kind}"], capture_output=True, text=True, timeout=120
+            [str(SCRIPTS / "start.sh"), str(directory), f"ns={kind}"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
         )
         if started.returncode == 0:
             break
@@ -114,7 +118,7 @@ def start_testbed(root: Path) -> Iterator[SlurmTestbed]:
     try:
         yield SlurmTestbed(root, env)
     finally:
-        subprocess.run([str(SCRIPTS / "stop.sh"), str(directory)], check=True, timeout=180)
+        subprocess.run([str(SCRIPTS / "stop.sh"), str(directory)], check=True, timeout=PATIENCE_S)
 
 
 def iterations(run_dir: Path) -> list[int]:

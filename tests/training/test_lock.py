@@ -19,6 +19,7 @@ import pytest
 from megatron_gil.config import ConfigError
 from megatron_gil.training.run import lock as lock_module
 from megatron_gil.training.run.lock import FileLock, Holder
+from tests.ranks import PATIENCE_S
 
 HOLD = """
 import sys
@@ -86,7 +87,7 @@ def test_a_stopped_process_holds_on(tmp_path: Path) -> None:
 
 def test_a_released_lock_is_free(tmp_path: Path) -> None:
     with _holder(tmp_path / "lock") as process:
-        assert process.communicate("", timeout=30)[1] == ""
+        assert process.communicate("", timeout=PATIENCE_S)[1] == ""
         _take(tmp_path / "lock").release()
 
 
@@ -162,7 +163,7 @@ def test_a_holder_that_was_taken_over_ends_itself(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with _holder(path) as process:
         _write(path, _elsewhere())
-        assert process.wait(timeout=30) == 1
+        assert process.wait(timeout=PATIENCE_S) == 1
         assert process.stderr is not None
         said = process.stderr.read()
     assert "x was taken over by process" in said
