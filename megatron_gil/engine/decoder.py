@@ -154,7 +154,7 @@ class _Tokens:
         self._hidden, self._normed = empty(spec.hidden_size), empty(spec.hidden_size)
         self._norm = empty(1, dtype=_wide(dtype))
         self._zero, self._least_norm = (
-            torch.tensor(number, dtype=_wide(dtype), device=device)
+            torch.full((), number, dtype=_wide(dtype), device=device)
             for number in (0.0, math.sqrt(spec.norm_eps * spec.hidden_size))
         )
         self.angles = empty(3, half)  # cosine, minus sine, sine

@@ -66,7 +66,8 @@ class Slots:
         self._limits, self._least = torch.zeros_like(self._rows), torch.zeros_like(self._rows)
         self._live = torch.zeros(size, dtype=torch.bool, device=device)
         self._eos_ids = torch.tensor(eos_ids, device=device)
-        self._known_eos_ids = self._eos_ids[self._eos_ids < decoder.spec.vocab_size]
+        known = [token for token in eos_ids if token < decoder.spec.vocab_size]
+        self._known_eos_ids = torch.tensor(known, dtype=torch.int64, device=device)
         self._columns = torch.arange(answers.width, device=device)
         self._shrinks, self._unit = not capture, BUCKET if capture else BUCKET // 4
         self._step = CapturedSteps(self._choose) if capture else self._choose
@@ -144,7 +145,7 @@ class Slots:
         for slot, start in zip(slots, starts, strict=True):
             self._places[slot], self._ends[slot] = start, start + section.max_new_tokens
         device = self._rows.device
-        slot_ids, row_ids, start_ids = (torch.tensor(numbers, device=device) for numbers in (slots, rows, starts))
+        slot_ids, row_ids, start_ids = torch.tensor([slots, rows, starts], device=device).unbind(0)
         answers.lengths.index_copy_(0, self._rows[slot_ids], decoder.position[slot_ids] + 1)
         for state, values in (
             (self._rows, row_ids),
@@ -159,11 +160,10 @@ class Slots:
         decoder.show(slot_ids, start_ids)
 
     def _prefill(self, batch: list[tuple[int, tuple[int, ...]]]) -> None:
+        """Of rows that are seated; the last token of a prompt is left to the first step."""
         width = max(len(prompt) for _, prompt in batch) - 1
-        tokens = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for _, prompt in batch]
-        device = self._rows.device
-        slots = torch.tensor([slot for slot, _ in batch], device=device)
-        self._decoder.prefill(torch.tensor(tokens, device=device), slots)
+        slots = torch.tensor([slot for slot, _ in batch], device=self._rows.device)
+        self._decoder.prefill(self._answers.tokens[self._rows[slots], :width], slots)
 
     def _copy(self, pairs: list[tuple[int, int]]) -> None:
         pairs = [(source, target) for source, target in pairs if source != target]

@@ -139,7 +139,7 @@ def _slowly(llama: Any, prompt: list[int], sample_id: int, section: SamplingSect
 
 
 def test_company_changes_nothing(found: dict[str, Any]) -> None:
-    """A row's samples depend on its prompt and its id, not on the rows, the padding or the chunk beside it."""
+    """A row's samples depend on its prompt and its id, not on the rows, the padding or the slots beside it."""
     together = _responses(found["plain"])
     assert _responses(found["in threes"]) == together
     assert [_responses(alone)[0] for alone in found["one by one"]] == together
