@@ -170,7 +170,7 @@ class Bench:
         progress.attend(self.layout)
         dataset: Any = RandomPrompts(self.spec, self.work.iteration_prompt_tokens)
         tokenizer: Any = ids
-        rows = config.ppo.prompts * config.ppo.responses_per_prompt
+        rows = config.ppo.num_rows
         order = RowOrder(
             10_000,
             seed=1,

@@ -91,6 +91,14 @@ class PpoConfig(TrainConfig):
     gil: GilSection = _section(GilSection)
     alarms: AlarmSection = _section(AlarmSection)
 
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        require(
+            self.ppo.num_rows % self.batch.global_size == 0,
+            f"ppo.prompts={self.ppo.prompts} x ppo.responses_per_prompt={self.ppo.responses_per_prompt} cannot be "
+            f"divided by batch.global_size={self.batch.global_size}; change one of them",
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig(CommandConfig):

@@ -308,6 +308,11 @@ class PpoSection(Section):
     ptx_coef: float = real(0.0, least=0)
     """Weight of the language-modelling loss on data.pretrain in the policy's update."""
 
+    @property
+    def num_rows(self) -> int:
+        """Of a rollout, over all ranks."""
+        return self.prompts * self.responses_per_prompt
+
     def _check(self) -> None:
         require(
             self.advantages == "gae" or self.responses_per_prompt > 1,

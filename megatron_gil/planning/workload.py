@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron_gil.config import CommandConfig, DpoConfig, PpoConfig, RewardConfig, require
+from megatron_gil.config import CommandConfig, DpoConfig, PpoConfig, RewardConfig
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.uses import model_uses
 from megatron_gil.planning.memory import Cut, Precision, Rows, SizedModel
@@ -96,14 +96,8 @@ def read_workload(config: CommandConfig, spec_of: Callable[[str], LlamaSpec]) ->
 
 def _read_rollout(config: PpoConfig) -> RolloutShape:
     ppo, sampling = config.ppo, config.sampling
-    num_rows = ppo.prompts * ppo.responses_per_prompt
-    require(
-        num_rows % config.batch.global_size == 0,
-        f"ppo.prompts={ppo.prompts} x ppo.responses_per_prompt={ppo.responses_per_prompt} cannot be divided by "
-        f"batch.global_size={config.batch.global_size}; change one of them",
-    )
     return RolloutShape(
-        num_rows=num_rows,
+        num_rows=ppo.num_rows,
         prompt_tokens=config.data.max_prompt_tokens,
         new_tokens=sampling.max_new_tokens,
         micro_size=sampling.micro_size or DEFAULT_SLOTS,

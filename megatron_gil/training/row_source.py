@@ -83,7 +83,7 @@ class PromptSource:
             repeats=config.ppo.responses_per_prompt,
             minibatch_size=config.batch.global_size,
         )
-        return cls(dataset, order, layout, config.ppo.prompts * config.ppo.responses_per_prompt)
+        return cls(dataset, order, layout, config.ppo.num_rows)
 
     def batch(self, iteration: int) -> PromptBatch:
         """This rank's prompts; a sample id is never used twice in a run, and seeds the row's sampling."""

@@ -19,8 +19,6 @@ BASELINE = ("policy/entropy", "response/tokens")
 KL_DECAY, KL_FLOOR = 0.9, 3.0
 """Of the running mean that a KL is held against, and the nats a reply that it counts for at least."""
 
-Range = tuple[float, float]
-
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
@@ -37,7 +35,7 @@ class Alarms:
         section: AlarmSection,
         *,
         min_group_mass: float,
-        score_range: Range | None,
+        score_range: tuple[float, float] | None,
         truncations: Sequence[str] = (),
     ) -> None:
         """score_range: what the reward model was trained on; None where that is not known. truncations: settings that

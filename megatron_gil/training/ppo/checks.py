@@ -7,12 +7,6 @@ from megatron_gil.data.rows.prompts import PromptDataset
 
 
 def check_rollout(config: PpoConfig, dp_size: int, train: PromptDataset) -> None:
-    num_rows = config.ppo.prompts * config.ppo.responses_per_prompt
-    if num_rows % config.batch.global_size:
-        raise ConfigError(
-            f"ppo.prompts={config.ppo.prompts} x ppo.responses_per_prompt={config.ppo.responses_per_prompt} cannot "
-            f"be divided by batch.global_size={config.batch.global_size}; change one of them"
-        )
     _check_comparisons(config, dp_size)
     if config.gil.groups == "known" and train.num_labelled < len(train):
         raise ConfigError(

@@ -95,7 +95,7 @@ class PpoTrainer:
         self.num_updates = 0
         # Greedy sampling has no log-probs of its own: those of temperature 1 stand in for them.
         self.temperature = config.sampling.temperature or 1.0
-        minibatches = config.ppo.prompts * config.ppo.responses_per_prompt // config.batch.global_size
+        minibatches = config.ppo.num_rows // config.batch.global_size
         self.num_planned_updates = config.ppo.iterations * config.ppo.epochs * minibatches
 
     def iterate(self, iteration: int) -> Metrics:
