@@ -1,5 +1,5 @@
-"""`--dry-run`: checks config, data, layout and memory, and prints what each rank will hold. Needs no GPU, neither
-megatron nor a process group."""
+"""`--dry-run`: checks config, data, layout and memory, and prints what each rank will hold. It needs no
+GPU, no megatron-core and no process group."""
 
 from __future__ import annotations
 
