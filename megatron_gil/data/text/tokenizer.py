@@ -41,7 +41,8 @@ class Tokenizer:
         self.eos_ids = self._read_eos_ids(directory)
         self.eos_id = self.eos_ids[0]
         # Any id of the vocabulary will do for padding: rows have their lengths, and nothing is read beyond them. So a
-        # model without a padding token (or with one outside its embedding) pads with eos; its embedding is never resized.
+        # model without a padding token (or with one outside its embedding) pads with eos, and its embedding is never
+        # resized.
         self.pad_id = self._read_pad_id()
         self._add_bos = self._read_add_bos()
         template, strings = self._special.chat_template, self._special_strings()
