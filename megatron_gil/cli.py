@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in CONFIGURED:
             command.add_argument("--config", type=expand_user, metavar="FILE.yaml", help="a run's settings")
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
-            command.add_argument("--help-config", action="store_true", help="every key, its default and meaning; end")
+            command.add_argument("--help-config", action="store_true", help="print every key, its default and meaning")
             _add_dry_run(command, trains=name in TRAINING)
         elif name == "evaluate":
             command.add_argument(

@@ -33,7 +33,8 @@ def test_what_a_document_names_is_there(document: Path) -> None:
     missing = {link for link in links if not (document.parent / link).exists()}
     configs = set(re.findall(r"--config (\S+\.yaml)", text)) - {"FILE.yaml"}
     missing |= {path for path in configs if not (ROOT / path).exists()}
-    named = {path.rstrip(".,;:") for path in re.findall(r"\b((?:tools|examples|docs|slurm|tests|megatron_gil)/[\w./-]+)", text)}
+    folders = "tools|examples|docs|slurm|tests|megatron_gil"
+    named = {path.rstrip(".,;:") for path in re.findall(rf"\b((?:{folders})/[\w./-]+)", text)}
     missing |= {path for path in named if not (ROOT / path).exists() and not (document.parent / path).exists()}
     assert not missing
     commands = set(re.findall(r"megatron-gil ([a-z-]+)", text)) | set(re.findall(r"-m megatron_gil ([a-z-]+)", text))
