@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             arguments = _parse(sys.argv[1:] if argv is None else argv)
             command = f"megatron-gil {arguments.command}"
-            if arguments.command in CONFIGURED and not getattr(arguments, "dry_run", False):
+            if arguments.command in CONFIGURED and not (arguments.dry_run or arguments.help_config):
                 stop = StopSignal()  # before anything slow
                 drop_output()
                 return _guarded(command, lambda: _run_configured(arguments, stop))
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in CONFIGURED:
             command.add_argument("--config", type=expand_user, metavar="FILE.yaml", help="a run's settings")
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
+            command.add_argument("--help-config", action="store_true", help="print every key, its default and meaning")
             _add_dry_run(command, trains=name in TRAINING)
         elif name == "evaluate":
             command.add_argument(
@@ -154,6 +156,11 @@ def _add_dry_run(command: argparse.ArgumentParser, *, trains: bool) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
+    if arguments.command in CONFIGURED and arguments.help_config:
+        from megatron_gil.config.reference import help_text
+
+        print(help_text(arguments.command, width=min(100, shutil.get_terminal_size().columns)))
+        return 0
     if arguments.command in CONFIGURED:
         from megatron_gil.commands.dry_run import dry_run
 
@@ -199,18 +206,10 @@ def _run_configured(arguments: argparse.Namespace, stop: StopSignal) -> int:
 
 
 def _read_config(arguments: argparse.Namespace) -> Any:
-    from megatron_gil import config as c
+    from megatron_gil.config import COMMAND_CONFIGS
     from megatron_gil.config.files import load_config
 
-    classes: dict[str, type[Any]] = {
-        "sft": c.SftConfig,
-        "reward": c.RewardConfig,
-        "dpo": c.DpoConfig,
-        "ppo": c.PpoConfig,
-        "generate": c.GenerateConfig,
-        "score": c.ScoreConfig,
-    }
-    return load_config(classes[arguments.command], arguments.config, arguments.overrides)
+    return load_config(COMMAND_CONFIGS[arguments.command], arguments.config, arguments.overrides)
 
 
 def _rank() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tokenize
 from collections.abc import Iterator
 from functools import cache
@@ -173,3 +174,11 @@ def test_no_module_state_and_no_broad_silence(path: Path) -> None:
 
 def _is_broad(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id in ("Exception", "BaseException")
+
+
+def test_contributing_shows_these_floors() -> None:
+    table = re.findall(r"^\| (\d) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.M)
+    shown = {
+        name.removesuffix(".py"): int(floor) for floor, cell in table for name in re.findall(r"`(\w[\w.]*)/?`", cell)
+    }
+    assert shown == {name: floor for name, floor in FLOORS.items() if not name.startswith("__")}

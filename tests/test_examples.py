@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
 import shutil
 import subprocess
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,7 +33,8 @@ def test_what_a_document_names_is_there(document: Path) -> None:
     missing = {link for link in links if not (document.parent / link).exists()}
     configs = set(re.findall(r"--config (\S+\.yaml)", text)) - {"FILE.yaml"}
     missing |= {path for path in configs if not (ROOT / path).exists()}
-    named = {path.rstrip(".,;:") for path in re.findall(r"\b((?:tools|examples|docs|slurm)/[\w./-]+)", text)}
+    folders = "tools|examples|docs|slurm|tests|megatron_gil"
+    named = {path.rstrip(".,;:") for path in re.findall(rf"\b((?:{folders})/[\w./-]+)", text)}
     missing |= {path for path in named if not (ROOT / path).exists() and not (document.parent / path).exists()}
     assert not missing
     commands = set(re.findall(r"megatron-gil ([a-z-]+)", text)) | set(re.findall(r"-m megatron_gil ([a-z-]+)", text))
@@ -107,3 +110,48 @@ def test_the_hh_example_finds_mistakes_before_it_trains(world: Path, tmp_path: P
         assert done.returncode == 2, done.stderr
         assert message in done.stderr.splitlines()[-1], done.stderr
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "llama"]
+
+
+def _fenced(document: str, heading: str) -> str:
+    """The first fenced or indented block below a heading, without its indentation."""
+    below = (ROOT / document).read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    found = re.search(r"```\w*\n(.*?)```|((?:^    [^\n]*\n)+)", below, flags=re.S | re.M)
+    assert found, heading
+    return textwrap.dedent(found[1] or found[2])
+
+
+def test_one_iteration_is_the_codes() -> None:
+    source = (ROOT / "megatron_gil/training/ppo/iteration.py").read_text(encoding="utf-8")
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    iterate = ast.get_source_segment(source, next(node for node in nodes if node.name == "iterate"))
+    assert iterate is not None
+    assert _fenced("README.md", "One iteration").split() == iterate.split(), "copy PpoTrainer.iterate into README.md"
+
+
+def test_the_tree_of_the_readme_is_the_projects() -> None:
+    listed = {
+        Path(line.split()[0]) for line in _fenced("README.md", "Where things are").splitlines() if line[:1] != " "
+    }
+    inside = {
+        Path(line.split()[0]) for line in _fenced("README.md", "Where things are").splitlines() if line[:1] == " "
+    }
+    package = ROOT / "megatron_gil"
+    assert {path.name for path in package.iterdir() if (path / "__init__.py").exists()} <= {
+        str(path) for path in inside
+    }
+    missing = [path for path in inside if not (package / path).exists()]
+    missing += [path for path in listed if not (ROOT / path).is_dir()]
+    assert not missing
+
+
+def test_every_metric_of_a_run_is_in_the_table() -> None:
+    names = set()
+    for path in (ROOT / "tests/golden").glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            names |= {name.removeprefix("eval/") for name in row if "iteration" in row}  # its first line has versions
+    assert len(names) > 50
+    forms = _first_cells("docs/metrics.md")
+    patterns = [re.sub("NAME$|^MODEL", r"[a-z_]+", re.sub("_G$", r"_\\d+", form)) for form in forms]
+    missing = {name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert not missing

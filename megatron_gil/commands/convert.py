@@ -27,9 +27,9 @@ Verify = Callable[..., int]
 
 
 def convert(arguments: Sequence[str], *, verify: Verify) -> int:
-    """verify: compares logits, with models that this floor cannot run."""
+    """verify: the function that compares logits. It is handed in so that the other commands do not import torch."""
     given = _parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the finally that removes what was begun
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` removes what was begun
     try:
         return _run(given, verify)
     except ConfigError as error:
@@ -98,5 +98,5 @@ def _say(source: Path, written: Written) -> None:
 
 
 def _note(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, which all come to the same
+    if os.environ.get("RANK", "0") == "0":  # under torchrun all processes find the same; one prints it
         print(line, file=sys.stderr)

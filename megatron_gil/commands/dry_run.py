@@ -1,5 +1,5 @@
-"""`--dry-run`: config, data, layout and memory are resolved on a machine without a GPU, with neither megatron nor a
-process group, and every rank's share is printed."""
+"""`--dry-run`: checks config, data, layout and memory, and prints what each rank will hold. It needs no
+GPU, no megatron-core and no process group."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def _layout_line(cut: Cut, plan: BatchPlan) -> str:
 
 
 def _rank_title(workload: Workload, cut: Cut, pp_rank: int) -> str:
-    """megatron numbers ranks by tensor-, then data-, then pipeline-parallel place."""
+    """Which ranks, and which part of the model they hold. megatron numbers ranks along the tensor-parallel axis
+    first, then the data-, then the pipeline-parallel one."""
     block = cut.tp_size * cut.dp_size
     first, last = pp_rank * block, (pp_rank + 1) * block - 1
     layers = workload.models[0].spec.layers_of(pp_rank, cut.pp_size)

@@ -21,7 +21,7 @@ from megatron_gil.paths import write_whole
 def evaluate(arguments: argparse.Namespace, *, gold_score: ScoreFn) -> int:
     """Judge one response file against others, print the table, and write it where `output` says.
 
-    gold_score: of the miniature, which this floor does not know.
+    gold_score: the miniature's true score; it is handed in because `demo/`, which defines it, lies on a floor above.
     """
     if arguments.output is not None and arguments.output.exists():
         raise ConfigError(f"{arguments.output} exists already; name another --output")
@@ -52,7 +52,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def read_replies(path: Path) -> list[dict[str, str]]:
-    """JSON Lines of {"prompt", "response"} and what else a row holds; ConfigError names file, line and field."""
+    """Rows of {"prompt", "response"}, with their other fields; ConfigError names file, line and field."""
     rows: list[dict[str, str]] = []
     for number, row in iter_jsonl(path):
         for field in ("prompt", "response"):

@@ -97,12 +97,12 @@ def _memory_table(best: Plan) -> Table:
 
 
 def wide_console() -> Console:
-    """Of the terminal's width; in a file or pipe wide enough for the tables."""
+    """As wide as the terminal; where the output is a file or a pipe, wide enough for the tables."""
     return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 118)
 
 
 def _table(title: str) -> Table:
-    """Of at most 80 columns."""
+    """A table of at most 80 columns."""
     shown = {"title_justify": "left", "caption_justify": "left", "box": box.SIMPLE_HEAD}
     return Table(title=title, pad_edge=False, collapse_padding=True, **shown)  # type: ignore[arg-type]
 

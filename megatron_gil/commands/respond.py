@@ -24,11 +24,13 @@ from megatron_gil.training.run.signals import EXIT_STOPPED, StopRequested
 from megatron_gil.training.run.take import take_output
 
 BATCHES_OF_SLOTS = 4
-"""How often the slots are filled between two writes of what is answered, by which a stop loses less."""
+"""Answers are written each time that the slots have been filled this often. A run that is killed loses what was
+answered since the last write."""
 
 
 def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress) -> int:
-    """One response per prompt of data.train, into `output`; of a prompt that was cut also what the model read."""
+    """Writes one response per prompt of data.train into `output`; for a prompt that was cut, also what the model
+    read."""
 
     checked = agree(layout, lambda: check_run(config, layout.world_size))
     prompts, tokenizer, output = checked.train, checked.tokenizers.tokenizer, Path(config.output)
@@ -91,7 +93,7 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
 
 
 def _check_scores(without: dict[int, float], config: ScoreConfig, layout: ParallelLayout) -> None:
-    """A NaN is a broken model, and would lose against every score it is compared with."""
+    """RunFailed for a NaN: it means a broken model, and in a comparison it would lose against every score."""
     bad = [pair for part in gather_objects(without, layout) for pair in part.items()]
     if bad:
         row_id, value = min(bad)
@@ -113,7 +115,7 @@ def _say_first(
 
 
 def _collect(answers: AnswerFile, answer_all: Callable[[], None], progress: Progress) -> int:
-    """Exit code 0 with the whole file, or 75 with what is kept of it."""
+    """Exit code 0 when the file is whole, or 75 when the command was stopped and what is done so far is kept."""
     try:
         answer_all()
     except StopRequested as stopped:

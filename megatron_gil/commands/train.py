@@ -53,11 +53,11 @@ from megatron_gil.training.supervised.trainer import SupervisedTrainer
 def run_command(name: str, config: Any, stop: StopSignal) -> int:
     """Run a configured command on this rank; the exit code."""
     stop.limit(config.run.max_minutes)
-    world_size = read_world_size()  # looked at before any process group is formed
+    world_size = read_world_size()  # a wrong size is refused before any process group is formed
     if isinstance(config, TrainConfig):
         BatchPlan.of(world_size, config.parallel, config.batch)
     else:
-        data_parallel_size(world_size, config.parallel)  # answers and scores come in batches of any size
+        data_parallel_size(world_size, config.parallel)  # generate and score take batches of any size
     progress = Progress(stop)
     try:
         with Watchdog(lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog, progress.at_end:
@@ -82,12 +82,13 @@ def run_command(name: str, config: Any, stop: StopSignal) -> int:
 def _run_guarded(
     name: str, config: Any, layout: ParallelLayout, progress: Progress, watchdog: Watchdog
 ) -> tuple[int, str]:
-    """(exit code, what rank 0 says of it). Whatever is not foreseen here ends with a traceback and code 1."""
+    """(exit code, the line that rank 0 prints). An exception that is not handled here ends with a traceback and code
+    1."""
     answers: dict[str, Callable[..., int]] = {"generate": generate, "score": score}
     try:
         progress.safe_point("checking the data")
         code = answers.get(name, train)(config, layout, progress)
-        barrier(layout)  # nobody goes while another still needs the store
+        barrier(layout)  # a rank that leaves early may take the store with it
         return code, ""
     except StopRequested as stopped:
         return EXIT_STOPPED, f"{stopped} in {progress.where.phase}, with nothing to save; start again to go on"

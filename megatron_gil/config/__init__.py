@@ -1,6 +1,7 @@
 """Configuration: one frozen dataclass per section, one per command. config/files.py reads them."""
 
 from megatron_gil.config.commands import (
+    COMMAND_CONFIGS,
     BatchPlan,
     CommandConfig,
     DpoConfig,
@@ -12,6 +13,7 @@ from megatron_gil.config.commands import (
     TrainConfig,
     data_parallel_size,
 )
+from megatron_gil.config.ppo_sections import AlarmSection, GilSection, PpoSection
 from megatron_gil.config.section import (
     IS_PATH,
     ConfigError,
@@ -20,19 +22,16 @@ from megatron_gil.config.section import (
     require,
 )
 from megatron_gil.config.sections import (
-    AlarmSection,
     BatchSection,
     CheckpointSection,
     CriticOptimizerSection,
     DataSection,
     DpoSection,
-    GilSection,
     LogSection,
     ModelsSection,
     OptimizerSection,
     ParallelSection,
     PolicyOptimizerSection,
-    PpoSection,
     RewardSection,
     RunSection,
     SamplingSection,
@@ -41,6 +40,7 @@ from megatron_gil.config.sections import (
 )
 
 __all__ = [
+    "COMMAND_CONFIGS",
     "IS_PATH",
     "AlarmSection",
     "BatchPlan",

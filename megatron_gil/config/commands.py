@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from omegaconf import MISSING
 
+from megatron_gil.config.ppo_sections import AlarmSection, GilSection, PpoSection
 from megatron_gil.config.section import path, require
 from megatron_gil.config.sections import (
-    AlarmSection,
     BatchSection,
     CheckpointSection,
     CriticOptimizerSection,
     DataSection,
     DpoSection,
-    GilSection,
     LogSection,
     ModelsSection,
     OptimizerSection,
     ParallelSection,
     PolicyOptimizerSection,
-    PpoSection,
     RewardSection,
     RunSection,
     SamplingSection,
@@ -81,9 +80,6 @@ class DpoConfig(TrainConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PpoConfig(TrainConfig):
-    """`optimizer` is the policy's; batch.global_size rows make a minibatch of the rollout, which has
-    ppo.prompts x ppo.responses_per_prompt rows."""
-
     optimizer: OptimizerSection = _section(PolicyOptimizerSection)
     critic_optimizer: OptimizerSection = _section(CriticOptimizerSection)
     sampling: SamplingSection = _section(SamplingSection)
@@ -111,6 +107,16 @@ class GenerateConfig(CommandConfig):
 class ScoreConfig(CommandConfig):
     output: str = path(MISSING)
     """JSON Lines of {"prompt", "response", "score"}; must not exist yet."""
+
+
+COMMAND_CONFIGS: Mapping[str, type[CommandConfig]] = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "ppo": PpoConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+}
 
 
 def data_parallel_size(world_size: int, parallel: ParallelSection) -> int:

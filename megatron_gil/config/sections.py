@@ -25,7 +25,7 @@ class RunSection(Section):
     """On a GPU: only kernels that give the same bits each time, so that a resumed run repeats one that was not stopped
     bit for bit. Costs speed, above all in attention's backward pass. A CPU run is deterministic without it."""
     max_minutes: float | None = real(None, above=0)
-    """Save and exit 75 once the process has run this long; null never."""
+    """Save and exit with code 75 once the process has run this long; null: no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +50,9 @@ class ModelsSection(Section):
     ref_policy: str | None = path()
     """Frozen reference of dpo and ppo; null: a copy of the policy as it starts."""
     reward_model: str | None = path()
-    """Trained by reward, read by ppo and score."""
+    """Where reward starts its training (a language model will do); the trained one that ppo and score read."""
     critic: str | None = path()
-    """Where ppo's critic starts; null: from the reward model."""
+    """Where ppo's critic starts; null: a copy of the reward model."""
     reward_tokenizer: Literal["same", "own"] = "same"
     """same: ppo's reward model has the policy's tokenizer and reads its tokens. own: it has another and reads prompts
     and responses as text; critic and classifier read the policy's tokens all the same."""
@@ -64,7 +64,7 @@ class ModelsSection(Section):
     """On a GPU, auto takes megatron-core's fused kernels, each where its library imports: rotary embedding (Transformer
     Engine), SwiGLU (Triton), gradient accumulation (Apex). The first lines of a run say which."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the backward pass."""
+    """Which activations are recomputed in the backward pass, to save memory: none, those of attention, or all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +103,11 @@ class DataSection(Section):
     tokenizer: str | None = path()
     """Directory with tokenizer.model or tokenizer.json; null: the policy's (or reward model's) own directory."""
     max_prompt_tokens: int = integer(512, least=1)
-    """A longer prompt loses its oldest turns or tokens: said at the start, and data/truncated_fraction."""
+    """A longer prompt loses its oldest turns or tokens. The first lines of a run say how many prompts are longer; the
+    metric data/truncated_fraction says it of each batch."""
     max_tokens: int = integer(1024, least=1)
-    """Prompt and response of sft, reward and dpo; a longer response is cut at its end, said as above."""
+    """Prompt and response together, in sft, reward and dpo; a longer response is cut at its end, which is said as
+    above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,8 @@ class BatchSection(Section):
     key: ClassVar[str] = "batch"
 
     global_size: int = integer(32, least=1)
-    """Rows (pairs for reward and dpo) of one update, over all ranks."""
+    """Rows (pairs for reward and dpo) of one update, over all ranks; in ppo the rows of one minibatch of the rollout,
+    which has ppo.prompts x ppo.responses_per_prompt rows."""
     micro_size: int = integer(8, least=1)
     """Rows of one forward pass on one rank."""
 
@@ -123,52 +126,62 @@ class OptimizerSection(Section):
     key: ClassVar[str] = "optimizer"
 
     lr: float = real(1e-5, least=0)
+    """Highest learning rate, which the schedule reaches after the warm-up."""
     min_lr: float = real(0.0, least=0)
-    """Where the schedule ends."""
+    """Learning rate at the end of the schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Decay after the warm-up, over the run's updates."""
     warmup_fraction: float = real(0.1, least=0, most=1)
     """Share of the updates over which the rate rises from 0."""
     beta1: float = real(0.9, least=0, below=1)
+    """Adam's decay of the mean of gradients."""
     beta2: float = real(0.95, least=0, below=1)
+    """Adam's decay of the mean of squared gradients."""
     eps: float = real(1e-8, above=0)
+    """Adam's addition to the denominator."""
     weight_decay: float = real(0.0, least=0)
+    """Weight decay of matrices, not of norms; decoupled from the gradient (AdamW)."""
     clip_grad: float = real(1.0, least=0)
     """Bound on the global gradient norm; 0 switches clipping off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOptimizerSection(OptimizerSection):
-    """Of ppo's policy."""
+    """In ppo these keys are the policy's; the critic has critic_optimizer."""
 
     lr: float = real(1e-6, least=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CriticOptimizerSection(OptimizerSection):
+    """The optimizer of ppo's critic, and of the group classifier."""
+
     key: ClassVar[str] = "critic_optimizer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSection(Section):
-    """PPO's log-probs are those of the temperature sampled at. top_k, top_p, repetition_penalty and min_new_tokens are
-    not in them: policy/sampling_mismatch logs how far the sampled distribution is from the one they speak of."""
+    """The log-probs that PPO uses take the temperature into account, but not top_k, top_p, repetition_penalty and
+    min_new_tokens. How far they are from the distribution that was sampled is logged as policy/sampling_mismatch."""
 
     key: ClassVar[str] = "sampling"
 
     temperature: float = real(1.0, least=0)
-    """0 is greedy, with the log-probs of temperature 1."""
+    """0 takes the likeliest token each time; PPO then uses the log-probs of temperature 1."""
     top_k: int = integer(0)
-    """0 switches off."""
+    """Only this many of the likeliest tokens are drawn from; 0: all."""
     top_p: float = real(1.0, above=0, most=1)
+    """Only the likeliest tokens that together have this probability are drawn from; 1: all."""
     repetition_penalty: float = real(1.0, above=0)
     """Divides positive and multiplies negative logits of tokens already in the row (CTRL, arXiv 1909.05858)."""
     max_new_tokens: int = integer(128, least=1)
+    """A response ends here at the latest."""
     min_new_tokens: int = integer(1, least=1)
     """No end-of-sequence token before this many."""
     micro_size: int | None = integer(None, least=1)
-    """Slots: rows decoded together on one rank, each replaced by the next when it ends; bounds the key-value cache.
-    null: 64; on a GPU as many, a power of two up to 256, as fit in half of the memory that is free."""
+    """Slots: so many rows are decoded together on one rank, and when one ends the next prompt takes its slot. Sets the
+    size of the key-value cache. null: 64; on a GPU a power of two up to 256, as many as fit in half of the free
+    memory."""
     cuda_graphs: Literal["auto", "off"] = "auto"
     """auto: on a GPU a decoding step is captured and replayed, which takes its start-up time away."""
 
@@ -190,9 +203,9 @@ class CheckpointSection(Section):
     key: ClassVar[str] = "checkpoint"
 
     every: int = integer(100, least=1)
-    """Save each this many iterations (and at the end, and on a signal)."""
+    """Iterations between checkpoints; one is also saved at the end and on a signal."""
     keep_last: int = integer(2, least=1)
-    """How many checkpoints stay; the last one always does."""
+    """How many of the newest checkpoints stay."""
     keep_every: int = integer(0)
     """Checkpoints of every n-th iteration stay for ever; 0: none does."""
     keep_best: str | None = None
@@ -217,6 +230,7 @@ class LogSection(Section):
     key: ClassVar[str] = "log"
 
     tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
     samples_every: int = integer(10)
     """Iterations between rows of samples.jsonl; 0: none."""
     samples: int = integer(4)
@@ -226,37 +240,15 @@ class LogSection(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AlarmSection(Section):
-    """When ppo warns: a line as it begins, and a metric alarm/NAME that is 0 or 1. 0 switches an alarm off."""
-
-    key: ClassVar[str] = "alarms"
-
-    max_kl: float = real(50.0, least=0)
-    """Nats a reply, of the batch or of one group."""
-    kl_spike: float = real(2.0, least=0)
-    """The same against its own mean over the last ten iterations or so, or against 3 nats if that is more."""
-    group_information: float = real(0.02, least=0)
-    """Share of log M that the classifier's probabilities tell of a row (mutual information)."""
-    out_of_range_fraction: float = real(0.2, least=0)
-    """Share of the replies scored outside the range that the reward model gave its training pairs."""
-    entropy_fraction: float = real(0.5, least=0)
-    """Entropy below this share of the first iteration's."""
-    length_factor: float = real(1.75, least=0)
-    """Replies this many times longer or shorter than in the first iteration."""
-    sampling_mismatch: float = real(0.1, least=0)
-    """Nats a token between the log-probs that the sampler drew by and those that PPO uses (top_p and the like)."""
-    duplicate_fraction: float = real(0.4, least=0)
-    """Share of the replies that equal a reply to another prompt."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSection(Section):
-    """How long sft, reward and dpo train: epochs, or a number of updates where that is set."""
+    """How long sft, reward and dpo train."""
 
     key: ClassVar[str] = "train"
 
     epochs: int = integer(1, least=1)
+    """Passes over data.train."""
     updates: int | None = integer(None, least=1)
+    """A number of updates in the place of epochs; null: epochs count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,8 +256,8 @@ class RewardSection(Section):
     key: ClassVar[str] = "reward"
 
     center_coef: float = real(0.01, least=0)
-    """Weight of (score_chosen + score_rejected)^2, which keeps the mean score near 0, where the group classifier that
-    starts from the score head splits; 0 switches off."""
+    """Weight of (score_chosen + score_rejected)^2, which keeps the mean score near 0. The group classifier starts from
+    the score head and first splits the rows at 0. 0 switches off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,89 +268,3 @@ class DpoSection(Section):
     """Strength of the implicit KL constraint (arXiv 2305.18290, eq. 7)."""
     label_smoothing: float = real(0.0, least=0, below=0.5)
     """Probability that a preference label is flipped."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PpoSection(Section):
-    key: ClassVar[str] = "ppo"
-
-    iterations: int = integer(2000, least=1)
-    prompts: int = integer(32, least=1)
-    """Prompts per iteration, over all ranks."""
-    responses_per_prompt: int = integer(1, least=1)
-    epochs: int = integer(1, least=1)
-    """Passes over each rollout."""
-    kl_coef: float = real(0.05, least=0)
-    """eta, weight of the per-token KL penalty in the reward; 0 is PPO without KL."""
-    advantages: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae needs a critic. rloo and grpo compare the shaped returns of a prompt's responses instead and have none: they
-    need responses_per_prompt of at least 2, and learned groups a classifier of its own (gil.classifier=own_model)."""
-    gamma: float = real(1.0, least=0, most=1)
-    gae_lambda: float = real(0.95, least=0, most=1)
-    clip_range: float = real(0.2, above=0)
-    value_clip_range: float = real(0.2, above=0)
-    whiten_advantages: bool = True
-    """Zero mean, unit variance over the response tokens of the global batch; not for grpo, which scales by prompt."""
-    normalize_score: bool = True
-    """Divide out the running mean and standard deviation of all scores so far (PPO-max)."""
-    score_clip: float = real(0.8, least=0)
-    """Bound on |normalised score|; 0 switches off. The default is the siblings' value, see method.md."""
-    critic_warmup_updates: int = integer(0)
-    """Updates in which only the critic learns, before the policy moves (PPO-max's critic pre-training)."""
-    ptx_coef: float = real(0.0, least=0)
-    """Weight of the language-modelling loss on data.pretrain in the policy's update."""
-
-    @property
-    def num_rows(self) -> int:
-        """Of a rollout, over all ranks."""
-        return self.prompts * self.responses_per_prompt
-
-    def _check(self) -> None:
-        require(
-            self.advantages == "gae" or self.responses_per_prompt > 1,
-            f"ppo.advantages={self.advantages} compares a prompt's responses; set ppo.responses_per_prompt above 1",
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GilSection(Section):
-    """Group-invariant learning. `num_groups: 1` is plain PPO: no classifier, omega exactly 1, p_high exactly 1."""
-
-    key: ClassVar[str] = "gil"
-
-    num_groups: int = integer(2, least=1)
-    """M."""
-    groups: Literal["learned", "known"] = "learned"
-    """learned: the classifier infers them; known: the labels in the data (`group`), the oracle of the ablations."""
-    invariance_coef: float = real(0.1, least=0)
-    """beta_policy, weight of the between-group variance in the policy's objective."""
-    classifier_coef: float = real(1.0, least=0)
-    """beta_critic, weight of the classifier's term in the critic's objective."""
-    adaptive_kl: bool = True
-    """Multiply the KL penalty of a trajectory by its probability of being in the best group."""
-    kl_floor: float = real(0.0, least=0, most=1)
-    """Least factor on a trajectory's KL penalty: floor + (1 - floor) p(g_high). 0: the paper; 1: PPO's own penalty."""
-    classifier: Literal["critic_head", "own_model"] = "critic_head"
-    group_return: Literal["total", "score"] = "total"
-    """R_i: the sum of the shaped token rewards, or the normalised score alone."""
-    group_value: Literal["return", "weighted_log_prob"] = "return"
-    """What orders the groups: returns (right), or the printed formula's sum(log pi * R) (wrong sign, for study)."""
-    weight_floor: float | None = real(None, most=1)
-    """Lower bound on omega, whose mean is 1; null: none."""
-    min_group_mass: float = real(0.02, least=0, below=1)
-    """A group with less than this share of the batch (or less than 1 row) is left out of the statistics."""
-    balance_coef: float = real(0.0, least=0)
-    """Weight of KL(mean_i w_i || uniform) in the classifier's loss."""
-    init_scale: float = real(1.0)
-    """alpha: the classifier's rows start from +alpha to -alpha times the reward model's score head; never 0."""
-    warmup_updates: int = integer(50)
-    """Critic-and-classifier updates before the policy moves and the groups steer it; until then p_high = 1."""
-    ramp_updates: int = integer(50)
-    """Updates after that over which beta_policy rises linearly from 0."""
-    ema_decay: float = real(0.9, least=0, below=1)
-    """Of the group mean score that decides which group is high."""
-
-    def _check(self) -> None:
-        require(
-            self.init_scale != 0, "gil.init_scale=0 is a stationary point that the classifier never leaves; use 1.0"
-        )

@@ -1,4 +1,4 @@
-"""Who decides which of two replies is better: one interface, several judges."""
+"""What decides which of two replies is better: one interface, several judges."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class ScoreJudge:
 
 
 class SwappedOrders:
-    """Asks a judge that sees one reply first in both orders; a verdict that depends on the order is a tie.
+    """Asks a judge twice, with the two replies in either order. Where the verdict depends on the order it is a tie.
 
-    So that a liking for the first place (or the second) favours nobody.
+    So a judge that prefers the first place (or the second) favours neither side.
     """
 
     def __init__(self, name: str, ask: Callable[[str, str, str], Verdict]) -> None:
@@ -58,12 +58,13 @@ def opposite(verdict: Verdict) -> Verdict:
 
 
 def is_comparable(score: object) -> bool:
-    """False for NaN, which would lose against everything, and for what is not finite."""
+    """False for NaN and infinity. (NaN would lose against everything.)"""
     return not isinstance(score, int | float) or -sys.float_info.max <= score <= sys.float_info.max
 
 
 def recorded_scores(rows: Iterable[Mapping[str, object]], source: str) -> ScoreFn:
-    """Scores written beforehand, as by `megatron-gil score`: rows of {"prompt", "response", "score"}.
+    """A score function that looks up scores written beforehand, as by `megatron-gil score`: rows of {"prompt",
+    "response", "score"}.
 
     Raises ConfigError, naming the source and the field, for a row without a score and for a reply that has none.
     """

@@ -42,7 +42,7 @@ def read_verdict(answer: str) -> Verdict | None:
 
 
 class LlmJudge(SwappedOrders):
-    """Both orders are judged; where the two disagree the verdict is a tie."""
+    """A language model as the judge, asked in both orders; where the two verdicts disagree it is a tie."""
 
     def __init__(
         self,
@@ -55,8 +55,9 @@ class LlmJudge(SwappedOrders):
         timeout_s: float = 120.0,
         attempts: int = 3,
     ) -> None:
-        """max_retries: of one request, with growing pauses, when the server is busy or gone. attempts: requests for
-        one verdict, when an answer does not end in one. api_key: null reads OPENAI_API_KEY, as the package does."""
+        """max_retries: how often a request is repeated, with growing pauses, while the server is busy or gone.
+        attempts: how many answers are asked for until one ends in a verdict. api_key: None reads OPENAI_API_KEY, as
+        the package does."""
         super().__init__(f"{model}, {criterion}", self._ask_once)
         self._model, self._attempts = model, attempts
         self._instruction = _FORM.format(question=_QUESTIONS[criterion])
@@ -65,7 +66,7 @@ class LlmJudge(SwappedOrders):
     def _ask_once(self, prompt: str, first: str, second: str) -> Verdict:
         answer = ""
         for attempt in range(self._attempts):
-            # sampling again at temperature 0 would give the same malformed answer again
+            # at temperature 0 a second request would get the same malformed answer
             answer = self._complete(prompt, first, second, temperature=0.0 if attempt == 0 else 0.7)
             verdict = read_verdict(answer)
             if verdict is not None:
@@ -105,5 +106,5 @@ def _open_client(base_url: str | None, api_key: str | None, max_retries: int, ti
     except OpenAIError:
         if base_url is None:
             raise ConfigError("the LLM judge has no API key: set OPENAI_API_KEY, or give --base-url") from None
-        # a server of one's own asks for no key, but the package does
+        # a server of the user's own needs no key, but the package asks for one
         return OpenAI(base_url=base_url, api_key="none", max_retries=max_retries, timeout=timeout_s)

@@ -31,7 +31,7 @@ def bootstrap(
 ) -> Estimate:
     """Percentile bootstrap (Efron 1979) of the mean of independent values.
 
-    One value alone has no spread to resample: its interval has width 0, which says nothing of its uncertainty.
+    A single value has no spread to resample: its interval has width 0, which does not mean that it is certain.
     """
     sample = np.asarray(values, dtype=np.float64)
     assert sample.ndim == 1, sample.shape

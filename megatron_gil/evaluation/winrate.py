@@ -26,7 +26,7 @@ class WinRate:
 
 
 def verdicts(judge: Judge, ours: Sequence[Row], theirs: Sequence[Row]) -> list[Verdict]:
-    """One verdict for ours per prompt. Row i of both must answer the same prompt, else ConfigError."""
+    """One verdict per prompt, as seen from ours. Row i of both files must answer the same prompt, else ConfigError."""
     if len(ours) != len(theirs):
         raise ConfigError(
             f"{len(ours)} replies cannot be paired with {len(theirs)}; generate both from one prompt file"
@@ -61,7 +61,7 @@ HEADER = ("opponent", "prompts", "win %", "tie %", "lose %", "win - lose, % [95 
 
 
 def table_rows(rates: Mapping[str, WinRate]) -> list[tuple[str, ...]]:
-    """Cells under HEADER, a row per opponent."""
+    """The cells below HEADER: a row per opponent."""
     return [
         (
             opponent,

@@ -1,8 +1,8 @@
 """Ranks, process groups, collectives.
 
-Importing it silences what megatron.core says at import of the optional Transformer Engine and Apex (it falls back to
-torch, which is what we run on), and at run time of names that torch has renamed since; and what torch, of which
-megatron.core imports the compiler's part, says where there is an nvcc but no GPU to be seen.
+Importing it silences three warnings that no user can act on. megatron.core warns that the optional Transformer Engine
+and Apex are missing; it then uses torch, as we do. It calls functions that torch has renamed, and torch warns of each.
+And it imports torch's compiler, which warns on a machine that has nvcc and no GPU.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What ranks tell one another, over the groups of a layout."""
+"""Sums, maxima and objects exchanged between ranks, over the process groups of a layout."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def min_over_ranks(value: int, layout: ParallelLayout) -> int:
 
 
 def begin_max_over_ranks(value: int, layout: ParallelLayout) -> Callable[[], int]:
-    """As max_over_ranks, in two parts: holds nobody up until the function that it returns is called."""
+    """max_over_ranks in two parts: this call only starts it, and the function that it returns waits for the result."""
     if layout.world_size == 1:
         return lambda: value
-    box = torch.tensor(value, dtype=torch.int64)  # in host memory: nothing that runs on a GPU waits for it
+    box = torch.tensor(value, dtype=torch.int64)  # in host memory: a GPU need not finish its work first
     work = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=layout.world_pg, async_op=True)
     assert work is not None
 
@@ -80,7 +80,7 @@ def share_from_last_pp_stage(
 
 
 def sum_over_tp(tensor: Tensor, layout: ParallelLayout) -> None:
-    """The tensor-parallel ranks' sum, in the place of this rank's part."""
+    """The sum over tensor-parallel ranks, written into the tensor given."""
     if layout.tp_size > 1:
         dist.all_reduce(tensor, group=layout.tp_pg)
 
@@ -138,6 +138,6 @@ def barrier(layout: ParallelLayout) -> None:
 
 
 def _reduce_int(value: int, op: Any, layout: ParallelLayout, group: dist.ProcessGroup) -> int:
-    box = torch.tensor(value, dtype=torch.int64)  # through gloo: a GPU would first have to finish what it works on
+    box = torch.tensor(value, dtype=torch.int64)  # in host memory: a GPU need not finish first
     dist.all_reduce(box, op=op, group=group)
     return int(box.item())

@@ -1,9 +1,9 @@
 """Running megatron.core on the CPU.
 
-The library is not bound to CUDA by nature; it only spells its device out. Where there is no GPU, each megatron.core
-module that holds the name `torch` is given a stand-in for it, in which `cuda` reads as the CPU. Nothing outside
-megatron.core changes, save two Tensor methods that a stand-in module cannot reach.
-"""
+What the library computes does not need CUDA; its source only names the device `cuda`. Where there is no GPU, each
+megatron.core module that holds the name `torch` is given a stand-in for it, in which `cuda` reads as the CPU.
+Nothing outside megatron.core changes, except two methods of torch.Tensor: they are called on tensors, which a
+stand-in module does not reach."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _torch_on_cpu() -> types.ModuleType:
 
 
 def _copy_module(module: types.ModuleType) -> types.ModuleType:
-    """A module with the same names; names the original makes on demand are found there."""
+    """A module with the same names; a name that the original makes on demand is looked up in the original."""
     copy = types.ModuleType(module.__name__, module.__doc__)
     vars(copy).update(vars(module))
     vars(copy)["__getattr__"] = functools.partial(getattr, module)
@@ -99,7 +99,7 @@ def _answer_tensor_methods() -> None:
         if args or kwargs or not sys._getframe(1).f_globals["__name__"].startswith("megatron.core"):
             return name
         # clip_grads.py:167, optimizer.py:671-690 and distrib_optimizer.py:361-420 accept torch.cuda.FloatTensor,
-        # HalfTensor and BFloat16Tensor; they have no word for float64, which they treat rightly as full precision.
+        # HalfTensor and BFloat16Tensor. float64 is not among them, though their code is right for it.
         return name.replace("torch.", "torch.cuda.").replace("DoubleTensor", "FloatTensor")
 
     answer.answers_megatron = True  # type: ignore[attr-defined]

@@ -17,10 +17,10 @@ def prepare_device(local_rank: int, *, deterministic: bool) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     _set_environment(os.environ, deterministic=deterministic)
-    # cuDNN builds a plan of some 30 ms for every new shape, and shapes differ from batch to batch.
+    # cuDNN's attention is off: it spends some 30 ms on every new shape, and shapes differ from batch to batch.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(deterministic)
-    # The flag also fills every new tensor, to show reads of memory that nothing wrote; we do not pay for that.
+    # Deterministic mode would also fill every new tensor, to reveal reads of unwritten memory. That costs time: off.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = torch.device("cuda", _pick_gpu(local_rank, torch.cuda.device_count()))
     torch.cuda.set_device(device)
@@ -28,10 +28,12 @@ def prepare_device(local_rank: int, *, deterministic: bool) -> torch.device:
 
 
 def _set_environment(env: MutableMapping[str, str], *, deterministic: bool) -> None:
-    """CUDA's libraries read these when they start. What the user has set stays."""
-    # megatron's layers ask for it in a warning at each first call: kernels then start in the order of the program.
+    """Set variables that CUDA's libraries read when they start, except those that the user has set."""
+    # With one connection kernels start in the order of the program. Without it megatron's layers warn at their first
+    # call.
     env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Lengths differ from batch to batch; blocks of a fixed size would fragment. The first name is torch's older one.
+    # Lengths differ from batch to batch, and blocks of a fixed size would fragment memory. A user may also have set the
+    # variable's older name, which torch still reads.
     if "PYTORCH_CUDA_ALLOC_CONF" not in env:
         env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if deterministic:
@@ -39,7 +41,8 @@ def _set_environment(env: MutableMapping[str, str], *, deterministic: bool) -> N
 
 
 def _pick_gpu(local_rank: int, num_gpus: int) -> int:
-    """torchrun shows every process all GPUs of the machine; srun --gpus-per-task shows each process its own as 0."""
+    """The index of this process's GPU. torchrun shows every process all GPUs of the machine; srun --gpus-per-task
+    shows each process only its own, as GPU 0."""
     if num_gpus > 1 and local_rank >= num_gpus:
         raise ConfigError(
             f"process {local_rank} of this machine (counted from 0) finds only {num_gpus} GPUs; start at most "
@@ -49,7 +52,8 @@ def _pick_gpu(local_rank: int, num_gpus: int) -> int:
 
 
 def check_own_gpu(device: torch.device, store: dist.Store, rank: int, world_size: int) -> None:
-    """ConfigError, the same on every rank, where two ranks have one GPU: NCCL refuses that with a riddle."""
+    """ConfigError, the same on every rank, where two ranks have one GPU. NCCL refuses that too, but its message does
+    not name the cause."""
     if device.type != "cuda":
         return
     here = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"

@@ -106,8 +106,8 @@ def start_parallel(
     install_cpu_shim()
     store = _meet(place, parallel.timeout_s, joined)
     check_own_gpu(device, store, place.rank, place.world_size)
-    # NCCL ends a process whose collective runs out of time, without an exception. The watchdog must be first, to say
-    # which rank was late; gloo raises, which the watchdog waits for.
+    # When a collective runs out of time, NCCL ends the process without an exception, so its limit is later than the
+    # watchdog's, which says first which rank was late. gloo raises an exception, and the watchdog waits for it.
     timeout_s = parallel.timeout_s + (0.0 if device.type == "cpu" else NCCL_MARGIN_S)
     dist.init_process_group(
         # Logs and checkpoints also exchange CPU tensors, which nccl does not carry.
@@ -122,7 +122,7 @@ def start_parallel(
         parallel.tensor_size,
         parallel.pipeline_size,
         distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type]  only made a timedelta
-        create_gloo_process_groups=False,  # for megatron's own checkpoints of the distributed optimizer
+        create_gloo_process_groups=False,  # they serve megatron's own checkpoints, which we do not write
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return _read_layout(place, store, parallel.sequence_parallel, device, deterministic, seed)
@@ -148,7 +148,8 @@ def _meet(place: _Place, timeout_s: float, joined: Joined) -> dist.Store:
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
         )
-        # torchrun's store outlives a restart, and a process may start a layout twice: old keys would mislead.
+        # Each start has a prefix of its own: torchrun's store outlives a restart, and a process may start a layout
+        # twice. Keys of an earlier start would be taken for those of this one.
         attempt = dist.PrefixStore(f"attempt_{place.attempt}", store)
         store = dist.PrefixStore(f"start_{attempt.add(f'starts_of_rank_{place.rank}', 1)}", attempt)
         joined(place.rank, place.world_size, store)
@@ -156,7 +157,7 @@ def _meet(place: _Place, timeout_s: float, joined: Joined) -> dist.Store:
         deadline, missing = time.monotonic() + timeout_s, list(range(place.world_size))
         while missing := [rank for rank in missing if not store.check([f"rank_{rank}"])]:
             if time.monotonic() > deadline:
-                time.sleep(min(5.0, timeout_s) if place.rank == 0 else 0.0)  # it may keep the store that others read
+                time.sleep(min(5.0, timeout_s) if place.rank == 0 else 0.0)  # rank 0 may host the store: others read it
                 raise StartError(
                     f"rank {place.rank}: of {place.world_size} ranks, {missing} did not start within "
                     f"parallel.timeout_s={timeout_s:g}"
@@ -257,7 +258,7 @@ def _find_master_host(env: Mapping[str, str]) -> str:
 
 
 def _find_master_port(env: Mapping[str, str]) -> int:
-    """The same on every rank, different between jobs and steps of one node."""
+    """The same port on every rank, but another one for each job and job step on a node."""
     if "MASTER_PORT" in env:
         return _read_int(env, "MASTER_PORT")
     job = _read_int(env, "SLURM_JOB_ID", "0")

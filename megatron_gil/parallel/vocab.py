@@ -22,8 +22,8 @@ def vocab_parallel_log_probs(
 ) -> Tensor:
     """log softmax(logits / temperature)[target]: logits [..., V / tp], targets [...] int64 -> [...].
 
-    float32, or float64 for float64; the same on every rank. Contiguous logits are not copied: hand over all
-    positions and drop the last column after.
+    float32, or float64 for float64; the same on every rank. Contiguous logits are not copied. So hand over all
+    positions, and drop the last column of the result.
     """
     return _LogProbs.apply(logits, targets, tp_pg, vocab_size, temperature)  # type: ignore[return-value]
 
@@ -59,7 +59,8 @@ class _LogProbs(torch.autograd.Function):
         _all_reduce(peak, dist.ReduceOp.MAX, tp_pg)
         columns, is_here = _local_columns(flat_targets, rows, tp_pg)
         target_logits = _shift(rows.gather(1, columns[:, None]).squeeze(1), peak, temperature)
-        # Summed over ranks: exp(x - peak), and the target's logit, which one rank holds.
+        # Two sums over ranks: of exp(x - peak), and of the target's logit, which is 0 on all ranks but the one that
+        # holds it.
         sums = torch.stack([torch.zeros_like(peak), torch.where(is_here, target_logits, 0)])
         for chunk in _chunks(rows):
             sums[0, chunk] = _shift(rows[chunk, :num_real], peak[chunk, None], temperature).exp_().sum(-1)
@@ -80,7 +81,7 @@ class _LogProbs(torch.autograd.Function):
             part.mul_(-(grad[chunk] / exp_sum[chunk])[:, None])
             at_target = torch.where(is_here[chunk], grad[chunk], 0)
             part.scatter_add_(1, columns[chunk, None], at_target[:, None])
-            grad_rows[chunk, : ctx.num_real] = part  # rounded once, here
+            grad_rows[chunk, : ctx.num_real] = part  # the only rounding to the logits' dtype
         return grad_rows.view(ctx.shape), None, None, None, None
 
 
@@ -103,7 +104,8 @@ def _local_peak(rows: Tensor, num_real: int) -> Tensor:
 
 
 def _shift(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
-    """(logits - peak) / temperature, in this order: a quotient of large numbers would lose digits to the difference."""
+    """(logits - peak) / temperature. The difference comes first: dividing large logits first would round them, and
+    their difference would have fewer exact digits."""
     shifted = _widen(logits) - peak
     return shifted if temperature == 1.0 else shifted.div_(temperature)
 

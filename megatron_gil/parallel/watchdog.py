@@ -1,10 +1,10 @@
 """Ends every rank of a run, with a line that says why, when one of them dies, is stopped, fails or does not come.
 
 Each rank writes signs of life into the process group's store, from a thread. Rank 0 reads all of them and writes a
-verdict; the others read the verdict, and rank 0's signs in case it is the one. A rank that was killed is found within
-HURRIED_S once a collective breaks, one that is stopped within SILENCE_S, both at most a share of parallel.timeout_s.
-Under NCCL, whose time-outs end the process without an exception, rank 0 judges first, by the phases that ranks are in.
-"""
+verdict; the others read the verdict, and rank 0's signs in case it is the one. A rank that was killed is found
+within HURRIED_S after a collective broke, one that was stopped within SILENCE_S. Both times are shortened where
+parallel.timeout_s is small. Under NCCL, whose time-outs end the process without an exception, rank 0 judges first,
+by the phases that ranks are in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ SILENCE_S = 30.0
 VERDICT = "watchdog/verdict"
 
 State = Literal["running", "broken", "failed", "left"]
-"""broken: a collective of this rank failed, which is another's fault. left: it has said itself why it ends."""
+"""broken: a collective of this rank failed, because another rank is gone. failed: this rank ends for a reason of its
+own. left: it has ended, and has said why where something was wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,8 @@ class Heard:
 
 
 class Watchdog:
-    """Used as a context around all that a rank does with the others, from its `join`. Alone it does nothing."""
+    """A context around everything that a rank does together with others; it watches from `join` on. With one rank it
+    does nothing."""
 
     collectives_raise = True
     """Whether a collective that runs out of time raises an exception, as gloo's do. NCCL's end the process: then
@@ -83,7 +85,7 @@ class Watchdog:
         return self
 
     def join(self, rank: int, world_size: int, store: dist.Store) -> None:
-        """Begin to tell the other ranks of this one, through the store that all of them see."""
+        """Begin to write this rank's signs of life into the store that all ranks see."""
         self._rank, self._world_size, self._answered = rank, world_size, time.monotonic()
         own = store.clone()  # type: ignore[attr-defined]  for the thread; the stubs lack it
         if rank == 0:
@@ -97,7 +99,8 @@ class Watchdog:
             thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """The rank goes. After a broken collective, wait for the verdict first: it says more than the exception."""
+        """The rank goes. After a broken collective, wait first for rank 0's verdict, which names the lost rank; the
+        exception does not."""
         if self._world_size > 1:
             if error is not None and is_broken_collective(error):
                 self._detail, self._state = _first_line(error), "broken"
@@ -129,7 +132,7 @@ class Watchdog:
                     store.set(VERDICT, verdict)
                     self._end(verdict)
             self._say(store)
-        except RuntimeError:  # of the store, a DistError
+        except RuntimeError:  # the store is gone (DistError is a RuntimeError)
             self._lose_store()
 
     def _say(self, store: dist.Store) -> Sign:
@@ -167,12 +170,13 @@ class Watchdog:
         return late or ("" if self.collectives_raise else find_behind(heard, timeout_s=self._timeout))
 
     def _lose_store(self) -> None:
-        """The store is kept by rank 0, or by torchrun on its machine: it is gone when they are."""
+        """The store is hosted by rank 0, or by torchrun on rank 0's machine. Where it is lost, its host is."""
         if not self._closed.wait(self._hurried):
             self._end("the store of rank 0 is gone: rank 0, or torchrun on its machine, died" + self._last_of_rank_0())
 
     def _guard(self) -> None:
-        """A stopped rank 0 may leave `_talk` waiting for the store for ever."""
+        """Ends this rank where the store has not answered for long: if a stopped rank 0 hosts it, `_talk` waits for
+        ever."""
         while not self._closed.wait(self._interval):
             silent = time.monotonic() - self._answered
             if silent > self._silence + 2 * self._hurried:
@@ -190,7 +194,7 @@ class Watchdog:
         sys.stderr.write(line)
         sys.stderr.flush()
         if self._rank == 0:
-            time.sleep(3 * self._interval)  # it may keep the store, from which the others read the verdict
+            time.sleep(3 * self._interval)  # rank 0 may host the store: the others still read it
         os._exit(1)
 
 

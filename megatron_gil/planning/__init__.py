@@ -1,2 +1,2 @@
-"""What a run needs, before it runs: memory of every rank, time of an iteration, the best way to cut a model. Arithmetic
-alone: neither torch nor a GPU."""
+"""What a run will need: memory of every rank, time of an iteration, the best layout. Computed from sizes alone,
+without torch or a GPU."""

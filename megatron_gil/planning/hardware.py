@@ -1,4 +1,5 @@
-"""GPUs and what is assumed of them: every number here is a data sheet's or an assumption, none was measured by us."""
+"""GPUs, and what the planner assumes of them. Every number is from a data sheet or is an assumption; we measured
+none."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class Assumptions:
     """What turns sizes into seconds."""
 
     training_mfu: float = 0.20
-    """Share of the peak that forward and backward reach before bubbles and exposed communication. verl reports 0.19 to
-    0.40; the lower end, as our layers are not fused."""
+    """Share of the peak that forward and backward reach, pipeline bubbles and communication not counted. verl
+    reports 0.19 to 0.40. We take the lower end, because our layers are not fused."""
     memory_share: float = 0.5
     """Share of the memory bandwidth that decoding and optimizer steps reach."""
     layer_launch_s: float = 0.06e-3
@@ -44,8 +45,9 @@ class Assumptions:
     """Between nodes, bytes per second and GPU: a 200 Gb/s adapter each."""
     gpus_per_node: int = 8
     storage_bandwidth: float = 5e9
-    """Bytes per second that a checkpoint is written at, over all ranks."""
+    """Bytes per second at which a checkpoint is written, over all ranks."""
 
     def bandwidth(self, gpu: Gpu, span: int) -> float:
-        """Bytes per second in a group whose ranks lie within `span` consecutive ones."""
+        """Bytes per second within a group whose ranks lie among `span` consecutive ones: NVLink where these fit in a
+        node, else the network."""
         return self.link_share * (gpu.link_bandwidth if span <= self.gpus_per_node else self.network_bandwidth)

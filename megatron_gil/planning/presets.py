@@ -21,7 +21,7 @@ def _llama(
     vocab_size: int = 32000,
     tied: bool = False,
 ) -> LlamaSpec:
-    """What is not given here (positions, RoPE, token ids) is Llama 2's; it changes neither memory nor time."""
+    """Positions, RoPE and token ids are those of Llama 2: they change neither memory nor time."""
     return LlamaSpec(
         hidden_size=hidden_size,
         ffn_size=ffn_size,
@@ -50,7 +50,7 @@ SPECS = {
     "13b": _llama(5120, 13824, 40, 40, 40),
     "70b": _llama(8192, 28672, 80, 64, 8),
 }
-"""Of Llama 2 where nothing else is said."""
+"""Sizes of Llama 2 where no other model is named."""
 
 
 def read_model(name: str) -> LlamaSpec:
@@ -76,10 +76,11 @@ SUPERVISED = {
     "reward": (c.RewardConfig, NUM_PREFERENCES),
     "dpo": (c.DpoConfig, NUM_PREFERENCES),
 }
-"""Run -> its config and the rows of an epoch."""
+"""Command -> its config class, and the rows of an epoch."""
 PPO_RUNS = ("ppo_gil", "ppo_kl", "ppo")
 PLANNED = ("run.dir=plan", "batch.micro_size=1", "parallel.tensor_size=1", "parallel.sequence_parallel=false")
-"""What a recipe leaves open, then what the planner chooses itself: the recipe's choice must not stand in its way."""
+"""Overrides for planning. The recipe leaves run.dir open; the others are chosen by the planner, and a recipe's own
+values could be refused together with its choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ class RecipeStage:
 
 
 def ppo_config(overrides: Sequence[str] = (), run: str = "ppo_gil") -> c.PpoConfig:
-    """A PPO run of the reproduction, changed by overrides."""
+    """The config of a PPO run of the reproduction, with overrides."""
     return load_config(c.PpoConfig, RECIPE / f"{run}.yaml", [*PLANNED, *overrides])
 
 

@@ -11,13 +11,13 @@ from megatron_gil.planning.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """Bytes. A phase's parts come on top of what is resident."""
+    """Bytes. What a phase needs is added to what is resident all the time."""
 
     resident: Mapping[str, m.Resident]
     """By the model's role."""
     phases: Mapping[str, Mapping[str, int]]
-    """By phase (rollout, score, update ROLE, step ROLE), then by part (weights received for sampling, KV cache, logits,
-    activations, optimizer)."""
+    """phase -> part -> bytes. Phases: rollout, score, update ROLE, step ROLE. Parts: weights received for sampling,
+    KV cache, logits, activations, optimizer."""
 
     @property
     def held(self) -> int:
@@ -32,12 +32,12 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        """Estimate of all that the rank needs, overhead included."""
+        """Estimate of the most that the rank needs at once, overhead included."""
         return self.phase_total(self.worst_phase)
 
 
 def rank_memory(workload: Workload, cut: m.Cut, pp_rank: int) -> RankMemory:
-    """Of one pipeline rank; all tensor- and data-parallel ranks of it need the same."""
+    """The memory of one pipeline rank; its tensor- and data-parallel ranks all need the same."""
     precision, rows = workload.precision, workload.rows(cut)
     phases: dict[str, dict[str, int]] = {}
     if workload.rollout is not None:

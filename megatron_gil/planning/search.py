@@ -16,7 +16,8 @@ from megatron_gil.planning.workload import Workload
 MICRO_SIZES = (8, 4, 2, 1)
 MOST_PIPELINE_RANKS = 16
 MOST_GROWTH = 1.125
-"""Where the replicas of a layout cannot share the batch evenly, it may grow by this factor until they can."""
+"""Where the replicas of a layout cannot share the batch evenly, the batch may grow up to this factor so that they
+can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +41,10 @@ class Plan:
 
 
 def find_plans(workload: Workload, num_gpus: int, memory_bytes: int, gpu: Gpu, assume: Assumptions) -> list[Plan]:
-    """Plans that fit by time a row, then those that do not by memory.
+    """The plans that fit, sorted by time per row; then those that do not, sorted by memory.
 
-    A layout that does not share the batch out evenly has the next larger batch that it does, if that is not much
-    larger (MOST_GROWTH) or there is no other layout.
+    A layout whose replicas cannot share the batch evenly is planned with the next larger batch that they can share.
+    Such a layout is left out where that batch is much larger (MOST_GROWTH), unless all layouts are like that.
     """
     cuts, wanted = list(_cuts(workload, num_gpus, assume)), workload.global_size
     sized = [(cut, workload.shared_by(cut.dp_size)) for cut in cuts]
@@ -91,7 +92,8 @@ def advice(plans: Sequence[Plan], memory_bytes: int) -> list[str]:
 
 
 def limits(plan: Plan, assume: Assumptions) -> list[str]:
-    """What stands in the way of more speed in this plan, the worst first: what breaks first when it grows."""
+    """What keeps this plan from being faster, the largest share of time first. On more GPUs these limits are met
+    first."""
     time, workload, cut = plan.time, plan.workload, plan.cut
     found: list[tuple[float, str]] = []
     if workload.rollout:

@@ -1,7 +1,7 @@
 """Seconds of one iteration: estimates from sizes and the assumptions of hardware.py.
 
-All rows are taken to be as long as the limits allow, and no two things to happen at the same time. So the times are an
-upper bound as far as the assumptions hold.
+Two simplifications: every row is as long as the limits allow, and nothing overlaps. So the times are upper bounds, as
+far as the assumptions hold.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class IterationTime:
     score: float
     update: float
     bubble: float
-    """Share of score and update in which pipeline ranks wait for one another."""
+    """Share of the time of score and update in which a pipeline rank waits for others."""
 
     @property
     def total(self) -> float:
@@ -33,7 +33,7 @@ def iteration_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) 
     num_microbatches = workload.num_microbatches(cut)
     score = update = rollout = 0.0
     rows = workload.rollout.num_rows if workload.rollout else workload.global_size
-    passes = rows / cut.dp_size / workload.micro_size  # microbatches of one reading of all rows
+    passes = rows / cut.dp_size / workload.micro_size  # microbatches in one pass over all rows
     for model in workload.models:
         forward = _forward_time(model, workload, cut, gpu, assume)
         if workload.rollout or not model.trained:
@@ -54,8 +54,8 @@ def iteration_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) 
 def decode_step_time(
     model: SizedModel, cut: Cut, num_rows: int, columns: float, gpu: Gpu, assume: Assumptions
 ) -> float:
-    """One token for each of the rows of a rank: every layer's weights and cache are read once. Only tensor parallelism
-    makes a step shorter; pipeline ranks take rows of their own."""
+    """Seconds to decode one token of every row of a rank. The time goes into reading every layer's weights and cache
+    once. Only tensor parallelism makes a step shorter: pipeline ranks decode rows of their own."""
     spec = model.spec
     layer_params = (_parameters(model) - 2 * spec.vocab_size * spec.hidden_size) / spec.num_layers
     cache = 2 * num_rows * columns * spec.num_kv_heads * spec.head_dim * 2
@@ -68,7 +68,7 @@ def decode_step_time(
 
 
 def checkpoint_bytes(workload: Workload) -> int:
-    """Weights, moments and master weights of all trained models: what one checkpoint writes."""
+    """Bytes of one checkpoint: weights, moments and master weights of all trained models."""
     size = workload.precision.dtype_bytes
     state = size + (12 if size == 2 else 8)
     return sum(state * _parameters(model) for model in workload.models if model.trained)
@@ -89,8 +89,8 @@ def _rollout_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -
 
 
 def _forward_time(model: SizedModel, workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
-    """One microbatch through one pipeline rank: 2 flops a parameter and token, and tensor parallelism's two all-reduces
-    a layer. Attention's own products, a few percent at these lengths, are left out."""
+    """Seconds of one microbatch on one pipeline rank: 2 FLOPs for each parameter and token, plus two all-reduces a
+    layer of tensor parallelism. Attention's own products, a few percent at these lengths, are left out."""
     spec, tokens = model.spec, workload.micro_size * workload.sequences_per_row * workload.num_tokens
     compute = 2 * _parameters(model) * tokens / (cut.tp_size * cut.pp_size) / (assume.training_mfu * gpu.peak_flops)
     if cut.tp_size == 1:
@@ -101,7 +101,8 @@ def _forward_time(model: SizedModel, workload: Workload, cut: Cut, gpu: Gpu, ass
 
 
 def _step_time(model: SizedModel, cut: Cut, gpu: Gpu, assume: Assumptions) -> float:
-    """Gradients summed over data-parallel ranks in float32, then Adam: some 28 bytes a parameter read and written."""
+    """Seconds of one optimizer step: the float32 gradients are summed over data-parallel ranks, then Adam reads and
+    writes some 28 bytes for each parameter."""
     count = max(num_parameters(model, cut, pp_rank) for pp_rank in (0, cut.pp_size - 1))
     shared = cut.dp_size if cut.distributed_optimizer else 1
     adam = 28 * count / shared / (assume.memory_share * gpu.memory_bandwidth)

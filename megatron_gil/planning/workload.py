@@ -1,4 +1,4 @@
-"""What a run puts on each rank, read from its config: which models, and how many rows at once."""
+"""What a run puts on each rank, read from its config: the models, and how many rows they take at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_gil.models.uses import model_uses
 from megatron_gil.planning.memory import Cut, Precision, Rows, SizedModel
 
 DEFAULT_SLOTS = 64
-"""Where sampling.micro_size is null; a GPU with room takes more, one without takes fewer."""
+"""Slots assumed where sampling.micro_size is null. A run takes more or fewer, as its GPU's memory allows."""
 BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -30,7 +30,8 @@ class RolloutShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A training run, as far as memory and time go. Rows are as long as the config's limits allow: upper bounds."""
+    """What memory and time of a training run depend on. Rows are as long as the config's limits allow, so results
+    are upper bounds."""
 
     models: tuple[SizedModel, ...]
     global_size: int
@@ -55,7 +56,7 @@ class Workload:
         )
 
     def decoded_rows(self, cut: Cut) -> Rows:
-        """The slots of one rank and the positions of each; pipeline ranks answer rows of their own."""
+        """The slots of one rank and the positions of each. Pipeline ranks decode rows of their own."""
         assert self.rollout is not None
         rollout = self.rollout
         return Rows(
@@ -64,8 +65,8 @@ class Workload:
         )
 
     def shared_by(self, dp_size: int) -> Workload:
-        """The same with as many rows more as it takes to share an update out evenly; the updates of a rollout stay as
-        many."""
+        """The same workload with a batch that dp_size divides: the next larger one where needed. The rollout grows
+        with it, so that it has as many updates as before."""
         global_size = -(-self.global_size // dp_size) * dp_size
         rollout = self.rollout
         if rollout is not None:

@@ -36,8 +36,8 @@ class KindWriter:
         self._file.close()
 
     def write(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row was written: it is not if an earlier one equals it, known group aside."""
-        # a lone half of a surrogate pair has no UTF-8: it becomes a question mark
+        """Whether the row was written. It is not where an earlier row equals it in everything but the group."""
+        # half of a surrogate pair cannot be written as UTF-8: it becomes a question mark
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         content = json.dumps({name: value for name, value in row.items() if name != "group"})
         digest = hashlib.sha256(content.encode()).digest()[:16]
@@ -60,7 +60,7 @@ class KindWriter:
 
 
 def make_card(about: Mapping[str, Any], tally: Tally, writers: Mapping[tuple[str, str], KindWriter]) -> dict[str, Any]:
-    """`writers` by (split, kind). `split_hash` changes whenever a row of any split does."""
+    """writers: by (split, kind). The card's `split_hash` changes whenever a row of any split does."""
     splits: dict[str, dict[str, Any]] = {}
     for split, kind in sorted(writers):
         splits.setdefault(split, {})[kind] = writers[split, kind].summary()
@@ -80,7 +80,7 @@ def make_card(about: Mapping[str, Any], tally: Tally, writers: Mapping[tuple[str
 
 
 def write_card(card: Mapping[str, Any], directory: Path) -> None:
-    """card.json, and card.md for people."""
+    """Writes card.json, and card.md for people to read."""
     (directory / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (directory / "card.md").write_text(format_card(card), encoding="utf-8")
 

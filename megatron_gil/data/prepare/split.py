@@ -59,11 +59,11 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
     partial = Path(tempfile.mkdtemp(prefix=f".{options.output.name}.", dir=options.output.parent))
     try:
         card = _write_splits(options, partial)
-        partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        partial.chmod(0o777 & ~_umask())  # mkdtemp lets only the user read it; give it the usual permissions
         partial.rename(options.output)
     except BaseException as error:
         shutil.rmtree(partial)
-        if isinstance(error, OSError) and error.filename is None:  # of a write, which knows no name
+        if isinstance(error, OSError) and error.filename is None:  # a failed write does not know its file
             raise OSError(error.errno, error.strerror, str(options.output)) from None
         raise
     return card
@@ -79,7 +79,8 @@ def split_of(prompt: str, eval_fraction: float) -> str:
 
 
 def prompt_keys(example: Example) -> Iterator[str]:
-    """What identifies the prompts of an example, whatever their spaces, case and form: one for every reply in it."""
+    """Keys by which prompts are compared: the same whatever their spaces, case and form. One for every reply of the
+    example."""
     messages = example.messages or parse_dialogue(example.prompt) or [{"role": "user", "content": example.prompt}]
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"] if example.messages else []
     for end in replies or [len(messages)]:

@@ -1,9 +1,8 @@
-"""Where `datasets` keeps the checked copies of data files that it maps into memory, and when they go.
+"""Where `datasets` keeps the checked copies of data files, which it maps into memory, and when they are removed.
 
-In a directory of the user's below the system's temporary one (TMPDIR), as large as the text of the files. A copy is
-shared by all processes of a machine that read the same files; the last of them removes it, and what a killed one leaves
-goes with the next start. With HF_DATASETS_CACHE set the copies lie there, and stay.
-"""
+They lie in a directory of the user below the system's temporary one (TMPDIR), and are as large as the files' text. A
+copy is shared by all processes of a machine that read the same files; the last of them removes it. What a killed
+process leaves behind is removed at the next start. With HF_DATASETS_CACHE set the copies lie there, and stay."""
 
 from __future__ import annotations
 
@@ -54,7 +53,8 @@ def _cannot(directory: Path, error: OSError) -> str:
 
 
 def _hold(lock: Path) -> int:
-    """A descriptor that shares the lock, of the file that lies there: a last reader may be removing it."""
+    """A descriptor that holds the lock together with other readers. It is checked to be of the file that lies there
+    now, because a last reader may be removing the file at this moment."""
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -79,7 +79,7 @@ def _release(root: Path, key: str, descriptor: int) -> None:
 
 
 def _remove_unread(root: Path, lock: Path) -> None:
-    """The copy of a lock that nobody holds."""
+    """Removes the copy whose lock nobody holds."""
     try:
         descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -89,7 +89,7 @@ def _remove_unread(root: Path, lock: Path) -> None:
         if _lies_at(lock, descriptor):
             shutil.rmtree(root / lock.stem, ignore_errors=True)
             lock.unlink(missing_ok=True)
-    except OSError:  # it is read
+    except OSError:  # a reader holds it
         return
     finally:
         os.close(descriptor)

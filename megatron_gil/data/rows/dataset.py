@@ -1,4 +1,4 @@
-"""What every data set of rows has, whatever it makes of them."""
+"""What all data sets have in common."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Lengths:
     """What the rows were cut to, in words."""
     num_rows: int
     num_measured: int
-    """All of them, or so many at even distances."""
+    """How many rows were measured: all, or this many at even distances."""
     num_cut: int
-    """Of those measured: lost tokens of the prompt or of a reply."""
+    """Measured rows that lost tokens of the prompt or of a reply."""
     longest: int
-    """Tokens of the longest of those measured, before any cut."""
+    """Tokens of the longest measured row, before any cut."""
     num_with_control_text: int
-    """Of those measured: control tokens are written in it, which are read as text."""
+    """Measured rows in whose text control tokens are written; these are read as text."""
 
     def __str__(self) -> str:
         among = "" if self.num_measured == self.num_rows else f" of {self.num_measured:,} measured"
@@ -46,12 +46,12 @@ class Lengths:
 
 
 class RowDataset(ABC, Generic[Encoded]):
-    """The rows of a file, checked at once and tokenised as they are asked for."""
+    """The rows of a file. All are checked when it is opened; each is tokenised when it is asked for."""
 
     kind: ClassVar[str]
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, limits: dict[str, int]) -> None:
-        """limits: key of the section data -> tokens."""
+        """limits: name of a key of the section data, such as max_tokens -> its value."""
         self._limits = limits
         self._records = read_records(path, self.kind)
         self._tokenizer = tokenizer
@@ -103,7 +103,7 @@ class RowDataset(ABC, Generic[Encoded]):
         return encoded
 
     def _iter_rows(self, row_ids: Sequence[int]) -> Iterator[Row]:
-        for start in range(0, len(row_ids), 1000):  # together: one at a time takes ten times as long
+        for start in range(0, len(row_ids), 1000):  # in pieces: one row at a time takes ten times as long
             columns = self._records[row_ids[start : start + 1000]]
             yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
 

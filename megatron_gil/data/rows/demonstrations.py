@@ -1,4 +1,4 @@
-"""Rows to imitate: demonstrations, model responses to be scored, plain text."""
+"""Rows of one text each: demonstrations and plain text to imitate, responses to be scored."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class DemonstrationDataset(RowDataset[EncodedRow]):
 
 
 class ResponseDataset(DemonstrationDataset):
-    """Rows of {"prompt", "response"}, as `generate` writes them; a response may be empty. Where the prompt is there as
-    messages too, those are read."""
+    """Rows of {"prompt", "response"}, as `generate` writes them; a response may be empty. Where the row has the
+    prompt as messages too, the messages are read."""
 
     kind = "responses"
 

@@ -1,8 +1,9 @@
-"""Rows of text to token ids that fit: the oldest of a prompt goes first, the end of a reply goes last.
+"""Rows of text to token ids that fit. What does not fit is cut from the start of the prompt first, then from the end of
+the reply.
 
 A prompt that is a conversation (messages, or text in the Human/Assistant form) loses whole exchanges, oldest first,
-then the system text, and never its last question. What is still too long, or is no conversation, loses its oldest
-tokens, the beginning-of-sequence token excepted.
+then the system text, and never its last question. A prompt that is still too long, or that is no conversation, loses
+its oldest tokens; the beginning-of-sequence token stays.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> ChatText:
 
 
 def format_reply(tokenizer: Tokenizer, content: str) -> str:
-    """An assistant's turn as it follows `format_prompt`: after "Assistant:" stands a space."""
+    """An assistant's turn as it follows `format_prompt`: with a space before it, which separates it from
+    "Assistant:"."""
     return content if tokenizer.has_chat_template else " " + content
 
 
@@ -79,7 +81,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> Enco
 def encode_reply(tokenizer: Tokenizer, prompt: Prompt, reply: str) -> list[int]:
     """The reply to `prompt` and an end-of-sequence token.
 
-    The space that precedes a reply in the Human/Assistant form is no part of it in a chat template.
+    In the Human/Assistant form a space precedes the reply; with a chat template that space is left out.
     """
     if tokenizer.has_chat_template and (not isinstance(prompt, str) or parse_dialogue(prompt) is not None):
         reply = reply.lstrip()
@@ -138,7 +140,8 @@ def encode_conversation(
 
 
 def _encode_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]] | None:
-    """Ids and which are the assistant's; None for a chat template that rewrites earlier turns as more follow."""
+    """(ids, whether each is the assistant's). None for a chat template that writes a turn in another way once more
+    turns follow."""
     parts = _template_parts(tokenizer, messages) if tokenizer.has_chat_template else _plain_parts(messages)
     if parts is None:
         return None
@@ -181,12 +184,13 @@ def _template_parts(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[t
 
 
 def _turns(prompt: Prompt) -> Sequence[Message]:
-    """Of a conversation; none of any other text."""
+    """The turns of a conversation; an empty list for any other text."""
     return (parse_dialogue(prompt) or []) if isinstance(prompt, str) else prompt
 
 
 def _shortest_first(messages: Sequence[Message]) -> list[list[Message]]:
-    """The last exchange; with the system text; with the exchange before; and so on, the whole left out."""
+    """Ever longer ends of a conversation, shorter than the whole: its last exchange; that with the system text;
+    these with the exchange before; and so on."""
     if not messages:
         return []
     system, exchanges = split_exchanges(messages)

@@ -29,10 +29,9 @@ class RowOrder:
     """An endless sequence of global batches of `batch_size` distinct rows, in an order shuffled anew every epoch.
 
     The only state is a position, the number of rows drawn so far over all ranks: batch i is at position
-    i * batch_size. A batch that begins in one epoch and ends in the next holds no row twice either (unless the data
-    set is smaller than a batch). With `repeats` r every row stands r times in a row in the batch, which then has
-    batch_size * r rows, cut into minibatches and shared out as `owned_rows` says.
-    """
+    i * batch_size. A batch that begins in one epoch and ends in the next has distinct rows too, unless the data set
+    is smaller than a batch. With `repeats` r the batch has each of its rows r times, one after the other: batch_size
+    * r rows, dealt to the ranks as in `owned_rows`."""
 
     def __init__(
         self,
@@ -52,7 +51,7 @@ class RowOrder:
         self._repeats = repeats
         num_samples = batch_size * repeats
         self._owned = owned_rows(num_samples, minibatch_size or num_samples, dp_size, dp_rank)
-        self._order = self._shuffle(0)  # of epoch self._epoch: kept because the next epoch's depends on it
+        self._order = self._shuffle(0)  # of epoch self._epoch; kept, because the next order depends on it
         self._epoch = 0
 
     def next(self, position: int) -> Draw:
@@ -69,7 +68,8 @@ class RowOrder:
         return int(self._order[offset])
 
     def _order_after(self, previous: np.ndarray, epoch: int) -> np.ndarray:
-        """The order of `epoch`, its head free of the rows that end `previous` in the batch that spans both."""
+        """The order of `epoch`. Rows that `previous`, the order before it, gives to the batch that spans both are
+        moved away from the start, so that the batch has no row twice."""
         order = self._shuffle(epoch)
         in_old = epoch * self.num_rows % self.batch_size
         if in_old == 0 or self.num_rows < self.batch_size:
@@ -78,7 +78,8 @@ class RowOrder:
         return np.concatenate([order[fresh], np.delete(order, fresh)])
 
     def _shuffle(self, epoch: int) -> np.ndarray:
-        # sorting the raw words of a counter-based generator: numpy keeps that stream the same in all its versions
+        # The order comes from sorting raw words of a counter-based generator, a stream that is the same in all versions
+        # of numpy.
         key = np.array([self._seed % 2**64, epoch], dtype=np.uint64)
         words = np.random.Philox(key=key).random_raw(self.num_rows)
         return np.argsort(words, kind="stable")

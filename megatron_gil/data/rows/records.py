@@ -25,9 +25,8 @@ def read_records(path: str | Path, kind: str) -> Dataset:
     """All rows of a file, or of a directory's files in the order of their names, as a memory map.
 
     A directory written by tools/prepare_data.py is read for the file of its kind alone. Every row is checked before
-    this returns (once: the checked copy is shared, see checked_copies.py, and known by path, size and time of change).
-    ConfigError names file, line and field.
-    """
+    this returns. A file is checked once: its checked copy is known by path, size and time of change, and shared
+    (checked_copies.py). ConfigError names file, line and field."""
     files = _find_files(Path(path), kind)
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((_CACHE_VERSION, kind, stamps)).encode()).hexdigest()[:32]
@@ -101,7 +100,8 @@ def _find_files(path: Path, kind: str) -> list[Path]:
 
 
 def _config_error_in(error: BaseException, files: list[str], directory: Path) -> BaseException:
-    """The ConfigError that `datasets` wrapped, one for the file system's that it met, or the error itself."""
+    """What to raise for an error of `datasets`: the ConfigError that it wraps, a ConfigError for a file-system error
+    that it wraps, or the error itself."""
     causes, cause = list[BaseException](), error
     while cause is not None:
         causes.append(cause)

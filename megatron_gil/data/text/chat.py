@@ -24,11 +24,11 @@ ROLES = ("system", "user", "assistant")
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER_OF = {"user": "Human", "assistant": "Assistant"}
-_MARK = "\ufdd0"  # no character: no text is meant to hold it
+_MARK = "\ufdd0"  # a code point that stands for no character, so no text should hold it
 
 
 def split_turns(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """The text before the first turn, and (role, text after the colon) of every turn, nothing stripped."""
+    """(the text before the first turn, (role, text after the colon) of every turn). Spaces are kept."""
     preamble, *rest = _SPEAKER.split(text)
     return preamble, [(_ROLE_OF[speaker], said) for speaker, said in zip(rest[::2], rest[1::2], strict=True)]
 
@@ -57,7 +57,7 @@ def format_dialogue(messages: Sequence[Message]) -> str:
 
 
 def merge_neighbours(messages: Sequence[Message]) -> list[Message]:
-    """Turns in a row by one speaker made one, a blank line between them."""
+    """The turns, with neighbouring ones by the same speaker joined into one, a blank line between their texts."""
     return [
         {"role": role, "content": "\n\n".join(message["content"] for message in turns)}
         for role, turns in groupby(messages, key=lambda message: message["role"])
@@ -77,13 +77,14 @@ def split_exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[li
 
 @dataclass(frozen=True, slots=True)
 class ChatText:
-    """Text of which some spans are control tokens: what a chat template wrote itself, never what it was given."""
+    """Text in which some spans are control tokens: those that the chat template wrote itself, none that stood in a
+    message."""
 
     text: str
     controls: tuple[tuple[int, int], ...] = ()  # (start, end) of each in the text, in order
 
     def parts(self) -> Iterator[tuple[str, bool]]:
-        """(text, False) and (control token, True) in turn; the texts may be empty."""
+        """(text, False) and (control token, True), alternating; a text may be empty."""
         end = 0
         for start, stop in self.controls:
             yield self.text[end:start], False
@@ -96,7 +97,7 @@ class ChatText:
         return self.text.startswith(other.text) and own == other.controls
 
     def after(self, length: int) -> ChatText:
-        """What follows the first `length` characters."""
+        """The part after the first `length` characters."""
         spans = tuple((start - length, end - length) for start, end in self.controls if start >= length)
         return ChatText(self.text[length:], spans)
 
@@ -104,13 +105,13 @@ class ChatText:
 class ChatTemplate:
     """A tokenizer's own form of a conversation, in transformers' jinja sandbox.
 
-    A control token that stands in a message is text, and one that the template writes is not. So that the two can be
-    told apart in what was rendered, the template is given messages with a mark inside every such token and at both
-    ends of their text.
+    A control token that stands in a message is text; one that the template writes is a control token. To tell the two
+    apart in the rendered text, the template is given messages with a mark inside every such token, and at both ends of
+    each message's text.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], control_tokens: Collection[str]) -> None:
-        """special_tokens: what the template may name, as bos_token."""
+        """special_tokens: the names that the template may use, such as bos_token, and their tokens."""
         self._source, self._special_tokens = source, special_tokens
         any_token = "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or r"(?!)"
         self._control_token = re.compile(f"({any_token})")
@@ -126,7 +127,7 @@ class ChatTemplate:
         broken = [{**m, "content": self._first_of_token.sub(rf"\1{mark}", m["content"])} for m in messages]
         rendered = self._render(broken, open_reply)
         fenced = self._render([{**m, "content": _fence(m["content"], mark)} for m in broken], open_reply)
-        if fenced.replace(mark, "") == rendered.replace(mark, ""):  # else the template reads what it is given
+        if fenced.replace(mark, "") == rendered.replace(mark, ""):  # else the marks changed what it writes
             rendered = fenced
         text, spans = "", []
         for i, part in enumerate(self._control_token.split(rendered)):
@@ -152,6 +153,7 @@ class ChatTemplate:
 
 
 def _fence(content: str, mark: str) -> str:
-    """With a mark at both ends of its text; templates strip the spaces around it."""
+    """The message with a mark at both ends of its text. Spaces around the text stay outside of the marks, because
+    templates strip them."""
     text = content.strip()
     return content.replace(text, f"{mark}{text}{mark}", 1) if text else content

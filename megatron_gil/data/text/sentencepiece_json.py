@@ -1,8 +1,8 @@
-"""A tokenizer.model as the tokenizer.json that encodes alike.
+"""Turns a tokenizer.model into a tokenizer.json that encodes in the same way.
 
-transformers reads a bare tokenizer.model otherwise than sentencepiece does: without its normalization, and without the
-space put before a text that begins with one. The trained model would then be given other tokens than it was trained on.
-"""
+transformers reads a tokenizer.model alone in another way than sentencepiece does: without its normalization, and
+without putting a space before a text that begins with one. The trained model would then be given other tokens than
+it was trained on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ _USER_DEFINED = 4  # SentencePiece.Type
 
 
 def as_tokenizer_json(proto: bytes, special: SpecialTokens, *, bos: str | None) -> str | None:
-    """None where there is no such form: it exists of byte-pair encoding and unigram models.
-
-    special: of the directory, for the tokens added to those of the model. bos: token put before every text, if any.
+    """None where there is no such form; there is one for byte-pair encoding and unigram models. special: the
+    directory's special tokens, among them those added to the model's own. bos: the token put before every text, if any.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -60,7 +59,7 @@ def _subwords(model: Any, vocab: Mapping[str, int]) -> Any:
         merges, unknown = _merges(scores), model.trainer_spec.unk_piece
         return models.BPE(dict(vocab), merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
     unk_id = next(i for i, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN)
-    # sentencepiece finds only normal pieces in text, and a score this low keeps the others out of it
+    # In text sentencepiece finds only normal pieces. A score this low keeps the others out here too.
     scored = [(p.piece, p.score if p.type == p.NORMAL else -1e6) for p in model.pieces]
     return models.Unigram(scored, unk_id=unk_id, byte_fallback=byte_fallback)
 
@@ -81,12 +80,10 @@ def _normalizer(spec: Any) -> Any:
 
 
 def _pre_tokenizer(spec: Any) -> Any:
-    """Spaces to sentencepiece's own mark, and the dummy prefix, which stands before the first text alone and not before
-    one that follows a control token.
-
-    Metaspace writes no second mark where the text begins with its own. Where the model strips spaces at the start that
-    is right: the one that is left stands for the prefix. Where it does not, the prefix is written by a Metaspace whose
-    mark is a space, before which there are none.
+    """Replaces spaces by sentencepiece's mark and writes the dummy prefix: a mark before the first text, but not before
+    text that follows a control token. Metaspace writes no prefix where the text begins with a mark already. For a model
+    that strips spaces at the start this is right: the mark that is left is the prefix. For another model the prefix is
+    written by a first Metaspace, whose mark is a space; at that point the text has no such mark yet.
     """
     from tokenizers import pre_tokenizers
 
@@ -111,13 +108,14 @@ def _strips_start(spec: Any) -> bool:
 
 
 def _without_gaps(added: Mapping[str, int], first: int) -> list[str]:
-    """The added tokens in the order of their ids; the tokenizers library gives each the next id."""
+    """The added tokens in the order of their ids, without gaps: the tokenizers library gives each the next id."""
     token_of = {i: token for token, i in added.items()}
     return [token_of.get(i, f"<|unused {i}|>") for i in range(first, max(token_of, default=-1) + 1)]
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, best piece first: sentencepiece keeps no list of merges."""
+    """Every way to make a piece of two others, the best piece first. sentencepiece has no list of merges, so they
+    are found from its pieces."""
     ids = {piece: i for i, piece in enumerate(scores)}
     found = [
         (-score, ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:])

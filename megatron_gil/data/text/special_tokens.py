@@ -1,4 +1,4 @@
-"""What a model directory says about special tokens, beside the vocabulary itself."""
+"""What the files of a model directory, apart from the vocabulary itself, say about special tokens."""
 
 from __future__ import annotations
 
@@ -26,18 +26,16 @@ class SpecialTokens:
     tokens: Mapping[str, str]  # "bos_token", "eos_token", "pad_token", "unk_token" -> token, where one is named
     ids: Mapping[str, tuple[int, ...]]  # "bos", "eos", "pad" -> ids the model's configs name, most specific file first
     added_tokens: Mapping[str, int]
-    added_are_special: Mapping[str, bool]  # of those tokens of which tokenizer_config.json says it
+    added_are_special: Mapping[str, bool]  # whether each is special, as far as tokenizer_config.json says
     named: frozenset[str]  # every token that a file gives a role: `tokens` and additional_special_tokens
     add_bos: bool | None  # add_bos_token, where tokenizer_config.json says it
     chat_template: str | None
     embedding_size: int | None  # vocab_size of config.json
 
     def is_control(self, token: str, *, is_special: bool, beside: Collection[str]) -> bool:
-        """Whether an added token is one that text never makes, and that is left out of text: one that its tokenizer
-        calls special, one with a role, and one that the chat template writes. Of the last a pair like <think> and
-        </think> is text all the same: it stands inside of a reply.
-
-        beside: all the added tokens.
+        """Whether an added token is a control token: text never makes it, and decoded text leaves it out. It is one if
+        its tokenizer calls it special, if it has a role, or if the chat template writes it. Among the last a pair like
+        <think> and </think> is not: it stands inside of replies, as text. beside: all the added tokens.
         """
         if is_special or token in self.named:
             return True

@@ -1,4 +1,4 @@
-"""The two libraries that turn text into token ids, behind one interface.
+"""sentencepiece and tokenizers, the two libraries that turn text into token ids, behind one interface.
 
 Text makes no control ids: a control token that is written in it is encoded as any other characters are.
 """
@@ -17,7 +17,7 @@ from megatron_gil.data.text.special_tokens import SpecialTokens
 
 class ControlToken(NamedTuple):
     id: int
-    strips_left: bool = False  # takes the spaces before it away
+    strips_left: bool = False  # the token takes away the spaces before it
     strips_right: bool = False
 
 
@@ -26,7 +26,7 @@ class Subwords(Protocol):
     control: Mapping[str, ControlToken]
 
     def encode(self, text: str) -> list[int]:
-        """Ids as the library gives them, none added."""
+        """Ids as the library gives them; no special ones are added."""
         ...
 
     def encode_continuation(self, text: str) -> list[int]:
@@ -57,7 +57,7 @@ class SentencePieceModel:
 
         try:
             parsed = ModelProto.FromString(proto)
-            SentencePieceProcessor().LoadFromSerializedProto(proto)  # the constructor would take no bytes for no model
+            SentencePieceProcessor().LoadFromSerializedProto(proto)  # the constructor takes empty bytes for no model
         except (RuntimeError, DecodeError):
             raise ConfigError(
                 f"{source}: not a sentencepiece model; for Llama 3, whose original tokenizer.model is in another "
@@ -96,8 +96,9 @@ class SentencePieceModel:
         return [i for part in parts for i in ([own[part]] if part in own else self._rest(part))]
 
     def _rest(self, text: str) -> list[int]:
-        # A model that strips spaces at the start would lose the one that separates this text from what precedes it;
-        # the dummy prefix of the full model is exactly that one space. (A line end may be one too.)
+        # A model that strips spaces at the start would lose the space that separates this text from what precedes it.
+        # The dummy prefix of the whole model is exactly one space and takes its place. (A line end may count as a space
+        # too.)
         if self._collapses_spaces and self._normalizer.normalize(text).startswith("\u2581"):
             return self._model.encode(text)
         return self._model_without_prefix.encode(text)
@@ -135,8 +136,8 @@ class SentencePieceModel:
 
 
 def control_pieces(model: Any, special: SpecialTokens) -> dict[str, int]:
-    """Control token -> id of the pieces of a sentencepiece model; those that it calls pieces of text (user defined, or
-    normal where a file gives them a role) are made control pieces in place."""
+    """Control token -> id, of the pieces of a sentencepiece model. A control token that the model itself counts as
+    text (user defined; or normal, where a file gives it a role) is made a control piece in place."""
     found = {}
     own_text = {piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED}
     for i, piece in enumerate(model.pieces):
@@ -150,7 +151,8 @@ def control_pieces(model: Any, special: SpecialTokens) -> dict[str, int]:
 
 
 def added_control(special: SpecialTokens, first_id: int) -> set[str]:
-    """The control tokens of those added to a sentencepiece model; one of which no file says anything is special."""
+    """Those of the tokens added to a sentencepiece model that are control tokens. A token that no file describes is
+    one."""
     return {
         token
         for token, i in special.added_tokens.items()
@@ -164,7 +166,7 @@ def added_control(special: SpecialTokens, first_id: int) -> set[str]:
 class FastModel:
     """`tokenizer.json`, read by the tokenizers library; its own truncation and padding are switched off.
 
-    json: the file with the tokens that only other files name.
+    json: the file's content, with the tokens that only other files name.
     """
 
     def __init__(self, source: str, text: bytes, special: SpecialTokens) -> None:
@@ -186,7 +188,7 @@ class FastModel:
         self._model_after_control = _read_fast(specification) if _keep_prefix_at_start(specification) else self._model
         changed = _drop_prefix(specification)
         self._model_without_prefix = _read_fast(specification) if changed else self._model_after_control
-        unknown = specification["model"].get("unk_token")  # which characters outside of the vocabulary make
+        unknown = specification["model"].get("unk_token")  # the token for characters outside of the vocabulary
         self._no_text_ids = {token.id for name, token in self.control.items() if name != unknown}
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -203,7 +205,8 @@ class FastModel:
         ids = model.encode(text, add_special_tokens=False).ids
         if self._no_text_ids.isdisjoint(ids):
             return ids
-        # A model that looks words up whole finds its control tokens too. One character is none.
+        # A model that looks up whole words finds a control token that is written in the text. Then each character is
+        # encoded by itself: one character is no control token.
         parts = [model, *[self._model_without_prefix] * (len(text) - 1)]
         single = [part.encode(c, add_special_tokens=False).ids for part, c in zip(parts, text, strict=True)]
         return [i for found in single for i in found]
@@ -233,8 +236,8 @@ def _read_fast(specification: Any) -> Any:
 
 
 def _added_tokens(specification: dict[str, Any], special: SpecialTokens) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json, in place: those that other files name are there too, as in transformers,
-    and every control token is special."""
+    """The added tokens of a tokenizer.json, changed in place: those that only other files name are added, as in
+    transformers, and every control token is marked special."""
     vocabulary = specification["model"].get("vocab") or {}
     ids = vocabulary if isinstance(vocabulary, dict) else {piece[0]: i for i, piece in enumerate(vocabulary)}
     entries = specification["added_tokens"] = list(specification.get("added_tokens") or [])
@@ -254,7 +257,8 @@ def _added_tokens(specification: dict[str, Any], special: SpecialTokens) -> list
 
 
 def _keep_prefix_at_start(specification: dict[str, Any]) -> bool:
-    """Switch off, in place, what puts a space before the first text alone; whether there was any."""
+    """Switch off, in place, what puts a space before the first text but not before others; returns whether there was
+    such a part."""
     parts = [p for p in _parts(specification, "pre_tokenizer", "pretokenizers") if p.get("prepend_scheme") == "first"]
     for part in parts:
         part["prepend_scheme"] = "never"
@@ -263,7 +267,8 @@ def _keep_prefix_at_start(specification: dict[str, Any]) -> bool:
 
 
 def _drop_prefix(specification: dict[str, Any]) -> bool:
-    """Switch off, in place, every part of a tokenizer.json that puts a space before a text; whether there was one."""
+    """Switch off, in place, every part of a tokenizer.json that puts a space before a text; returns whether there
+    was one."""
     normalizers = _parts(specification, "normalizer", "normalizers")
     prefixes = [part for part in normalizers if part["type"] == "Prepend" and part["prepend"]]
     for part in prefixes:
@@ -288,6 +293,6 @@ def _parts(specification: dict[str, Any], key: str, list_key: str) -> list[dict[
 
 
 def _any_of(tokens: Mapping[str, int]) -> re.Pattern[str]:
-    """Splits a text at these tokens, which are kept; at nothing where there are none."""
+    """Splits a text at these tokens and keeps them; matches nothing where there are no tokens."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")

@@ -22,9 +22,9 @@ class Tokenizer:
     """Text to token ids and back.
 
     A reply is encoded as what follows its prompt: `encode(prompt, bos=True) + encode_continuation(reply)`. No space
-    is put between the two, and where the reply brings one (" Sure") its first token is the one that a single encoding
-    of prompt + reply has there. (The two differ only where the library would merge the last characters of the prompt
-    with the first of the reply; at generation time the prompt's tokens are already settled, so here they are too.)
+    is put between the two, and where the reply begins with one (" Sure"), its first token is the same as in an encoding
+    of prompt + reply at once. (The two encodings differ only where the library would merge the prompt's last characters
+    with the reply's first. When a model generates, the prompt's tokens are fixed already, so they are fixed here too.)
 
     Text makes no control tokens, whatever is written in it: they come from the chat template alone (ChatText).
     """
@@ -40,8 +40,9 @@ class Tokenizer:
         self.bos_id = self._first_id("bos")
         self.eos_ids = self._read_eos_ids(directory)
         self.eos_id = self.eos_ids[0]
-        # Any id of the vocabulary does for padding: rows carry their lengths, and nothing reads past them. So a model
-        # without a padding token (or with one outside its embedding) pads with eos; its embedding is never resized.
+        # Any id of the vocabulary will do for padding: rows have their lengths, and nothing is read beyond them. So a
+        # model without a padding token (or with one outside its embedding) pads with eos, and its embedding is never
+        # resized.
         self.pad_id = self._read_pad_id()
         self._add_bos = self._read_add_bos()
         template, strings = self._special.chat_template, self._special_strings()
@@ -56,7 +57,7 @@ class Tokenizer:
         return cls(str(directory), _read_files(directory, (*_OWN_FILES, *JSON_FILES[3:])))
 
     def is_copied_in(self, directory: Path) -> bool:
-        """Whether the directory holds the same files, so that none need be read to compare the two."""
+        """Whether the directory holds the same files: then the two tokenizers are equal, and neither need be read."""
         names = (*_OWN_FILES, *JSON_FILES[3:4])
         same = _read_files(directory, names) == {name: self._files[name] for name in names if name in self._files}
         return same and read_special_tokens(str(directory), _read_files(directory, JSON_FILES)).ids == self._special.ids
@@ -80,7 +81,7 @@ class Tokenizer:
 
     @cached_property
     def control_tokens(self) -> frozenset[str]:
-        """What text never makes."""
+        """The tokens that text never makes."""
         return frozenset(self._subwords.control)
 
     @cached_property
@@ -91,7 +92,7 @@ class Tokenizer:
 
     @cached_property
     def num_ids(self) -> int:
-        """1 + the largest id that rows can hold. A token that only pads, as many add to a model, is not among them."""
+        """1 + the largest id that rows can hold. A token that was added for padding alone is not counted."""
         made = self.made_control_tokens
         for i in reversed(range(self.vocab_size)):
             token = self._subwords.token_of(i)
@@ -100,10 +101,8 @@ class Tokenizer:
         return 0
 
     def encode(self, text: str | ChatText, *, bos: bool = False) -> list[int]:
-        """The library's own ids.
-
-        `bos` puts the beginning-of-sequence token first where the model's tokenizer does so by itself; a text that
-        already begins with it (a chat template may write it) gets no second one.
+        """Ids of a text. With `bos` the beginning-of-sequence token stands first, if the model's tokenizer puts it
+        there; a text that begins with it already, as a chat template may write it, gets no second one.
         """
         ids = self._encode(text, self._subwords.encode)
         if bos and self._add_bos and ids[:1] != [self.bos_id]:
@@ -132,19 +131,17 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
-        """The text of the ids, control tokens left out.
-
-        With `after`, the text that the ids add to it: a space that separates the two is kept, where decoding the ids
-        alone would drop it.
+        """The text of the ids, without control tokens. With `after`, the text that these ids add to that of the ids
+        before: the space between the two is kept, which decoding the ids alone would drop.
         """
         if not len(after):
             return self._subwords.decode(ids)
         before, whole = self._subwords.decode(after), self._subwords.decode([*after, *ids])
-        # cut inside a character, the text before is not a prefix of the whole
+        # where `after` ends inside of a character, its text is no prefix of the whole text
         return whole[len(before) :] if whole.startswith(before) else self._subwords.decode(ids)
 
     def token(self, token_id: int) -> str | None:
-        """How the vocabulary spells one id, special or not; None for an id between others that has no token."""
+        """How the vocabulary writes one id, special or not; None for an id without a token."""
         return self._subwords.token_of(token_id)
 
     def id_of(self, token: str) -> int | None:
@@ -222,5 +219,5 @@ class Tokenizer:
 
 
 def _read_files(directory: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """name -> content of those that are there."""
+    """name -> content, of the files that are there."""
     return {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}

@@ -21,9 +21,9 @@ Series = tuple[Sequence[float], Sequence[float]]
 """(iterations, values)."""
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
-"""Okabe and Ito's: told apart by colour-blind readers, too."""
+"""Okabe and Ito's palette: colour-blind readers can tell these colours apart too."""
 PARTS_PALETTE = ("#332288", "#ddcc77", "#117733", "#cc6677", "#88ccee", "#882255", "#44aa99", "#999933")
-"""Tol's muted one, for parts of a run: none of them is the colour of a run."""
+"""Tol's muted palette, for parts of a run: it shares no colour with PALETTE, which is for runs."""
 Spans = Sequence[tuple[float, float]]
 """(first, last) iterations."""
 
@@ -60,7 +60,7 @@ Drawing = TypeVar("Drawing", bound=Callable[..., Any])
 
 
 def _styled(function: Drawing) -> Drawing:
-    """Run it with our style, without a display; matplotlib is imported no earlier than that."""
+    """Makes a function run with our style and without a display. matplotlib is not imported before it runs."""
 
     @functools.wraps(function)
     def drawn(*args: Any, **options: Any) -> Any:
@@ -75,14 +75,14 @@ def _styled(function: Drawing) -> Drawing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontierPoint:
-    """One policy of one method: how far it went, and what that bought."""
+    """One policy of one method: its KL from the reference, and the scores that it reached."""
 
     kl: float
     """Mean over replies of log pi(reply) - log pi_ref(reply), nats."""
     proxy: float
     """Mean score of the reward model."""
     gold: float | None = None
-    """Where there is a judge that training did not see."""
+    """Mean of a score that training did not see; None where there is none."""
 
 
 def colors(names: Sequence[str], palette: Sequence[str] = PALETTE) -> dict[str, str]:
@@ -104,10 +104,10 @@ def curve_grid(
 ) -> Figure:
     """A panel per metric, in it a line per run (or group) over iterations.
 
-    smooth: width in iterations of a running mean drawn over the faint raw curve; 0 takes a twentieth of its length.
-    bands: (low, high) around a line, by panel and name, smoothed as the line is; it takes the raw curve's place.
-    color: of each name; None: in the order of the names. alarms: when one stood, by panel and name: a shade behind the
-    curves, and at the foot a strip for each name.
+    smooth: iterations of the running mean that is drawn over the faint raw curve; 0: a twentieth of the curve's length.
+    bands: (low, high) around a line, by panel and name; smoothed like the line, drawn in place of the raw curve. color:
+    colour of each name; None: in the order of the names. alarms: when an alarm stood, by panel and name; drawn as a
+    shade behind the curves, and a strip for each name at the foot.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     color = color or colors(names)
@@ -130,7 +130,8 @@ def curve_grid(
 def score_distributions(
     scores: Mapping[str, Sequence[float]], *, label: str = "reward-model score", color: Mapping[str, str] | None = None
 ) -> Figure:
-    """A histogram per method on one axis of scores, over the normal distribution of the same mean and spread."""
+    """A histogram of scores per method, all on one axis; a line shows the normal distribution of the same mean and
+    standard deviation."""
     from matplotlib import pyplot
 
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, dtype=float) for v in scores.values()]), bins=40)
@@ -284,7 +285,7 @@ def _normal(ax: Axes, values: np.ndarray, edges: np.ndarray) -> None:
 
 
 def _shade(ax: Axes, spans: Spans, color: str, place: int) -> None:
-    """place: of the strip at the foot, from 0."""
+    """place: the strip's place at the foot of the panel, from 0."""
     for first, last in spans:
         left, right = first - 0.5, last + 0.5
         ax.axvspan(left, right, color=color, alpha=0.08, linewidth=0)

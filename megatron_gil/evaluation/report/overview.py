@@ -1,4 +1,4 @@
-"""What a report says of runs before any picture: a table for each kind of run, the alarms, and the terms."""
+"""What a report shows before any picture: a table for each kind of run, the alarms, and the terms."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Kind:
 
     name: str
     sign: str
-    """A metric that only they have."""
+    """A metric that only runs of this kind have."""
     columns: Mapping[str, str]
-    """Metric -> header; what is held out stands first."""
+    """Metric -> header; metrics of held-out data stand first."""
 
 
 KINDS = (
@@ -87,7 +87,8 @@ TERMS: Mapping[str, str] = {
     "group variance": "variance of the mean return between the inferred groups, which PPO-GIL penalises",
     "alarm": "a warning of training (alarms.* in the config); 1 in metrics.jsonl while it stands",
 }
-"""What a reader may not know; the longest key in a header is its hint."""
+"""Terms that a reader may not know. A table's header shows the meaning of the longest term that it contains, as a
+hint."""
 
 ALARMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "kl": ("KL above alarms.max_kl", ("policy/kl_sequence", "policy/kl")),
@@ -110,7 +111,7 @@ ALARMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 def overview(runs: Sequence[Run], color: Mapping[str, str]) -> list[Table]:
-    """A table for each kind of run there is, in the order of a pipeline's end to its start."""
+    """A table for each kind of run that there is, from the last stage of a pipeline to the first."""
     tables, left = [], list(runs)
     for kind in KINDS:
         found = [run for run in left if run.series(kind.sign)[1]]
@@ -147,13 +148,13 @@ def _number(run: Run, metric: str) -> str:
 
 
 def _hint(header: str) -> str:
-    """Of the longest term in it."""
+    """The meaning of the longest term in a header."""
     found = [term for term in TERMS if term.lower() in header.lower()]
     return TERMS[max(found, key=len)] if found else ""
 
 
 def alarm_table(runs: Sequence[Run], color: Mapping[str, str]) -> Table | None:
-    """Each alarm that stood, and when; None where no run looks for any."""
+    """A table of the alarms that stood, and when. None where no run has alarms."""
     if not any(name.startswith("alarm/") for run in runs for name in run.names()):
         return None
     rows = []
@@ -178,5 +179,5 @@ def _span_text(spans: Sequence[tuple[int, int]], most: int = 6) -> str:
 
 
 def spans_on(metric: str, run: Run) -> list[tuple[int, int]]:
-    """When an alarm about this metric stood."""
+    """The (first, last) iterations in which an alarm about this metric stood."""
     return [span for name, spans in run.alarms().items() if metric in ALARMS.get(name, ("", ()))[1] for span in spans]

@@ -61,10 +61,10 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: Sequence[tuple[int, int]] = ()
-    """(row, column) of the cells to set in bold."""
+    """(row, column) of cells in bold."""
     note: str = ""
     is_text: bool = False
-    """Columns of words, set to the left, and not of numbers."""
+    """The columns are words, aligned to the left, not numbers."""
     hints: Mapping[str, str] = field(default_factory=dict)
     """Header -> what it means, shown where the pointer rests."""
     swatch: Mapping[str, str] = field(default_factory=dict)
@@ -121,7 +121,7 @@ def table(content: Table) -> str:
 
 
 def picture(content: Picture) -> str:
-    """As a data address: ids inside two inline SVGs would clash."""
+    """The picture as a data: URL. Inline SVGs would share one set of ids, and two of them may use the same id."""
     data = base64.b64encode(content.svg.encode()).decode()
     image = f'<img alt="{escape(content.caption)}" src="data:image/svg+xml;base64,{data}">'
     if content.is_panel:
@@ -178,5 +178,5 @@ def _reply(text: str, badges: Sequence[str]) -> str:
 
 
 def _close_up(text: str) -> str:
-    """Without empty lines."""
+    """The text without empty lines."""
     return "\n".join(line for line in text.strip().splitlines() if line.strip())

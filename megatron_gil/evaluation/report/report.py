@@ -1,4 +1,4 @@
-"""Run directories as one HTML page that needs nothing beside itself."""
+"""Run directories as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ CURVES: Mapping[str, str] = {
     "dpo/margin": "DPO margin",
     "time/tokens_per_s": "tokens a second",
 }
-"""Metrics drawn with all runs in one panel, and what they are called, what is held out first; the rest is in
-metrics.jsonl."""
+"""Metric -> its title, of the metrics that have a panel with all runs in it; held-out ones first. All others are in
+metrics.jsonl alone."""
 
 GROUP_CURVES: Mapping[str, str] = {
     r"reward/score_mean_group_(\d+)": "score per inferred group",
@@ -83,7 +83,7 @@ KNOWN_CURVES = r"reward/score_mean_known_(.+)"
 
 SAMPLE_ROWS = 8
 LAST_EVENTS = 5
-"""Of the iterations that kept samples, those that tell how a run ended."""
+"""How many of the last iterations with samples are shown, to tell how a run ended."""
 FRONTIER_POINTS = 12
 
 
@@ -133,7 +133,7 @@ def _origins(runs: Sequence[Run]) -> str:
 def _curves(runs: Sequence[Run], color: Mapping[str, str]) -> list[str]:
     panels = []
     for metric, label in CURVES.items():
-        least = 2 if metric.startswith("eval/") else 1  # one evaluation alone stands in the table above
+        least = 2 if metric.startswith("eval/") else 1  # a single evaluation is in the table above already
         lines = {run.name: line for run in runs if len((line := run.series(metric))[1]) >= least}
         if lines:
             spans = {run.name: found for run in runs if run.name in lines and (found := spans_on(metric, run))}
@@ -147,7 +147,7 @@ def _curves(runs: Sequence[Run], color: Mapping[str, str]) -> list[str]:
 
 
 def _group_curves(runs: Sequence[Run]) -> list[str]:
-    """A grid per run, whose lines are its groups; their colours are not those of runs."""
+    """A grid of panels per run, whose lines are its groups, in colours that no run has."""
     body: list[str] = []
     known = {run.name: lines for run in runs if (lines := _matching(run, KNOWN_CURVES))}
     if known:
@@ -193,7 +193,7 @@ def _distributions(runs: Sequence[Run], color: Mapping[str, str]) -> list[str]:
 
 
 def _frontier(runs: Sequence[Run], color: Mapping[str, str]) -> list[str]:
-    """Score against KL over training, each point the mean of an equal part of the run."""
+    """Score against KL over training; each point is the mean over an equal part of the run."""
     points = {run.name: found for run in runs if (found := _points(run))}
     if not points:
         return []
@@ -213,7 +213,7 @@ def _parts(rows: list[T], size: int) -> list[list[T]]:
 
 
 def _wins(runs: Sequence[Run]) -> list[str]:
-    """The first run against each other on prompts that both answered in the same iteration."""
+    """The first run against each of the others, on prompts that both answered in the same iteration."""
     ours, rates = {(s["iteration"], s["prompt"]): s for s in runs[0].last_samples(LAST_EVENTS)}, {}
     for run in runs[1:]:
         theirs = {(s["iteration"], s["prompt"]): s for s in run.last_samples(LAST_EVENTS)}
@@ -256,7 +256,7 @@ def _shown(sample: Json) -> tuple[str, list[str]]:
 
 
 def _rows(runs: Sequence[Run]) -> list[str]:
-    """What sft, reward and dpo say of rows of their last update."""
+    """Rows of the last update of sft, reward and dpo, with the numbers that the run gave them."""
     body = []
     for run in runs:
         rows = [s for s in run.samples if "response" not in s and s["iteration"] == run.samples[-1]["iteration"]]
@@ -282,7 +282,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _changes(runs: Sequence[Run]) -> list[str]:
-    """What resumes changed: curves of one run may be of several settings."""
+    """The settings that resumes changed: one run's curves may come from several settings."""
     rows = [
         (run.name, str(change["iteration"]), change["key"], *(str(change.get(k, "")) for k in ("old", "new", "time")))
         for run in runs

@@ -22,7 +22,7 @@ class Run:
 
     name: str
     metrics: list[Json]
-    """One object per iteration; a metric need not be in each."""
+    """One object per iteration. A metric may be absent from some."""
     samples: list[Json]
     config: dict[str, Any]
     """section.key -> value."""
@@ -37,8 +37,8 @@ class Run:
         return [x for x, _ in points], [y for _, y in points]
 
     def late_mean(self, metric: str) -> float | None:
-        """Mean over the last tenth of the iterations that have it: the one number that pages and tables show of a
-        metric; None without any."""
+        """Mean over the last tenth of the iterations that have the metric: the number that pages and tables show of
+        it. None where no iteration has it."""
         values = self.series(metric)[1]
         tail = values[-max(1, len(values) // 10) :]
         return sum(tail) / len(tail) if tail else None
@@ -48,7 +48,8 @@ class Run:
         return values[-1] if values else None
 
     def alarms(self) -> dict[str, list[tuple[int, int]]]:
-        """name -> the (first, last) iterations of each time it stood; those that never did are left out."""
+        """name -> the (first, last) iterations of each time that the alarm stood. Alarms that never did are left
+        out."""
         found: dict[str, list[tuple[int, int]]] = {}
         for metric in (name for name in self.names() if name.startswith("alarm/")):
             spans: list[tuple[int, int]] = []
@@ -63,7 +64,7 @@ class Run:
 
     @property
     def replies(self) -> list[Json]:
-        """Samples of generated text; those of sft, reward and dpo are rows of data."""
+        """Samples of generated text. (Those of sft, reward and dpo are rows of the data, and not among them.)"""
         return [sample for sample in self.samples if "response" in sample]
 
     def last_samples(self, events: int) -> list[Json]:
@@ -95,7 +96,8 @@ def read_run(directory: Path, *, name: str | None = None) -> Run:
 
 
 def read_runs(directories: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
-    """Runs under these names, or such that tell them apart: the last parts of their paths, as many as that takes."""
+    """Runs under these names. Without names, each gets as many last parts of its path as tell it apart from the
+    others."""
     if names is not None:
         return [read_run(directory, name=name) for directory, name in zip(directories, names, strict=True)]
     parts = [directory.resolve().parts for directory in directories]
@@ -134,7 +136,7 @@ def _flatten(tree: dict[Any, Any], prefix: str) -> dict[str, Any]:
 def _read_rows(path: Path, check: Callable[[Json], Json]) -> list[Json]:
     """Objects with a whole number "iteration"; a last line that is still being written is left out.
 
-    check: the row as it is used; raises ValueError for one that no run writes.
+    check: makes of a row what is used; raises ValueError for a row that no run writes.
     """
     rows: list[Json] = []
     for number, found in iter_jsonl(path, growing=True):
@@ -149,7 +151,7 @@ def _read_rows(path: Path, check: Callable[[Json], Json]) -> list[Json]:
 
 
 def _check_metrics(row: Json) -> Json:
-    """With None for what is not finite."""
+    """The metrics, with None for numbers that are not finite."""
     for name, value in row.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"has the metric {name!r:.60} that is no number")
@@ -177,12 +179,12 @@ def _check_text(row: Json, name: str) -> None:
 
 
 def _can_be_drawn(value: object) -> bool:
-    """Whether it is a finite number, and not so large that an axis has no room for it."""
+    """Whether a value is a finite number that an axis has room for."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 <= value <= 1e300
 
 
 def _without_surrogates(value: Any) -> Any:
-    """JSON can hold half of a surrogate pair, UTF-8 cannot."""
+    """The text without halves of surrogate pairs: JSON can hold them, UTF-8 cannot."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Warnings with numbers: what a person would want to be told while the run still goes."""
+"""Warnings about a PPO run while it goes on, each with its numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.types import Metrics, Rollout
 
 BASELINE = ("policy/entropy", "response/tokens")
-"""Metrics whose values in the first iteration are what later ones are held against."""
+"""Metrics of which later values are compared with that of the first iteration."""
 KL_DECAY, KL_FLOOR = 0.9, 3.0
-"""Of the running mean that a KL is held against, and the nats a reply that it counts for at least."""
+"""A KL is compared with its own running mean, which has this decay and counts as at least so many nats a reply: at
+the start of a run the mean is near 0, and any KL would be a leap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,9 @@ class Alarms:
         score_range: tuple[float, float] | None,
         truncations: Sequence[str] = (),
     ) -> None:
-        """score_range: what the reward model was trained on; None where that is not known. truncations: settings that
-        keep the sampler from drawing from the whole softmax."""
+        """score_range: the least and the largest score of the reward model's own training data; None where that is
+        not known. truncations: the settings, such as top_p, that keep the sampler from drawing from the whole
+        softmax."""
         self._truncations = truncations
         self._section, self._min_group_mass, self._score_range = section, min_group_mass, score_range
         self._of_training = score_range is not None
@@ -49,9 +51,10 @@ class Alarms:
         self._lines: list[str] = []
 
     def out_of_range_fraction(self, scores: Tensor, layout: ParallelLayout) -> float:
-        """Share of the global batch's scores outside the range of training, or where that is not known outside the
-        range of the first scores that come."""
-        found = [score for part in gather_objects(scores.tolist(), layout) for score in part]  # tp and pp ranks' too
+        """Share of the global batch's scores outside score_range. Where that is not known, the range of the first
+        batch takes its place."""
+        # The ranks that share a model copy all give the same scores, which changes no share.
+        found = [score for part in gather_objects(scores.tolist(), layout) for score in part]
         finite = [score for score in found if math.isfinite(score)]
         if self._score_range is None and finite:
             self._score_range = min(finite), max(finite)
@@ -59,7 +62,8 @@ class Alarms:
         return sum(not low <= score <= high for score in found) / len(found)
 
     def check(self, metrics: Metrics, *, warming_up: bool = False) -> dict[str, float]:
-        """alarm/NAME -> 0 or 1, for all that these metrics of an iteration tell. warming_up: of the classifier."""
+        """The metrics alarm/NAME, 1 while the alarm stands and else 0, from the metrics of one iteration.
+        warming_up: the classifier is still in its warm-up, so groups that are alike are no reason to warn."""
         if not self._baseline:
             self._baseline = {name: metrics[name] for name in BASELINE}
         alarms = [*self._of_kl(metrics), *self._of_groups(metrics, warming_up), *self._of_replies(metrics)]
@@ -85,7 +89,8 @@ class Alarms:
         by_group = _per_group(metrics, "policy/kl_group_")
         counting = {f"group_{g}": kl for g, kl in by_group.items() if masses[g] >= self._min_group_mass}
         kls = {"sequence": metrics["policy/kl_sequence"], **counting}
-        kls = {name: kl for name, kl in kls.items() if math.isfinite(kl)}  # what is not stops the update itself
+        # A KL that is not finite needs no alarm: the update itself is refused.
+        kls = {name: kl for name, kl in kls.items() if math.isfinite(kl)}
         if section.max_kl and kls:
             worst = max(kls, key=lambda name: kls[name])
             text = f"KL {kls[worst]:.3g} nats a reply (policy/kl_{worst}) is above alarms.max_kl={section.max_kl:g}"
@@ -147,7 +152,8 @@ def duplicate_fraction(rollout: Rollout, layout: ParallelLayout) -> float:
     ends = zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
     replies = [hash(tuple(row[start:end])) for row, (start, end) in zip(rollout.tokens.tolist(), ends, strict=True)]
     mine = list(zip(replies, rollout.row_ids.tolist(), strict=True))
-    pairs = [pair for part in gather_objects(mine, layout) for pair in part]  # of tp and pp ranks too: the same ones
+    # The ranks that share a model copy all give the same pairs, which changes no share.
+    pairs = [pair for part in gather_objects(mine, layout) for pair in part]
     prompts: dict[int, set[int]] = {}
     for reply, row_id in pairs:
         prompts.setdefault(reply, set()).add(row_id)

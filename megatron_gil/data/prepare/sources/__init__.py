@@ -23,7 +23,7 @@ SOURCES: Mapping[str, Reader] = {
 
 
 def guess_reader(row: Mapping[str, Any]) -> Reader:
-    """By a field that only this source has."""
+    """The reader for a row, known by a field that only its source has."""
     telling = {"query": read_tldr, "post": read_tldr, "info": read_tldr, "article": read_cnndm}
     telling |= {"conversations": read_sharegpt, "response_0": read_safe_rlhf}
     return next((reader for name, reader in telling.items() if name in row), read_jsonl)

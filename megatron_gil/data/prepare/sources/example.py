@@ -10,12 +10,13 @@ from typing import Any
 from megatron_gil.data.text.chat import Message, format_dialogue
 
 NATIVE_ROWS = "rows"
-"""The kind under which a native row is tallied that gave nothing at all."""
+"""The kind under which a native row is tallied where it gave no row of any kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One prompt, and what is known of replies to it. A reply is written as it follows the prompt, its space first."""
+    """One prompt and the replies to it that a source has. A reply begins with the space that separates it from the
+    prompt."""
 
     prompt: str
     completion: str | None = None
@@ -27,8 +28,9 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """read[file]: native rows. dropped[kind, reason]: those that gave no row of this kind of output (kind "rows": of
-    any), under the first reason that applied. noted[what]: oddities that were repaired or kept."""
+    """Counts. read[file]: native rows of that file. dropped[kind, reason]: native rows that gave no row of this kind
+    (kind "rows": no row at all), under the first reason that applied. noted[what]: oddities that were repaired or
+    kept."""
 
     read: Counter[str] = field(default_factory=Counter)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -72,7 +74,7 @@ def texts_of(row: Mapping[str, Any], *names: str) -> tuple[str, ...] | None:
 
 
 def as_pair(chosen: str | None, rejected: str | None, tally: Tally) -> tuple[str, str] | tuple[None, None]:
-    """The two replies of a preference, or Nones and a tallied reason where they make none."""
+    """(chosen, rejected), or (None, None) and a tallied reason where the two make no preference."""
     if chosen is None or rejected is None:
         tally.drop("a reply is empty", "preferences")
     elif chosen == rejected:

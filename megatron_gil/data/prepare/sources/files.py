@@ -1,4 +1,4 @@
-"""Native rows out of local files, directories of them, and the hub."""
+"""Native rows from local files, from directories of files, and from the hub."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def iter_native_rows(name: str, hub: HubChoice) -> Iterator[tuple[str, Any]]:
 
 
 def stream_hub(name: str, hub: HubChoice) -> Iterator[Mapping[str, Any]]:
-    """Rows of a data set by its name on the hub (or of a directory that `datasets` can load); only those in flight
-    are held in memory, and none on disk."""
+    """Rows of a data set by its name on the hub (or of a directory that `datasets` can load); rows are read one
+    after the other: few are in memory at a time, and none is kept on disk."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -71,7 +71,8 @@ def _iter_file(path: Path) -> Iterator[Any]:
 
 
 def _iter_json(path: Path) -> Iterator[Any]:
-    """A list of rows, an object that holds one under "data", one row, or (as is common) JSON Lines misnamed."""
+    """Rows of a .json file: a list of rows, an object with such a list under "data", a single row, or JSON Lines,
+    which are often named so."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             value = json.loads(file.read().decode("utf-8-sig"))

@@ -1,4 +1,4 @@
-"""Rows that already have the names of training files, or nearly: TRL's conversational forms among them."""
+"""Rows that have the field names of training files already, or nearly so, such as TRL's conversational forms."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from megatron_gil.data.prepare.sources.example import Example, Origin, Tally, as
 
 
 def read_safe_rlhf(row: Mapping[str, Any], origin: Origin, tally: Tally) -> Example | None:
-    """The preference follows one of the two verdicts; the demonstration is the reply it prefers, where that is safe."""
+    """The preference follows one of the two verdicts. The preferred reply is the demonstration too, if it is safe."""
     texts = texts_of(row, "prompt", "response_0", "response_1")
     if texts is None or not texts[0].strip():
         return tally.drop("no prompt with two responses")

@@ -15,7 +15,7 @@ _ROLE_OF = {
 }
 
 _UNUSED = ("tools", "system")
-"""What a row of this form may hold beside its turns: the functions that the assistant could call, as in Glaive."""
+"""Fields of a row that are not read: the functions that the assistant could call, as in Glaive's data."""
 
 
 def read_sharegpt(row: Mapping[str, Any], origin: Origin, tally: Tally) -> Example | None:
@@ -44,7 +44,8 @@ def from_conversation(messages: list[Message], tally: Tally) -> Example | None:
 
 
 def read_messages(turns: Any, tally: Tally) -> list[Message] | None:
-    """A system text at most, then user and assistant in turn, user first; None and a tallied reason otherwise."""
+    """The messages: a system text or none, then user and assistant in turn, the user first. None and a tallied
+    reason for any other order."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         return tally.drop("no list of turns")
     messages: list[Message] = []
@@ -90,7 +91,8 @@ def _read_preference(row: Mapping[str, Any], messages: list[Message], tally: Tal
 
 
 def _reply_of(turn: Any, tally: Tally) -> str | None:
-    """A reply written as text, as a turn, or as a list that ends in it; None for anything else."""
+    """The text of a reply, which may be given as text, as a turn, or as a list of turns that ends in it; None for
+    anything else."""
     if isinstance(turn, list) and turn:
         turn = turn[-1]
     if isinstance(turn, Mapping):

@@ -1,4 +1,4 @@
-"""Summaries: Reddit TL;DR in the forms it is passed around in, and CNN/DailyMail."""
+"""Summaries: Reddit TL;DR in the forms in which it is published, and CNN/DailyMail."""
 
 from __future__ import annotations
 
