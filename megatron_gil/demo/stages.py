@@ -101,6 +101,8 @@ class Runner:
         while (stage := queue.take()) is not None:
             log = self._logs / f"{stage.name.replace(' ', '_')}.log"
             process = process or self._start(log)
+            if queue.is_closed:
+                process.terminate()  # it was not among those that were told
             try:
                 self._run(stage, process, log)
             except StageFailed as failure:
@@ -129,8 +131,7 @@ class Runner:
 
     def _end(self, process: subprocess.Popen[str]) -> int:
         """Its exit code, once it has nothing more to do."""
-        with contextlib.suppress(BrokenPipeError):
-            process.communicate()
+        process.communicate()
         self._running.discard(process)
         return process.returncode
 
@@ -154,6 +155,7 @@ class _Queue:
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._waiting, self._unfinished = list(stages), {stage.name for stage in stages}
         self._changed = threading.Condition()
+        self.is_closed = False
 
     def take(self) -> Stage | None:
         """The first stage that needs no other any more, as soon as there is one; None if none is left."""
@@ -174,6 +176,7 @@ class _Queue:
     def close(self) -> None:
         """Hand out no more."""
         with self._changed:
+            self.is_closed = True
             self._waiting.clear()
             self._changed.notify_all()
 
