@@ -111,13 +111,15 @@ def _measure(arguments: Sequence[str], tree: Path, root: Path, number: int) -> t
         stdin=subprocess.DEVNULL,
     )
     assert process.stdout is not None
-    word = os.read(process.stdout.fileno(), 4096).decode(errors="replace")
+    word = ""
+    while not word.strip() and (read := os.read(process.stdout.fileno(), 4096)):
+        word += read.decode(errors="replace")
     seconds = time.perf_counter() - began
     process.kill()
     _, _, used = os.wait4(process.pid, 0)
     process.returncode = 0  # it has been waited for
     process.stdout.close()
-    refused = word.startswith(f"megatron-gil {given[0]}") and given[0] != "demo"
+    refused = word.strip().startswith(f"megatron-gil {given[0]}") and given[0] != "demo"
     if refused or not word.strip() or "error" in word:
         raise RuntimeError(f"megatron-gil {' '.join(given)} did not start: {word}")
     return used.ru_utime + used.ru_stime, seconds
