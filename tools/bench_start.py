@@ -119,8 +119,8 @@ def _measure(arguments: Sequence[str], tree: Path, root: Path, number: int) -> t
     _, _, used = os.wait4(process.pid, 0)
     process.returncode = 0  # it has been waited for
     process.stdout.close()
-    refused = word.strip().startswith(f"megatron-gil {given[0]}") and given[0] != "demo"
-    if refused or not word.strip() or "error" in word:
+    refused = word.strip().startswith((f"megatron-gil {given[0]}", "Traceback")) and given[0] != "demo"
+    if refused or not word.strip():
         raise RuntimeError(f"megatron-gil {' '.join(given)} did not start: {word}")
     return used.ru_utime + used.ru_stime, seconds
 
