@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = benches.add_parser("start", help=text, description=text)
     start.add_argument("--rounds", type=int, default=5, help="interleaved starts of each (default 5)")
     start.add_argument("--against", type=Path, metavar="DIR", help="another checkout, in turns with this one")
-    start.add_argument("--only", nargs="+", metavar="COMMAND", help="of the table (default: all)")
+    start.add_argument("--only", nargs="+", metavar="COMMAND", help="rows of the table (default: all)")
     start.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every start")
     given = parser.parse_args(arguments)
     if given.bench == "convert":
