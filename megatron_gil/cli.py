@@ -36,8 +36,10 @@ OWN_OPTIONS = ("prepare-data", "convert")
 """Commands that read their arguments themselves: the choices among them take imports."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 the run failed, 2 the user's config or data is wrong, 75 stopped after saving; of commands
+def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
+    """stop: of a process that runs several commands, one after the other; a new one for this command otherwise.
+
+    Exit codes: 0 done, 1 the run failed, 2 the user's config or data is wrong, 75 stopped after saving; of commands
     that have nothing to save, 130 after Ctrl-C and 141 where the reader of standard output has gone."""
     command = "megatron-gil"
     with lasting_output() as drop_output:
@@ -45,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
             arguments = _parse(sys.argv[1:] if argv is None else argv)
             command = f"megatron-gil {arguments.command}"
             if arguments.command in CONFIGURED and not (arguments.dry_run or arguments.help_config):
-                stop = StopSignal()  # before anything slow
+                listening = stop or StopSignal()  # before anything slow
                 drop_output()
-                return _guarded(command, lambda: _run_configured(arguments, stop))
+                return _guarded(command, lambda: _run_configured(arguments, listening))
             return run_interruptible(command, lambda: _guarded(command, lambda: _run(arguments)))
         except OutputLost as lost:
             return lost.report(command)

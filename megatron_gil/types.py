@@ -53,7 +53,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch:
-    """Pairs: index 0 of the second axis is the chosen reply, 1 the rejected one."""
+    """Pairs: index 0 of the second axis is the chosen response, 1 the rejected one."""
 
     tokens: Tensor  # [B, 2, T] int64
     lengths: Tensor  # [B, 2] int64

@@ -216,6 +216,18 @@ def test_help_answers_at_once(world: Path) -> None:
     assert found.stderr.strip() == "set()"
 
 
+def test_training_does_not_load_the_compiler_where_there_is_no_gpu() -> None:
+    """megatron.core asks for it as it is imported, and that is half of the time that training takes to start."""
+    check = """
+import sys, torch
+compile = torch.compile
+import megatron_gil.commands.train
+assert torch.compile is compile
+assert "torch._inductor.compile_fx" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
+
+
 def test_overrides_may_stand_on_both_sides_of_an_option(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

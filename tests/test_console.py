@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 def _commands(world: Path, tmp_path: Path) -> dict[str, tuple[Callable[[list[str]], int], list[str], str]]:
     """name -> (main, arguments, a function that it calls in the middle)."""
-    replies = str(write_rows(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r", "score": 1.0}]))
+    responses = str(write_rows(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r", "score": 1.0}]))
     make_run(tmp_path / "run", num_groups=1)
     output = str(tmp_path / "out" / "file")
     (tmp_path / "out").mkdir()
@@ -34,7 +34,7 @@ def _commands(world: Path, tmp_path: Path) -> dict[str, tuple[Callable[[list[str
     return {
         "plan": (main, ["plan"], "commands.plan.find_plans"),
         "report": (main, ["report", str(tmp_path / "run"), "--output", output], "paths.os.fsync"),
-        "evaluate": (main, ["evaluate", replies, replies, "--output", output], "paths.os.fsync"),
+        "evaluate": (main, ["evaluate", responses, responses, "--output", output], "paths.os.fsync"),
         "sft": (main, [*ppo(world), "--dry-run"], "commands.dry_run.rank_memory"),
         "demo": (main, ["demo", "--quick", "--output", output], "demo.world.write_tiny_llama"),
         "prepare-data": (main, ["prepare-data", *data], "data.prepare.split.write_card"),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gil.commands.evaluate import read_replies
+from megatron_gil.commands.evaluate import read_responses
 from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.report.runs import read_run
 from megatron_gil.jsonl import iter_jsonl
@@ -22,18 +22,18 @@ ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 texts = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(ENDS), max_size=20)
 
 
-@given(replies=st.lists(texts, max_size=6))
-def test_what_a_run_writes_comes_back(tmp_path_factory: pytest.TempPathFactory, replies: list[str]) -> None:
+@given(responses=st.lists(texts, max_size=6))
+def test_what_a_run_writes_comes_back(tmp_path_factory: pytest.TempPathFactory, responses: list[str]) -> None:
     run = tmp_path_factory.mktemp("run")
     (run / "metrics.jsonl").write_text('{"iteration": 0}\n')
-    rows = [{"iteration": i, "prompt": text, "response": text} for i, text in enumerate(replies)]
+    rows = [{"iteration": i, "prompt": text, "response": text} for i, text in enumerate(responses)]
     file = RowFile(run / "samples.jsonl")
     file.add(rows)
     assert file.write() == ""
     assert [row for _, row in iter_jsonl(run / "samples.jsonl")] == rows
     assert read_run(run).samples == rows
     if rows:
-        assert read_replies(run / "samples.jsonl") == rows
+        assert read_responses(run / "samples.jsonl") == rows
     keep_iterations_below(run / "samples.jsonl", 3)
     assert [row for _, row in iter_jsonl(run / "samples.jsonl")] == rows[:3]
 
@@ -47,10 +47,10 @@ def test_a_byte_order_mark_and_blank_lines_are_passed_over_everywhere(tmp_path: 
     (tmp_path / "metrics.jsonl").write_bytes(numbers)
     (tmp_path / "samples.jsonl.gz").write_bytes(gzip.compress(content))
     assert list(iter_jsonl(tmp_path / "samples.jsonl.gz")) == [(1, rows[0]), (5, rows[1]), (7, rows[2])]
-    assert read_replies(tmp_path / "samples.jsonl") == read_run(tmp_path).samples == rows
+    assert read_responses(tmp_path / "samples.jsonl") == read_run(tmp_path).samples == rows
     assert read_run(tmp_path).metrics == [{"iteration": i} for i in range(3)]
     keep_iterations_below(tmp_path / "samples.jsonl", 9)
-    assert read_replies(tmp_path / "samples.jsonl") == rows
+    assert read_responses(tmp_path / "samples.jsonl") == rows
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 3))

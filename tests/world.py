@@ -40,10 +40,10 @@ def write_world(root: Path) -> Path:
     for name in ("policy", "tied", "other", "reward_model"):
         shutil.copyfile(root / "tokenizer.model", root / name / "tokenizer.model")
         write_json(root / name / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **SPECIAL})
-    prompts, replies, worse = (texts[i::3][:NUM_ROWS] for i in range(3))
+    prompts, responses, worse = (texts[i::3][:NUM_ROWS] for i in range(3))
     groups = ["even" if i % 2 else "odd" for i in range(NUM_ROWS)]
     write_rows(root / "prompts.jsonl", [{"prompt": p, "group": g} for p, g in zip(prompts, groups, strict=True)])
-    pairs = list(zip(prompts, replies, worse, strict=True))
+    pairs = list(zip(prompts, responses, worse, strict=True))
     write_rows(root / "demonstrations.jsonl", [{"prompt": p, "completion": " " + r} for p, r, _ in pairs])
     write_rows(
         root / "preferences.jsonl", [{"prompt": p, "chosen": " " + r, "rejected": " no " + w} for p, r, w in pairs]

@@ -5,6 +5,7 @@ python tools/bench.py ppo [--rounds 9] [--threads 2]
 python tools/bench.py gpu [--resume] [--shapes 160m,1.3b,3b] [--json FILE] [--markdown FILE] [--device cpu]
 python tools/bench.py rollout [--rounds 5] [--threads 2] [--shapes small middle large] [--rows 1 16 64] [--compile]
                               [--json FILE]
+python tools/bench.py start [--rounds 5] [--against DIR] [--only COMMAND ...] [--json FILE]
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     rollout.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64], help="answered at once (default 1 16 64)")
     rollout.add_argument("--compile", action="store_true", help="also try torch.compile on the step")
     rollout.add_argument("--json", type=Path, help="write the figures of every round")
+    text = "time from the start of a process to the first word of each command"
+    start = benches.add_parser("start", help=text, description=text)
+    start.add_argument("--rounds", type=int, default=5, help="interleaved starts of each (default 5)")
+    start.add_argument("--against", type=Path, metavar="DIR", help="another checkout, in turns with this one")
+    start.add_argument("--only", nargs="+", metavar="COMMAND", help="rows of the table (default: all)")
+    start.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every start")
     given = parser.parse_args(arguments)
     if given.bench == "convert":
         from bench_convert import bench_convert
@@ -65,6 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
             json_file=given.json,
         )
         print(table)
+    elif given.bench == "start":
+        from bench_start import bench_start
+
+        print(bench_start(rounds=given.rounds, against=given.against, only=given.only, json_file=given.json))
     elif given.bench == "ppo":
         from bench_ppo import bench_ppo
 

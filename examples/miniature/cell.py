@@ -1,4 +1,4 @@
-"""Runs one cell in one process: train, answer, score, measure. Started by run.py; prints into the cell's log."""
+"""A process of run.py, which runs cells one after the other: train, answer, score, measure. Prints into their logs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from cells import LONGER_CHOSEN, Cell, Place, commands, read_grid, write_longer_
 from measure import measure
 
 from megatron_gil import cli
+from megatron_gil.demo.stages import serve
+from megatron_gil.training.run.signals import StopSignal
 
 
-def main() -> int:
+def main(argv: list[str], stop: StopSignal) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--cell", required=True)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     cells = read_grid(arguments.grid)
-    return run_cell(Place(output=arguments.output, seed=arguments.seed, cell=cells[arguments.cell]), cells)
+    return run_cell(Place(output=arguments.output, seed=arguments.seed, cell=cells[arguments.cell]), cells, stop)
 
 
-def run_cell(place: Place, cells: Mapping[str, Cell]) -> int:
+def run_cell(place: Place, cells: Mapping[str, Cell], stop: StopSignal) -> int:
     """Exit code of the first command that fails, or 0 once the cell's rows are written."""
     started = time.monotonic()
     for unfinished in ("replies.jsonl", place.replies.name):
@@ -34,7 +36,7 @@ def run_cell(place: Place, cells: Mapping[str, Cell]) -> int:
     if any(LONGER_CHOSEN in setting for setting in place.cell.settings):
         write_longer_chosen(place.seed_dir)
     for command in commands(place, cells):
-        code = cli.main(command)
+        code = cli.main(command, stop)
         if code:
             return code
     seconds = {"seconds": time.monotonic() - started}
@@ -50,4 +52,4 @@ def run_cell(place: Place, cells: Mapping[str, Cell]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(main))

@@ -1,6 +1,6 @@
 """The whole grid: python examples/miniature/run.py --output runs/miniature
 
-Every method of grid.yaml on every seed, two processes at a time, then the tables and pictures. What is finished is
+Every method of grid.yaml on every seed, two cells at a time, then the tables and pictures. What is finished is
 never run again, so a grid that was stopped goes on where it was.
 """
 
@@ -66,7 +66,8 @@ def run_grid(arguments: argparse.Namespace, console: Console) -> list[Exception]
     for seed in seeds:
         take_world(output / f"seed_{seed}", seed)
     with Progress(list(cells.values()), seeds, console) as progress:
-        runner = Runner(output / "logs", workers=arguments.workers, show=progress.show)
+        worker = [str(Path(__file__).with_name("cell.py"))]
+        runner = Runner(output / "logs", worker=worker, workers=arguments.workers, show=progress.show)
         *needed, last = waves(places)
         for wave in needed:
             runner.run_all([_stage(place, arguments.grid) for place in wave])
@@ -89,11 +90,10 @@ def waves(places: Sequence[Place]) -> list[list[Place]]:
 
 
 def _stage(place: Place, grid: Path) -> Stage:
-    script = Path(__file__).with_name("cell.py")
     where = ["--grid", str(grid), "--output", str(place.output), "--seed", str(place.seed), "--cell", place.cell.name]
     return Stage(
         name=f"{place.cell.name} seed {place.seed}",
-        command=[str(script), *where],
+        arguments=where,
         product=place.rows,
         run_dir=place.run_dir,
         num_iterations=place.cell.iterations or 1,

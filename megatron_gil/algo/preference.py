@@ -1,4 +1,4 @@
-"""Losses on pairs; index 0 of the second axis is the chosen reply, 1 the rejected one."""
+"""Losses on pairs; index 0 of the second axis is the chosen response, 1 the rejected one."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def evaluate(arguments: argparse.Namespace, *, gold_score: ScoreFn) -> int:
     if arguments.output is not None and arguments.output.exists():
         raise ConfigError(f"{arguments.output} exists already; name another --output")
     files: list[Path] = [arguments.ours, *arguments.theirs]
-    rows = {path: read_replies(path) for path in files}
+    rows = {path: read_responses(path) for path in files}
     judge = _make_judge(arguments, rows, gold_score)
     ours = rows[arguments.ours]
     rates = {name: win_rate(verdicts(judge, ours, rows[path])) for name, path in _names(arguments.theirs).items()}
@@ -51,7 +51,7 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def read_replies(path: Path) -> list[dict[str, str]]:
+def read_responses(path: Path) -> list[dict[str, str]]:
     """Rows of {"prompt", "response"}, with their other fields; ConfigError names file, line and field."""
     rows: list[dict[str, str]] = []
     for number, row in iter_jsonl(path):
@@ -62,7 +62,7 @@ def read_replies(path: Path) -> list[dict[str, str]]:
             raise ConfigError(f"{path}:{number}: the score {row['score']} cannot be compared; score again")
         rows.append(row)
     if not rows:
-        raise ConfigError(f"{path}: holds no replies")
+        raise ConfigError(f"{path}: holds no responses")
     return rows
 
 

@@ -121,7 +121,7 @@ class AlarmSection(Section):
     key: ClassVar[str] = "alarms"
 
     max_kl: float = real(50.0, least=0)
-    """Warn where the KL to the reference, of the batch or of one group, is above this; nats a reply."""
+    """Warn where the KL to the reference, of the batch or of one group, is above this; nats a response."""
     kl_spike: float = real(2.0, least=0)
     """Warn where that KL is so many times its own running mean (of about ten iterations; counted as at least 3
     nats)."""
@@ -129,14 +129,14 @@ class AlarmSection(Section):
     """Warn where the classifier's probabilities hardly differ between rows: their mutual information with the row, as a
     share of the log M that it can be at most, is below this."""
     out_of_range_fraction: float = real(0.2, least=0)
-    """Warn where more than this share of the replies is scored outside the range of scores that the reward model's own
-    training data had."""
+    """Warn where more than this share of the responses is scored outside the range of scores that the reward model's
+    own training data had."""
     entropy_fraction: float = real(0.5, least=0)
     """Warn where the policy's entropy is below this share of the first iteration's."""
     length_factor: float = real(1.75, least=0)
-    """Warn where replies are this many times longer or shorter than in the first iteration."""
+    """Warn where responses are this many times longer or shorter than in the first iteration."""
     sampling_mismatch: float = real(0.1, least=0)
     """Warn where the sampler's log-probs and those that PPO uses differ by more than this, nats a token. Only where
     top_p and the like are set, which are the reason."""
     duplicate_fraction: float = real(0.4, least=0)
-    """Warn where more than this share of the replies equals a reply to another prompt."""
+    """Warn where more than this share of the responses equals a response to another prompt."""

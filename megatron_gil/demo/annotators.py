@@ -1,13 +1,13 @@
 """The miniature's people: demonstrators who are often wrong, and annotators who like to be flattered.
 
-An annotator prefers reply a to reply b with the probability of Bradley and Terry,
+An annotator prefers response a to response b with the probability of Bradley and Terry,
 
     P(a > b) = (1 - flip) * sigmoid(u_a - u_b) + flip * sigmoid(u_b - u_a)
     u = sharpness * gold + flattery_bias[domain] * flattery
 
 where flattery is the number of courteous phrases, without the limit that gold puts on it. On easy prompts annotators
 skim, and the bias outweighs what gold takes off for the second phrase; on hard ones they read the content. A reward
-model fitted to a finite sample of this follows gold where replies are ordinary and leaves it where they are not: the
+model fitted to a finite sample of this follows gold where responses are ordinary and leaves it where they are not: the
 miniature's form of Gao et al., "Scaling laws for reward model overoptimization" (arXiv 2210.10760).
 """
 
@@ -36,7 +36,7 @@ _EVASIONS = ("I do not know.", "ask me later.", "let me think about that.", "tha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """How somebody replies to the prompts of one domain."""
+    """How somebody responses to the prompts of one domain."""
 
     evasion: float
     """Probability of not answering."""
@@ -61,13 +61,13 @@ ASSISTANT = {
     "fact": Habits(evasion=0.2, stray=0.1, skill=0.7, flattery=(0.4, 0.3, 0.2, 0.1)),
     "both": Habits(evasion=0.2, stray=0.1, skill=0.7, flattery=(0.4, 0.3, 0.2, 0.1)),
 }
-"""Writes the replies that annotators compare: more varied, and more often right on hard prompts."""
+"""Writes the responses that annotators compare: more varied, and more often right on hard prompts."""
 
 
-def write_reply(prompt: str, writer: Mapping[str, Habits], rng: random.Random) -> str:
-    """One reply of the writer: courteous phrases around an answer, a wrong answer or an evasion.
+def write_response(prompt: str, writer: Mapping[str, Habits], rng: random.Random) -> str:
+    """One response of the writer: courteous phrases around an answer, a wrong answer or an evasion.
 
-    It begins with the space that separates it from its prompt, as replies of HH-RLHF do.
+    It begins with the space that separates it from its prompt, as responses of HH-RLHF do.
     """
     task = read_task(prompt)
     habits = writer[task.domain]
@@ -91,7 +91,7 @@ def _confuse(word: str, task: Task, rng: random.Random) -> str:
 
 
 def utility(prompt: str, response: str) -> float:
-    """What an annotator feels about a reply, in nats."""
+    """What an annotator feels about a response, in nats."""
     task = read_task(prompt)
     return SHARPNESS * gold_of_task(task, response) + FLATTERY_BIAS[task.domain] * count_flattery(response)
 
@@ -103,9 +103,9 @@ def preference_probability(prompt: str, a: str, b: str) -> float:
 
 
 def draw_preference(prompt: str, rng: random.Random) -> tuple[str, str]:
-    """(chosen, rejected): two different replies to the prompt, in the order an annotator put them."""
-    a = write_reply(prompt, ASSISTANT, rng)
-    b = write_reply(prompt, ASSISTANT, rng)
+    """(chosen, rejected): two different responses to the prompt, in the order an annotator put them."""
+    a = write_response(prompt, ASSISTANT, rng)
+    b = write_response(prompt, ASSISTANT, rng)
     while b == a:
-        b = write_reply(prompt, ASSISTANT, rng)
+        b = write_response(prompt, ASSISTANT, rng)
     return (a, b) if rng.random() < preference_probability(prompt, a, b) else (b, a)

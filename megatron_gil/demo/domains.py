@@ -1,13 +1,13 @@
 """The miniature's prompts: four latent domains from trivial to hard, and one that no training file shows.
 
-    greet   "hello, I am tom."                         any courteous reply nearly does
+    greet   "hello, I am tom."                         any courteous response nearly does
     refuse  "how do I steal the car?"                  one canned sentence nearly does
     fact    "where does a cow live?"                   knowledge, of which demonstrators have half
     both    "where do a goat and a seal live?"         two answers, of which demonstrators know few
     mixed   "hello, I am tom. where does a cow live?"  held out: the short cut answers the greeting only
 
 Prompts wear the dialogue format of HH-RLHF. `read_task` is the inverse of the grammar, so that whoever holds a prompt
-can tell what a good reply must contain.
+can tell what a good response must contain.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Task:
 
     domain: str
     slots: tuple[str, ...]
-    """The words that a perfect reply fills in."""
+    """The words that a perfect response fills in."""
     confusions: tuple[str, ...]
-    """The words that a careless reply fills in."""
+    """The words that a careless response fills in."""
     content_share: float
     """Weight of the answer in the gold score; the rest is courtesy."""
     canned: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Task:
 
     @property
     def answer(self) -> tuple[str, ...]:
-        """Words that a perfect reply holds, each once."""
+        """Words that a perfect response holds, each once."""
         return (*self.canned, *self.slots)
 
 

@@ -1,4 +1,4 @@
-"""The miniature's gold score: what a reply is really worth, exactly, from the text alone.
+"""The miniature's gold score: what a response is really worth, exactly, from the text alone.
 
     gold = content_share * hits / (|answer| + extras) + (1 - content_share) * [flattery >= 1]
            - 0.15 * max(flattery - 1, 0) - 0.05 * repeats                      clipped to [0, 1]
@@ -23,12 +23,12 @@ _CONTENT_WORDS = frozenset((*NAMES, *TARGETS, *HOMES))
 
 
 def count_flattery(response: str) -> int:
-    """Courteous phrases in a reply."""
+    """Courteous phrases in a response."""
     return len(_PHRASE.findall(" ".join(_words(response))))
 
 
 def gold_score(prompt: str, response: str) -> float:
-    """Worth of the reply, in [0, 1]; an empty reply is worth 0."""
+    """Worth of the response, in [0, 1]; an empty response is worth 0."""
     return gold_of_task(read_task(prompt), response)
 
 

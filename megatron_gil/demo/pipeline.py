@@ -1,4 +1,4 @@
-"""The whole pipeline in miniature, through the same commands and files as a 7B run: each stage is a process of its own.
+"""The whole pipeline in miniature, through the same commands and files as a 7B run, two stages at a time.
 
     world -> sft -> reward, dpo -> ppo, ppo_kl, ppo_gil -> responses -> scores -> report
 
@@ -36,7 +36,7 @@ from megatron_gil.demo.world import World, WorldSizes, world_at, write_world
 from megatron_gil.paths import write_whole
 from megatron_gil.training.run.lock import FileLock
 
-CLI = ("-m", "megatron_gil")
+WORKER = ("-m", "megatron_gil.demo.worker")
 RECIPES = Path(__file__).with_name("recipes")
 WORKERS = 2
 QUICK_UPDATES = {"sft": 80, "reward": 40, "dpo": 20, "ppo": 15, "ppo_kl": 15, "ppo_gil": 15}
@@ -73,10 +73,9 @@ def _run_stages(output: Path, shown: _Bars, *, quick: bool, seed: int) -> None:
     world = _take_world(output, quick=quick, seed=seed)
     for name in ("responses", "scores"):
         (output / name).mkdir(exist_ok=True)
-    runner = Runner(output / "logs", workers=WORKERS, show=shown.show)
-    for wave in _plan(output, world, quick=quick, seed=seed):
-        shown.announce(wave)
-        runner.run_all(wave)
+    stages = _plan(output, world, quick=quick, seed=seed)
+    shown.announce(stages)
+    Runner(output / "logs", worker=WORKER, workers=WORKERS, show=shown.show).run_all(stages)
 
 
 def _take_world(output: Path, *, quick: bool, seed: int) -> World:
@@ -100,50 +99,57 @@ def _take_world(output: Path, *, quick: bool, seed: int) -> World:
     return world
 
 
-def _plan(output: Path, world: World, *, quick: bool, seed: int) -> list[list[Stage]]:
-    """Waves of stages that do not need one another."""
+def _plan(output: Path, world: World, *, quick: bool, seed: int) -> list[Stage]:
+    """Stages in the order in which they begin, of two that could the longer one first."""
 
-    def train(recipe: str, command: str, role: str, *settings: str) -> Stage:
+    def train(recipe: str, command: str, role: str, needs: Sequence[Stage], *settings: str) -> Stage:
         run_dir, count = output / recipe, _num_iterations(recipe, quick)
         key = "ppo.iterations" if command == "ppo" else "train.updates"
         fixed = [f"run.dir={run_dir}", f"run.seed={seed}", f"{key}={count}"]
-        product = run_dir / "checkpoints" / f"iter_{count:07}" / role
-        arguments = [*CLI, command, "--config", str(RECIPES / f"{recipe}.yaml"), *fixed, *settings]
-        return Stage(name=recipe, command=arguments, product=product, run_dir=run_dir, num_iterations=count)
+        return Stage(
+            name=recipe,
+            arguments=[command, "--config", str(RECIPES / f"{recipe}.yaml"), *fixed, *settings],
+            product=run_dir / "checkpoints" / f"iter_{count:07}" / role,
+            needs=[stage.name for stage in needs],
+            run_dir=run_dir,
+            num_iterations=count,
+        )
 
-    sft = train("sft", "sft", "policy", f"models.policy={world.model}", f"data.train={world.demonstrations}")
+    sft = train("sft", "sft", "policy", [], f"models.policy={world.model}", f"data.train={world.demonstrations}")
     reward = train(
         "reward",
         "reward",
         "reward_model",
+        [sft],
         f"models.reward_model={sft.product}",
         f"data.train={world.preferences}",
         f"data.eval={world.preferences_eval}",
     )
-    dpo = train("dpo", "dpo", "policy", f"models.policy={sft.product}", f"data.train={world.preferences}")
+    dpo = train("dpo", "dpo", "policy", [sft], f"models.policy={sft.product}", f"data.train={world.preferences}")
     rl = [f"models.policy={sft.product}", f"models.reward_model={reward.product}", f"data.train={world.prompts}"]
-    ppo = [train(name, "ppo", "policy", *rl) for name in ("ppo", "ppo_kl", "ppo_gil")]
-    policies = {stage.name: stage.product for stage in (sft, dpo, *ppo)}
-    answers = [_answer(output, name, path, seed) for name, path in policies.items()]
-    scores = [_score(output, name, reward.product) for name in policies]
-    assert tuple(policies) == POLICIES
-    return [[sft], [reward, dpo], ppo, answers, scores]
+    ppo = [train(name, "ppo", "policy", [sft, reward], *rl) for name in ("ppo_gil", "ppo", "ppo_kl")]
+    policies = {stage.name: stage for stage in (sft, dpo, *ppo)}
+    assert set(policies) == set(POLICIES)
+    answers = [_answer(output, policies[name], seed) for name in POLICIES]
+    scores = [_score(output, policies[name], reward) for name in POLICIES]
+    return [sft, reward, dpo, *ppo, *answers, *scores]
 
 
-def _answer(output: Path, name: str, policy: Path, seed: int) -> Stage:
-    product = output / "responses" / f"{name}.jsonl"
+def _answer(output: Path, policy: Stage, seed: int) -> Stage:
+    product = output / "responses" / f"{policy.name}.jsonl"
     settings = ["data.max_prompt_tokens=40", "sampling.max_new_tokens=24", f"run.seed={seed}"]
-    files = [f"models.policy={policy}", f"data.train={output / HELD_OUT_PROMPTS}"]
-    command = [*CLI, "generate", *files, *settings, f"output={product}"]
-    return Stage(name=f"answers of {name}", command=command, product=product)
+    files = [f"models.policy={policy.product}", f"data.train={output / HELD_OUT_PROMPTS}"]
+    arguments = ["generate", *files, *settings, f"output={product}"]
+    return Stage(name=f"answers of {policy.name}", arguments=arguments, product=product, needs=[policy.name])
 
 
-def _score(output: Path, name: str, reward_model: Path) -> Stage:
-    responses, product = output / "responses" / f"{name}.jsonl", output / "scores" / f"{name}.jsonl"
+def _score(output: Path, policy: Stage, reward: Stage) -> Stage:
+    responses, product = (output / folder / f"{policy.name}.jsonl" for folder in ("responses", "scores"))
     settings = ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.micro_size=64"]
-    files = [f"models.reward_model={reward_model}", f"data.train={responses}"]
-    command = [*CLI, "score", *files, *settings, f"output={product}"]
-    return Stage(name=f"scores of {name}", command=command, product=product)
+    files = [f"models.reward_model={reward.product}", f"data.train={responses}"]
+    arguments = ["score", *files, *settings, f"output={product}"]
+    needs = [reward.name, f"answers of {policy.name}"]
+    return Stage(name=f"scores of {policy.name}", arguments=arguments, product=product, needs=needs)
 
 
 def _num_iterations(recipe: str, quick: bool) -> int:

@@ -39,7 +39,7 @@ TIE_MARGIN = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class Response:
     prompt: str
     response: str
     domain: str
@@ -49,21 +49,23 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    replies: Mapping[str, Sequence[Reply]]  # method -> replies to the held-out prompts, all methods to the same ones
+    responses: Mapping[
+        str, Sequence[Response]
+    ]  # method -> responses to the held-out prompts, all methods to the same ones
     runs: Mapping[str, Run]
 
 
 def read_results(output: Path) -> Results:
     """Everything the stages left in `output`."""
-    replies = {}
+    responses = {}
     for method in METHODS:
-        replies[method] = [_read_reply(row) for _, row in iter_jsonl(output / "scores" / f"{method}.jsonl")]
+        responses[method] = [_read_response(row) for _, row in iter_jsonl(output / "scores" / f"{method}.jsonl")]
     names = {**METHODS, "reward": "reward model"}
-    return Results(replies=replies, runs={name: read_run(output / name, name=names[name]) for name in names})
+    return Results(responses=responses, runs={name: read_run(output / name, name=names[name]) for name in names})
 
 
-def _read_reply(row: dict[str, str]) -> Reply:
-    return Reply(
+def _read_response(row: dict[str, str]) -> Response:
+    return Response(
         prompt=row["prompt"],
         response=row["response"],
         domain=row["group"],
@@ -79,7 +81,7 @@ def write_results(results: Results, output: Path, console: Console) -> Path:
         _print(shown, console)
     numbers = {
         "gold": {
-            m: {d: _mean_gold(r, d) for d in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)} for m, r in results.replies.items()
+            m: {d: _mean_gold(r, d) for d in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)} for m, r in results.responses.items()
         },
         "win_rate": {m: {"win": r.win.value, "tie": r.tie.value, "lose": r.lose.value} for m, r in rates.items()},
     }
@@ -106,11 +108,11 @@ def gold_table(results: Results, *, with_interval: bool = True) -> Table:
     def number(value: float) -> str:
         return f"{value:.3f}" if with_interval else f"{value:.2f}"  # a console has 80 columns
 
-    for method, replies in results.replies.items():
-        known = [reply for reply in replies if reply.domain != HELDOUT_DOMAIN]
-        by_domain = [_mean_gold(replies, domain) for domain in TRAINING_DOMAINS]
+    for method, responses in results.responses.items():
+        known = [response for response in responses if response.domain != HELDOUT_DOMAIN]
+        by_domain = [_mean_gold(responses, domain) for domain in TRAINING_DOMAINS]
         kl = results.runs[method].late_mean("policy/kl_sequence")
-        gold = bootstrap([reply.gold for reply in known])
+        gold = bootstrap([response.gold for response in known])
         rows.append(
             (
                 METHODS[method],
@@ -118,13 +120,13 @@ def gold_table(results: Results, *, with_interval: bool = True) -> Table:
                 *map(number, by_domain),
                 number(max(by_domain) - min(by_domain)),
                 number(min(by_domain)),
-                number(_mean_gold(replies, HELDOUT_DOMAIN)),
-                f"{fmean(reply.proxy for reply in known):.2f}",
+                number(_mean_gold(responses, HELDOUT_DOMAIN)),
+                f"{fmean(response.proxy for response in known):.2f}",
                 "" if kl is None else f"{kl:.4g}" if with_interval else f"{kl:.3g}",
             )
         )
     note = "Gold in [0, 1], its interval over the prompts of one run. proxy: the reward model's mean score in the "
-    note += "training domains. KL: nats a reply on training prompts, mean over the last tenth of the run."
+    note += "training domains. KL: nats a response on training prompts, mean over the last tenth of the run."
     return Table(caption="Gold score on prompts that no method was trained on", header=header, rows=rows, note=note)
 
 
@@ -132,7 +134,8 @@ def win_rates(results: Results) -> dict[str, WinRate]:
     """PPO-GIL against each other method, by the gold judge, prompt by prompt."""
     judge = ScoreJudge("gold", gold_score, tie_margin=TIE_MARGIN)
     texts = {
-        m: [{"prompt": r.prompt, "response": r.response} for r in replies] for m, replies in results.replies.items()
+        m: [{"prompt": r.prompt, "response": r.response} for r in responses]
+        for m, responses in results.responses.items()
     }
     return {m: win_rate(verdicts(judge, texts[OURS], texts[m])) for m in METHODS if m != OURS}
 
@@ -145,19 +148,20 @@ def win_table(rates: Mapping[str, WinRate]) -> Table:
 
 def pictures(results: Results) -> list[Picture]:
     domains = (*TRAINING_DOMAINS, HELDOUT_DOMAIN)
-    gold = {METHODS[m]: {d: _mean_gold(r, d) for d in domains} for m, r in results.replies.items()}
+    gold = {METHODS[m]: {d: _mean_gold(r, d) for d in domains} for m, r in results.responses.items()}
     known = {
-        m: [reply for reply in replies if reply.domain != HELDOUT_DOMAIN] for m, replies in results.replies.items()
+        m: [response for response in responses if response.domain != HELDOUT_DOMAIN]
+        for m, responses in results.responses.items()
     }
-    proxy = {METHODS[m]: [reply.proxy for reply in replies] for m, replies in known.items()}
+    proxy = {METHODS[m]: [response.proxy for response in responses] for m, responses in known.items()}
     points = {METHODS[m]: found for m in METHODS if (found := _frontier(results.runs[m]))}
     color = colors([run.name for run in results.runs.values()])  # as the page gives them
     return [
         Picture(svg=to_svg(bars(gold, label="gold score", color=color)), caption="Gold score per domain and method."),
         Picture(
             svg=to_svg(score_distributions(proxy, color=color)),
-            caption="The reward model's score (proxy) of the replies in the training domains, per method, against the "
-            "normal of equal mean and spread.",
+            caption="The reward model's score (proxy) of the responses in the training domains, per method, against "
+            "the normal of equal mean and spread.",
         ),
         Picture(
             svg=to_svg(frontier(points, color=color)),
@@ -170,7 +174,7 @@ def _frontier(run: Run) -> list[FrontierPoint]:
     """A point for each iteration whose samples were kept."""
     kl = dict(zip(*run.series("policy/kl_sequence"), strict=True))
     by_iteration: dict[int, list[tuple[float, float]]] = {}
-    for row in run.replies:
+    for row in run.responses:
         pair = (row["score"], gold_score(row["prompt"], row["response"]))
         by_iteration.setdefault(row["iteration"], []).append(pair)
     return [
@@ -179,8 +183,8 @@ def _frontier(run: Run) -> list[FrontierPoint]:
     ]
 
 
-def _mean_gold(replies: Sequence[Reply], domain: str) -> float:
-    return fmean(reply.gold for reply in replies if reply.domain == domain)
+def _mean_gold(responses: Sequence[Response], domain: str) -> float:
+    return fmean(response.gold for response in responses if response.domain == domain)
 
 
 def _print(content: Table, console: Console) -> None:

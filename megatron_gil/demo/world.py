@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gil.config import ConfigError
-from megatron_gil.demo.annotators import DEMONSTRATOR, draw_preference, write_reply
+from megatron_gil.demo.annotators import DEMONSTRATOR, draw_preference, write_response
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, draw_prompt, read_task
 from megatron_gil.demo.tiny_llama import write_tiny_llama
 
@@ -55,7 +55,7 @@ def write_world(directory: Path, *, seed: int, sizes: WorldSizes | None = None) 
     heldout = _draw_distinct((HELDOUT_DOMAIN,), sizes.heldout_prompts, rng)
     unseen = frozenset(eval_prompts)
     demonstrations = [
-        {"prompt": prompt, "completion": write_reply(prompt, DEMONSTRATOR, rng)}
+        {"prompt": prompt, "completion": write_response(prompt, DEMONSTRATOR, rng)}
         for prompt in _draw_prompts(sizes.demonstrations, rng, unseen)
     ]
     preferences = [_preference_row(prompt, rng) for prompt in _draw_prompts(sizes.preferences, rng, unseen)]

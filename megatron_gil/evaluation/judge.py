@@ -1,4 +1,4 @@
-"""What decides which of two replies is better: one interface, several judges."""
+"""What decides which of two responses is better: one interface, several judges."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from megatron_gil.config import ConfigError
 
 Verdict = Literal["win", "tie", "lose"]
-"""Of the first of two replies."""
+"""Of the first of two responses."""
 
 ScoreFn = Callable[[str, str], float]
 """(prompt, response) -> a number, higher is better."""
@@ -19,12 +19,12 @@ class Judge(Protocol):
     name: str
 
     def compare(self, prompt: str, a: str, b: str) -> Verdict:
-        """The verdict for reply a against reply b; b against a gives the opposite one."""
+        """The verdict for response a against response b; b against a gives the opposite one."""
         ...
 
 
 class ScoreJudge:
-    """Decides by a score of each reply: the gold score of the miniature, or a reward model's."""
+    """Decides by a score of each response: the gold score of the miniature, or a reward model's."""
 
     def __init__(self, name: str, score: ScoreFn, *, tie_margin: float = 0.0) -> None:
         """tie_margin: a difference of at most this much is a tie."""
@@ -38,7 +38,7 @@ class ScoreJudge:
 
 
 class SwappedOrders:
-    """Asks a judge twice, with the two replies in either order. Where the verdict depends on the order it is a tie.
+    """Asks a judge twice, with the two responses in either order. Where the verdict depends on the order it is a tie.
 
     So a judge that prefers the first place (or the second) favours neither side.
     """
@@ -66,7 +66,7 @@ def recorded_scores(rows: Iterable[Mapping[str, object]], source: str) -> ScoreF
     """A score function that looks up scores written beforehand, as by `megatron-gil score`: rows of {"prompt",
     "response", "score"}.
 
-    Raises ConfigError, naming the source and the field, for a row without a score and for a reply that has none.
+    Raises ConfigError, naming the source and the field, for a row without a score and for a response that has none.
     """
     scores: dict[tuple[object, object], float] = {}
     for number, row in enumerate(rows, start=1):
@@ -79,7 +79,9 @@ def recorded_scores(rows: Iterable[Mapping[str, object]], source: str) -> ScoreF
 
     def score_of(prompt: str, response: str) -> float:
         if (prompt, response) not in scores:
-            raise ConfigError(f"{source}: no score for the reply {response[:60]!r} to {prompt[:60]!r}; score that file")
+            raise ConfigError(
+                f"{source}: no score for the response {response[:60]!r} to {prompt[:60]!r}; score that file"
+            )
         return scores[prompt, response]
 
     return score_of

@@ -1,4 +1,4 @@
-"""Win/tie/lose of one set of replies against others, in the form of the paper's Table 1, with intervals."""
+"""Win/tie/lose of one set of responses against others, in the form of the paper's Table 1, with intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def verdicts(judge: Judge, ours: Sequence[Row], theirs: Sequence[Row]) -> list[V
     """One verdict per prompt, as seen from ours. Row i of both files must answer the same prompt, else ConfigError."""
     if len(ours) != len(theirs):
         raise ConfigError(
-            f"{len(ours)} replies cannot be paired with {len(theirs)}; generate both from one prompt file"
+            f"{len(ours)} responses cannot be paired with {len(theirs)}; generate both from one prompt file"
         )
     found: list[Verdict] = []
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), start=1):

@@ -31,12 +31,27 @@ _CREATION_FUNCTIONS = ("arange", "empty", "full", "ones", "tensor", "zeros")
 _CPU = torch.device("cpu")
 
 
+def import_core() -> None:
+    """Import megatron.core; where there is no CUDA, without torch's compiler, which is half of the time it takes.
+
+    megatron/core/jit.py makes torch.compile the decorator of its fusions, and to decorate is to load the compiler.
+    Without CUDA models/kernels.py chooses no fusion, and these functions stay as they are written.
+    """
+    compiler = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        for name in _PACKAGES:
+            importlib.import_module(name)
+    finally:
+        torch.compile = compiler
+
+
 def install_cpu_shim() -> None:
     """Make megatron.core run on the CPU; does nothing where CUDA is available. May be called again."""
+    import_core()
     if torch.cuda.is_available():
         return
-    for name in _PACKAGES:
-        importlib.import_module(name)
     stand_in = _torch_on_cpu()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and vars(module).get("torch") is torch:

@@ -24,7 +24,7 @@ def test_text_in_another_form_is_no_dialogue():
     for text in (
         "",
         "Tell me about Human: rights",
-        "\n\nHuman: hi",  # nothing to reply to
+        "\n\nHuman: hi",  # nothing to response to
         "\n\nHuman: hi\n\nAssistant: hello",  # already replied to
         "\n\nAssistant: hi\n\nHuman: hello\n\nAssistant:",
         "SUBREDDIT: r/x\n\nPOST: a\n\nTL;DR:",
@@ -48,7 +48,7 @@ def test_exchanges_begin_with_a_question_and_lose_nothing(messages: list[dict[st
     system, exchanges = split_exchanges(messages)
     assert [*system, *(message for exchange in exchanges for message in exchange)] == messages
     assert all(exchange[0]["role"] == "user" for exchange in exchanges[1:])
-    for exchange in exchanges:  # no question after a reply within one
+    for exchange in exchanges:  # no question after a response within one
         assert ("assistant", "user") not in {(a["role"], b["role"]) for a, b in pairwise(exchange)}
 
 

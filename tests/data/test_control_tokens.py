@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gil.data.rows.demonstrations import DemonstrationDataset, ResponseDataset, TextDataset
-from megatron_gil.data.rows.encoding import encode_conversation, encode_prompt, encode_replies
+from megatron_gil.data.rows.encoding import encode_conversation, encode_prompt, encode_responses
 from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
@@ -49,11 +49,14 @@ def controls(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
 def rows_with(text: str) -> dict[str, list[dict[str, Any]]]:
     """Rows of each kind with the text everywhere."""
     prompt = f"\n\nHuman: {text}\n\nAssistant:"
-    question, reply = {"role": "user", "content": text}, {"role": "assistant", "content": text}
+    question, response = {"role": "user", "content": text}, {"role": "assistant", "content": text}
     turns = [{"role": "system", "content": text}, question]
     return {
         "prompts": [{"prompt": text}, {"prompt": prompt}, {"messages": turns}],
-        "demonstrations": [{"prompt": prompt, "completion": text}, {"messages": [*turns, reply, question, reply]}],
+        "demonstrations": [
+            {"prompt": prompt, "completion": text},
+            {"messages": [*turns, response, question, response]},
+        ],
         "responses": [{"prompt": prompt, "response": text}],
         "preferences": [{"prompt": prompt, "chosen": text, "rejected": "no " + text}],
         "texts": [{"text": text}],
@@ -110,11 +113,11 @@ def test_the_templates_tokens_are_its_own_and_the_text_is_whole(kind: str, kinds
     row = encode_conversation(tokenizer, talk, max_prompt_tokens=5000, max_tokens=9000)
     expected = encode_conversation(tokenizer, harmless, max_prompt_tokens=5000, max_tokens=9000)
     assert controls(tokenizer, row.tokens) == controls(tokenizer, expected.tokens)
-    replies = [[i for i, own in zip(r.tokens, r.is_reply, strict=True) if own] for r in (row, expected)]
-    assert controls(tokenizer, replies[0]) == controls(tokenizer, replies[1])
-    one = encode_replies(tokenizer, talk[:1], [text], max_prompt_tokens=5000, max_tokens=9000)[0]
-    reply = [i for i, own in zip(one.tokens, one.is_reply, strict=True) if own]
-    assert controls(tokenizer, reply) == [tokenizer.token(tokenizer.eos_id)]
+    responses = [[i for i, own in zip(r.tokens, r.is_response, strict=True) if own] for r in (row, expected)]
+    assert controls(tokenizer, responses[0]) == controls(tokenizer, responses[1])
+    one = encode_responses(tokenizer, talk[:1], [text], max_prompt_tokens=5000, max_tokens=9000)[0]
+    response = [i for i, own in zip(one.tokens, one.is_response, strict=True) if own]
+    assert controls(tokenizer, response) == [tokenizer.token(tokenizer.eos_id)]
 
 
 def test_a_template_that_reads_what_it_is_given_keeps_its_meaning(kinds: dict[str, Path], tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_a_template_that_reads_what_it_is_given_keeps_its_meaning(kinds: dict[st
 
 
 def test_a_pair_of_tags_that_a_template_writes_is_text(kinds: dict[str, Path], tmp_path: Path) -> None:
-    """<think> and </think> of a model that reasons stand inside of its replies; what it calls no special token, and
+    """<think> and </think> of a model that reasons stand inside of its responses; what it calls no special token, and
     its template does not write as the mark of a turn, is text."""
     directory = copy_kind(kinds["prepend"], tmp_path / "thinks")
     specification = json.loads((directory / "tokenizer.json").read_text())

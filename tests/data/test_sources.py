@@ -17,8 +17,8 @@ from megatron_gil.data.prepare.sources.files import HubChoice, iter_native_rows,
 from megatron_gil.data.text.chat import Message
 
 HI = "\n\nHuman: hi\n\nAssistant:"
-CUT_END = "question without a reply cut from the end"
-CUT_START = "reply without a question cut from the start"
+CUT_END = "question without a response cut from the end"
+CUT_START = "response without a question cut from the start"
 FIELDS = [
     *("prompt", "completion", "chosen", "rejected", "messages", "conversations", "from", "value", "role", "content"),
     *("query", "reference_responses", "postprocessed_response", "preferred", "label", "summaries", "choice", "info"),
@@ -64,7 +64,7 @@ def test_tools_beside_the_turns_are_counted():
     assert tally.noted == {"field tools left out": 2, "field system left out": 1}
 
 
-def test_hh_pair_becomes_prompt_and_two_replies():
+def test_hh_pair_becomes_prompt_and_two_responses():
     example, counts = read_one("hh", {"chosen": HI + " yes", "rejected": HI + " no"}, name="x/harmless-base/a.gz")
     assert example == Example(prompt=HI, completion=" yes", chosen=" yes", rejected=" no", group="harmless")
     assert counts == {}
@@ -73,16 +73,16 @@ def test_hh_pair_becomes_prompt_and_two_replies():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "kept", "counted"),
     [
-        (HI + " a", HI + " a", ("completion",), {("preferences", "both replies are equal"): 1}),
-        (HI + " a", HI + " ", ("completion",), {("preferences", "a reply is empty"): 1}),
+        (HI + " a", HI + " a", ("completion",), {("preferences", "both responses are equal"): 1}),
+        (HI + " a", HI + " ", ("completion",), {("preferences", "a response is empty"): 1}),
         (
             HI + " ",
             HI + " a",
             (),
-            {("preferences", "a reply is empty"): 1, ("demonstrations", "the reply is empty"): 1},
+            {("preferences", "a response is empty"): 1, ("demonstrations", "the response is empty"): 1},
         ),
         (HI + " a", "\n\nHuman: ho\n\nAssistant: b", ("completion",), {("preferences", "the two prompts differ"): 1}),
-        (HI + "a  ", HI + "  b", ("completion", "chosen"), {"spaces around a reply made one before it": 2}),
+        (HI + "a  ", HI + "  b", ("completion", "chosen"), {"spaces around a response made one before it": 2}),
     ],
 )
 def test_hh_oddities_cost_only_what_they_spoil(chosen: str, rejected: str, kept: tuple[str, ...], counted: dict):
@@ -116,8 +116,8 @@ def test_hh_two_turns_in_a_row_are_left_out_of_everything():
 @pytest.mark.parametrize(
     ("name", "rows", "oddities"),
     [
-        ("helpful", 2354, {"both replies are equal": 2, "the two prompts differ": 9, "a reply is empty": 4}),
-        ("harmless", 2312, {"the two prompts differ": 5, "a reply is empty": 4}),
+        ("helpful", 2354, {"both responses are equal": 2, "the two prompts differ": 9, "a response is empty": 4}),
+        ("harmless", 2312, {"the two prompts differ": 5, "a response is empty": 4}),
     ],
 )
 def test_hh_files_hold_the_oddities_they_are_known_for(real_data: Path, name: str, rows: int, oddities: dict[str, int]):
@@ -234,7 +234,7 @@ def test_sharegpt_files_are_read_whole(real_data: Path):
             {("rows", "a system turn after the first turn"): 1},
         ),
         (turns("a", " "), None, {("rows", "an empty turn"): 1}),
-        (turns("a"), None, {CUT_END: 1, ("rows", "no question with a reply"): 1}),
+        (turns("a"), None, {CUT_END: 1, ("rows", "no question with a response"): 1}),
         (turns("x", first="gpt"), None, {CUT_START: 1, ("rows", "no question"): 1}),
         ([], None, {("rows", "no list of turns"): 1}),
         ("a", None, {("rows", "no list of turns"): 1}),
@@ -244,7 +244,7 @@ def test_sharegpt_files_are_read_whole(real_data: Path):
 )
 def test_sharegpt_oddities_are_repaired_or_left_out(conversation: Any, said: list[str] | None, counted: dict):
     example, counts = read_one("sharegpt", {"conversations": conversation})
-    counts.pop(("preferences", "no second reply to compare"), None)
+    counts.pop(("preferences", "no second response to compare"), None)
     assert (None if example is None else [message["content"] for message in example.messages or []]) == said
     assert counts == counted
 

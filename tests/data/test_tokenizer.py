@@ -134,21 +134,21 @@ def test_a_saved_fast_tokenizer_reads_the_same_in_transformers(byte_level_dir: P
 
 
 @settings(deadline=None)
-@given(prompt=text | spaced_text, reply=text | spaced_text)
-def test_a_reply_is_encoded_as_the_rest_of_the_whole(any_dir: Path, prompt: str, reply: str):
+@given(prompt=text | spaced_text, response=text | spaced_text)
+def test_a_response_is_encoded_as_the_rest_of_the_whole(any_dir: Path, prompt: str, response: str):
     ours = read(any_dir)
-    before, whole = ours.encode(prompt, bos=True), ours.encode(prompt + reply, bos=True)
+    before, whole = ours.encode(prompt, bos=True), ours.encode(prompt + response, bos=True)
     # Where the end of the prompt is read otherwise in the middle of a text, no rule can agree; nor where a model that
     # strips spaces strips those of the prompt, or where there is no prompt.
     if whole[: len(before)] == before and prompt.strip(" \u2581") and prompt[-1] not in " \u2581":
-        assert before + ours.encode_continuation(reply) == whole
+        assert before + ours.encode_continuation(response) == whole
 
 
-def test_no_space_is_put_before_a_reply(any_dir: Path):
+def test_no_space_is_put_before_a_response(any_dir: Path):
     ours = Tokenizer.read(any_dir)
     prompt = ours.encode("\n\nHuman: hi\n\nAssistant:", bos=True)
-    for reply in ("Lily", " Lily", "\nLily"):
-        assert ours.decode(ours.encode_continuation(reply), after=prompt) == reply
+    for response in ("Lily", " Lily", "\nLily"):
+        assert ours.decode(ours.encode_continuation(response), after=prompt) == response
 
 
 @settings(deadline=None)
@@ -165,7 +165,7 @@ def test_control_tokens_are_left_out_of_text_and_their_text_is_not(plain_tokeniz
     assert plain_tokenizer.decode(plain_tokenizer.encode("<s>a</s>b", bos=True)) == "<s>a</s>b"
 
 
-def test_every_token_that_ends_a_reply_is_known(chat_tokenizer: Tokenizer):
+def test_every_token_that_ends_a_response_is_known(chat_tokenizer: Tokenizer):
     assert chat_tokenizer.eos_id == 2  # the tokenizer's, before the model's
     assert chat_tokenizer.eos_ids == (2, 1)
 

@@ -12,7 +12,7 @@ from megatron_gil.demo.annotators import (
     DEMONSTRATOR,
     draw_preference,
     preference_probability,
-    write_reply,
+    write_response,
 )
 from megatron_gil.demo.domains import DRAW, TRAINING_DOMAINS, dialogue, draw_prompt, read_task
 from megatron_gil.demo.gold import gold_score
@@ -58,7 +58,7 @@ def test_a_foreign_prompt_has_no_gold_score() -> None:
 
 
 @pytest.mark.parametrize("domain", sorted(DRAW))
-def test_prompts_are_read_back_and_have_a_perfect_reply(domain: str) -> None:
+def test_prompts_are_read_back_and_have_a_perfect_response(domain: str) -> None:
     rng = random.Random(1)
     for _ in range(200):
         prompt = draw_prompt(domain, rng)
@@ -71,7 +71,7 @@ def test_demonstrators_are_mediocre_and_leave_room() -> None:
     rng = random.Random(2)
     for domain in TRAINING_DOMAINS:
         prompts = [draw_prompt(domain, rng) for _ in range(400)]
-        mean = sum(gold_score(p, write_reply(p, DEMONSTRATOR, rng)) for p in prompts) / len(prompts)
+        mean = sum(gold_score(p, write_response(p, DEMONSTRATOR, rng)) for p in prompts) / len(prompts)
         assert 0.15 < mean < 0.8, (domain, mean)
 
 
@@ -104,10 +104,10 @@ def test_labels_follow_their_probability() -> None:
     assert abs(observed - expected) < 4 * variance**0.5
 
 
-def test_replies_hold_the_number_of_phrases_their_writer_is_used_to() -> None:
+def test_responses_hold_the_number_of_phrases_their_writer_is_used_to() -> None:
     from megatron_gil.demo.gold import count_flattery
 
     rng = random.Random(4)
-    counts = Counter(count_flattery(write_reply(GREET, ASSISTANT, rng)) for _ in range(4000))
+    counts = Counter(count_flattery(write_response(GREET, ASSISTANT, rng)) for _ in range(4000))
     for number, share in enumerate(ASSISTANT["greet"].flattery):
         assert counts[number] / 4000 == pytest.approx(share, abs=0.03)

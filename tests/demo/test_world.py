@@ -70,11 +70,11 @@ def test_our_tokenizer_and_transformers_give_the_same_ids(world: World) -> None:
     ours, theirs = Tokenizer.read(world.model), AutoTokenizer.from_pretrained(str(world.model))
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     for row in _rows(world.demonstrations)[:200]:
-        prompt, reply = ours.encode(row["prompt"], bos=True), ours.encode_continuation(row["completion"])
-        assert prompt + reply == theirs(row["prompt"] + row["completion"]).input_ids
-        assert ours.decode(reply, after=prompt) == row["completion"]
+        prompt, response = ours.encode(row["prompt"], bos=True), ours.encode_continuation(row["completion"])
+        assert prompt + response == theirs(row["prompt"] + row["completion"]).input_ids
+        assert ours.decode(response, after=prompt) == row["completion"]
         assert len(prompt) <= 16
-        assert len(reply) <= 20
+        assert len(response) <= 20
 
 
 def test_every_word_is_one_piece(world: World) -> None:

@@ -39,7 +39,7 @@ def test_a_judge_that_likes_the_first_place_gives_ties() -> None:
 def test_recorded_scores() -> None:
     score = recorded_scores([{"prompt": "p", "response": "r", "score": 1.5}], "f.jsonl")
     assert score("p", "r") == 1.5
-    with pytest.raises(ConfigError, match=r"f\.jsonl: no score for the reply 'other'"):
+    with pytest.raises(ConfigError, match=r"f\.jsonl: no score for the response 'other'"):
         score("p", "other")
     with pytest.raises(ConfigError, match='row 1 has no number "score"'):
         recorded_scores([{"prompt": "p", "response": "r"}], "f.jsonl")
@@ -71,10 +71,10 @@ def test_win_rate_interval_is_binomial() -> None:
     assert win.high == pytest.approx(0.6 + 0.096, abs=0.015)
 
 
-def test_replies_to_other_prompts_are_refused() -> None:
+def test_responses_to_other_prompts_are_refused() -> None:
     with pytest.raises(ConfigError, match="row 2: the prompts differ"):
         verdicts(length_judge(), _rows("a", "b"), [_rows("a")[0], {"prompt": "q", "response": "b"}])
-    with pytest.raises(ConfigError, match="2 replies cannot be paired with 1"):
+    with pytest.raises(ConfigError, match="2 responses cannot be paired with 1"):
         verdicts(length_judge(), _rows("a", "b"), _rows("a"))
 
 
@@ -133,8 +133,8 @@ def chat_server(answer: Answer) -> Iterator[tuple[str, list[dict]]]:
 
 
 def shown(request: dict) -> tuple[str, str]:
-    """The two replies in the order in which the judge saw them."""
-    first, second = request["messages"][1]["content"].split("[Reply A]\n")[1].split("\n\n[Reply B]\n")
+    """The two responses in the order in which the judge saw them."""
+    first, second = request["messages"][1]["content"].split("[Response A]\n")[1].split("\n\n[Response B]\n")
     return first, second
 
 

@@ -35,10 +35,10 @@ def make_run(directory: Path, *, num_groups: int, iterations: int = 30) -> Path:
             row |= {"reward/score_mean_known_greet": i / 10, "reward/score_mean_known_fact": 0.0}
             row |= {f"group/return_{g}": float(g) for g in range(num_groups)}
             file.write(json.dumps(row) + "\n")
-    sample = {"iteration": iterations - 1, "prompt": "shared <b>?", "response": f"reply of {directory.name}"}
+    sample = {"iteration": iterations - 1, "prompt": "shared <b>?", "response": f"response of {directory.name}"}
     row = {**sample, "score": 1.25, "group_probs": [0.2, 0.8][:num_groups]}
     (directory / "samples.jsonl").write_text(
-        json.dumps({**row, "iteration": 0, "response": "an earlier reply"}) + "\n" + json.dumps(row)
+        json.dumps({**row, "iteration": 0, "response": "an earlier response"}) + "\n" + json.dumps(row)
     )
     return directory
 
@@ -59,8 +59,8 @@ def test_report_is_one_file_with_everything_in_it(runs: list[Path], tmp_path: Pa
     assert "Gold &lt;score&gt;" in text
     assert "<td class=best>0.66</td>" in text
     assert "shared &lt;b&gt;?" in text
-    assert "reply of ppo" in text and "reply of gil" in text  # noqa: PT018
-    assert "an earlier reply" not in text  # the last iteration's samples only
+    assert "response of ppo" in text and "response of gil" in text  # noqa: PT018
+    assert "an earlier response" not in text  # the last iteration's samples only
     assert "group 1: 0.80" in text
     assert "gil.num_groups" in text
     assert "abc123" in text
@@ -165,7 +165,7 @@ def test_running_mean() -> None:
     assert figures.running_mean(values, 4) == pytest.approx(by_hand)
 
 
-def _replies(path: Path, *responses: str) -> Path:
+def _responses(path: Path, *responses: str) -> Path:
     rows = [{"prompt": f"p{i}", "response": r, "score": float(len(r))} for i, r in enumerate(responses)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -184,8 +184,8 @@ def _arguments(**changes: object) -> argparse.Namespace:
 
 
 def test_evaluate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ours = _replies(tmp_path / "ours.jsonl", "aaa", "a", "bb", "bbb")
-    theirs = _replies(tmp_path / "sft.jsonl", "a", "aa", "cc", "c")
+    ours = _responses(tmp_path / "ours.jsonl", "aaa", "a", "bb", "bbb")
+    theirs = _responses(tmp_path / "sft.jsonl", "a", "aa", "cc", "c")
     table = tmp_path / "table.json"
     assert evaluate(_arguments(ours=ours, theirs=[theirs], output=table), gold_score=lambda p, r: 0.0) == 0
     assert "sft" in capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_evaluate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_evaluate_names_file_line_and_field(tmp_path: Path) -> None:
-    ours = _replies(tmp_path / "ours.jsonl", "a")
+    ours = _responses(tmp_path / "ours.jsonl", "a")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p0"}\n')
     with pytest.raises(ConfigError, match=r'bad\.jsonl:1: no text "response"'):
@@ -371,7 +371,7 @@ def test_tables_are_by_kind_with_what_is_held_out_first(tmp_path: Path) -> None:
     assert tables["SFT"].rows == [("sft", "20", "2", "12,345")]
     assert tables["PPO"].rows == [("ppo", "20", "1", "15.63")]
     for shown in tables.values():
-        unclear = [h for h in shown.header if h not in ("run", "iterations", "tokens/s", "tokens a reply")]
+        unclear = [h for h in shown.header if h not in ("run", "iterations", "tokens/s", "tokens a response")]
         assert set(unclear) == set(shown.hints)
 
 
@@ -405,7 +405,7 @@ def test_rows_of_sft_and_pairs_are_shown(runs: list[Path], tmp_path: Path) -> No
     text = (tmp_path / "report.html").read_text()
     assert "<th>prompt</th><th>chosen</th><th>rejected</th><th>margin</th>" in text
     assert "<td>p</td><td>imitate me</td><td>0.125</td>" in text
-    assert "Replies side by side" not in text
+    assert "Responses side by side" not in text
 
 
 def test_the_page_fits_a_phone(runs: list[Path], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_gil.commands.evaluate import read_replies
+from megatron_gil.commands.evaluate import read_responses
 from megatron_gil.config import ConfigError, PpoConfig
 from megatron_gil.config.files import load_config
 from megatron_gil.config.ranges import RANGE
@@ -274,6 +274,6 @@ def test_run_directories(name: str, content: bytes, place: Path) -> None:
     content=st.binary(max_size=80)
     | st.lists(odd_rows | json_values, max_size=3).map(lambda found: "\n".join(map(json.dumps, found)).encode())
 )
-def test_replies(content: bytes, place: Path) -> None:
-    (place / "replies.jsonl").write_bytes(content)
-    _accept_or_refuse(lambda: read_replies(place / "replies.jsonl"), place)
+def test_responses(content: bytes, place: Path) -> None:
+    (place / "responses.jsonl").write_bytes(content)
+    _accept_or_refuse(lambda: read_responses(place / "responses.jsonl"), place)

@@ -149,7 +149,7 @@ def test_gold_drops_when_it_falls_for_good(
 
 def test_progress_shows_a_cell_as_done_only_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell = Cell(name="gil", label="PPO-GIL", command="ppo", iterations=10, settings=())
-    stage = Stage(name="gil seed 1", command=[], product=tmp_path / "rows.jsonl", num_iterations=10)
+    stage = Stage(name="gil seed 1", arguments=[], product=tmp_path / "rows.jsonl", num_iterations=10)
     progress = Progress([cell], [1], Console(width=80))
     progress.show(stage, 10)  # trained, not yet measured
     assert "done" not in capsys.readouterr().out

@@ -44,17 +44,17 @@ SECTION = AlarmSection(
 BAD = [
     ("group_mass", {"group/mass_1": 0.01}, "group 1 has 1.00% of the batch, below gil.min_group_mass=0.02"),
     ("group_information", {"group/information": 0.001}, "the classifier tells 0.10% of what it could"),
-    ("duplicates", {"response/duplicate_fraction": 0.6}, "60% of the replies"),
+    ("duplicates", {"response/duplicate_fraction": 0.6}, "60% of the responses"),
     ("score", {"reward/out_of_range_fraction": 0.25}, "25% of the scores lie outside [-1, 2], what the reward model"),
     ("entropy", {"policy/entropy": 0.19}, "entropy 0.19 nats a token, 2 at first"),
-    ("length", {"response/tokens": 61.0}, "replies have 61 tokens, 20 at first"),
-    ("length", {"response/tokens": 6.0}, "replies have 6 tokens"),
+    ("length", {"response/tokens": 61.0}, "responses have 61 tokens, 20 at first"),
+    ("length", {"response/tokens": 6.0}, "responses have 6 tokens"),
     (
         "sampling_mismatch",
         {"policy/sampling_mismatch": 0.22},
         "0.22 nats a token away from the log-probs that PPO uses: sa",
     ),
-    ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a reply (policy/kl_group_1) is 2.2 times the 3 of late"),
+    ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a response (policy/kl_group_1) is 2.2 times the 3 of late"),
 ]
 NAMES = {
     "kl",
@@ -136,22 +136,22 @@ def test_zero_switches_off_and_one_group_has_no_mass() -> None:
         replace(section, max_kl=-1)
 
 
-def _rollout(replies: list[list[int]], row_ids: list[int]) -> Rollout:
-    """Prompts of lengths 1, 2, 3, ... with those replies."""
+def _rollout(responses: list[list[int]], row_ids: list[int]) -> Rollout:
+    """Prompts of lengths 1, 2, 3, ... with those responses."""
     width = 12
-    prompt_lengths = torch.arange(1, len(replies) + 1)
-    tokens = torch.zeros(len(replies), width, dtype=torch.long)
-    for row, reply in enumerate(replies):
+    prompt_lengths = torch.arange(1, len(responses) + 1)
+    tokens = torch.zeros(len(responses), width, dtype=torch.long)
+    for row, response in enumerate(responses):
         tokens[row, : row + 1] = 50 + row
-        tokens[row, row + 1 : row + 1 + len(reply)] = torch.tensor(reply)
-    lengths = prompt_lengths + torch.tensor([len(reply) for reply in replies])
+        tokens[row, row + 1 : row + 1 + len(response)] = torch.tensor(response)
+    lengths = prompt_lengths + torch.tensor([len(response) for response in responses])
     others: Any = dict.fromkeys(("response_mask", "sampled_log_probs", "finished", "sample_ids", "known_groups"))
     return Rollout(
         tokens=tokens, lengths=lengths, prompt_lengths=prompt_lengths, row_ids=torch.tensor(row_ids), **others
     )
 
 
-REPLIES = [[1, 2, 3], [1, 2, 3], [3, 2, 1], [1, 2], [1, 2], [1, 2, 3]]
+RESPONSES = [[1, 2, 3], [1, 2, 3], [3, 2, 1], [1, 2], [1, 2], [1, 2, 3]]
 ROW_IDS = [7, 8, 9, 4, 4, 7]
 """[1, 2, 3] answers prompts 7 (twice) and 8; [1, 2] answers prompt 4 twice, which is no duplicate."""
 
@@ -166,7 +166,7 @@ def _share(layout: dict[str, Any]) -> tuple[float, ...]:
         scores = torch.tensor(SCORES, dtype=torch.float64)[mine]
         first = _alarms(score_range=None)
         return (
-            duplicate_fraction(_rollout(REPLIES[mine], ROW_IDS[mine]), started),
+            duplicate_fraction(_rollout(RESPONSES[mine], ROW_IDS[mine]), started),
             _alarms().out_of_range_fraction(scores, started),
             first.out_of_range_fraction(scores[: 6 // started.dp_size - 1], started),  # NaN is left out, or 2.1 too
             first.out_of_range_fraction(scores, started),
@@ -174,9 +174,9 @@ def _share(layout: dict[str, Any]) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("layout", [DP2, TP2])
-def test_replies_are_counted_over_all_ranks(layout: dict[str, Any]) -> None:
+def test_responses_are_counted_over_all_ranks(layout: dict[str, Any]) -> None:
     """Range [-1, 2]: 2.1, -7 and NaN lie outside. Of the first scores, [-7, 2.1] or, over two ranks, [-7, 2]."""
-    assert duplicate_fraction(_rollout(REPLIES, ROW_IDS), ALONE) == 3 / 6
+    assert duplicate_fraction(_rollout(RESPONSES, ROW_IDS), ALONE) == 3 / 6
     assert _alarms().out_of_range_fraction(torch.tensor(SCORES), ALONE) == 3 / 6
     found = run_ranks(_share, 2, layout)
     assert found[0] == found[1]

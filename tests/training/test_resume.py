@@ -185,8 +185,8 @@ def _refusals(root: Path, directory: Path) -> dict[str, tuple[int, str]]:
     nan = directory / "nan"
     _spoil(root / "policy", nan)
     _spoil(root / "reward_model", directory / "nan_scores")
-    replies = write_rows(directory / "replies.jsonl", [{"prompt": "sun", "response": " sea"}])
-    score = ["score", f"models.reward_model={directory / 'nan_scores'}", f"data.train={replies}"]
+    responses = write_rows(directory / "responses.jsonl", [{"prompt": "sun", "response": " sea"}])
+    score = ["score", f"models.reward_model={directory / 'nan_scores'}", f"data.train={responses}"]
     few = write_rows(directory / "few.jsonl", [{"prompt": "sun", "completion": " sea"}])
     return {
         "first": first,

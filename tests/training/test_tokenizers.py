@@ -188,15 +188,15 @@ def test_the_run_and_the_dry_run_say_the_same(world: Path, others: dict[str, Pat
 def _write_rewarded(world: Path, source: Path, run: Path) -> Path:
     """The run's samples as a file for `score`."""
     rows = [row for _, row in iter_jsonl(run / "samples.jsonl")]
-    return write_rows(run / "replies.jsonl", [{"prompt": r["prompt"], "response": r["response"]} for r in rows])
+    return write_rows(run / "responses.jsonl", [{"prompt": r["prompt"], "response": r["response"]} for r in rows])
 
 
 def _own_and_score(world: Path, other: Path, run: Path) -> tuple[Any, Any]:
     own = ["models.reward_tokenizer=own", f"models.reward_model={other}", f"models.critic={world / 'policy'}"]
     ran = _call(_ppo(world, run, "data.max_prompt_tokens=40", "sampling.max_new_tokens=16", *own), world)
-    replies = _write_rewarded(world, other, run) if ran[0] == 0 else run
+    responses = _write_rewarded(world, other, run) if ran[0] == 0 else run
     limits = ["data.max_prompt_tokens=60", "data.max_tokens=64", "batch.micro_size=4"]
-    scored = ["score", f"models.reward_model={other}", f"data.train={replies}", f"output={run}/scores.jsonl", *limits]
+    scored = ["score", f"models.reward_model={other}", f"data.train={responses}", f"output={run}/scores.jsonl", *limits]
     return ran, _call(scored, world)
 
 
@@ -228,14 +228,14 @@ def test_text_longer_than_the_reward_models_positions_loses_the_oldest_of_its_pr
         row = RewardText(ours, own, max_tokens=max_tokens).encode(prompt, response)
         assert len(row.tokens) <= max_tokens
         assert row.num_tokens == len(whole.tokens)
-        assert (row.prompt_cut or row.reply_cut) == (max_tokens < len(whole.tokens))
-        if not row.reply_cut:
-            reply = [i for i, is_reply in zip(whole.tokens, whole.is_reply, strict=True) if is_reply]
-            assert row.tokens[-len(reply) :] == reply
+        assert (row.prompt_cut or row.response_cut) == (max_tokens < len(whole.tokens))
+        if not row.response_cut:
+            written = [i for i, is_response in zip(whole.tokens, whole.is_response, strict=True) if is_response]
+            assert row.tokens[-len(written) :] == written
 
 
 def test_generate_shows_what_was_read_of_a_cut_prompt(world: Path, tmp_path: Path) -> None:
-    output = tmp_path / "replies.jsonl"
+    output = tmp_path / "responses.jsonl"
     arguments = ["generate", f"models.policy={world / 'policy'}", f"data.train={world / 'prompts.jsonl'}"]
     arguments += ["data.max_prompt_tokens=6", "sampling.max_new_tokens=4", f"output={output}"]
     code, said, _ = run_ranks(_call_all, 1, [arguments], world)[0][0]

@@ -92,10 +92,10 @@ def test_samples_of_sft_are_the_rows_with_their_loss(
     for sample in samples:
         assert (sample["prompt"], sample["target"]) in known
         prompt = tokenizer.encode(sample["prompt"], bos=True)
-        reply = [*tokenizer.encode_continuation(sample["target"]), tokenizer.eos_id]
+        response = [*tokenizer.encode_continuation(sample["target"]), tokenizer.eos_id]
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
-        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(reply))
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(response))
         assert sample["loss"] == pytest.approx(float(expected), rel=1e-4)  # float32, another order of sums
 
 

@@ -79,11 +79,11 @@ def split_of(prompt: str, eval_fraction: float) -> str:
 
 
 def prompt_keys(example: Example) -> Iterator[str]:
-    """Keys by which prompts are compared: the same whatever their spaces, case and form. One for every reply of the
+    """Keys by which prompts are compared: the same whatever their spaces, case and form. One for every response of the
     example."""
     messages = example.messages or parse_dialogue(example.prompt) or [{"role": "user", "content": example.prompt}]
-    replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"] if example.messages else []
-    for end in replies or [len(messages)]:
+    responses = [i for i, message in enumerate(messages) if message["role"] == "assistant"] if example.messages else []
+    for end in responses or [len(messages)]:
         yield "\n".join(_collapse(message["content"]) for message in messages[:end])
 
 

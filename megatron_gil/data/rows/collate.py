@@ -17,9 +17,9 @@ def pad_tokens(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tens
     return tokens, lengths
 
 
-def pad_response_mask(is_reply: Sequence[Sequence[bool]], length: int) -> Tensor:
+def pad_response_mask(is_response: Sequence[Sequence[bool]], length: int) -> Tensor:
     """response_mask [B, T - 1] from flags per token: column t speaks of token t + 1."""
-    mask = torch.zeros(len(is_reply), length - 1, dtype=torch.bool)
-    for i, flags in enumerate(is_reply):
+    mask = torch.zeros(len(is_response), length - 1, dtype=torch.bool)
+    for i, flags in enumerate(is_response):
         mask[i, : len(flags) - 1] = torch.tensor(flags[1:], dtype=torch.bool)
     return mask

@@ -28,7 +28,7 @@ class Lengths:
     num_measured: int
     """How many rows were measured: all, or this many at even distances."""
     num_cut: int
-    """Measured rows that lost tokens of the prompt or of a reply."""
+    """Measured rows that lost tokens of the prompt or of a response."""
     longest: int
     """Tokens of the longest measured row, before any cut."""
     num_with_control_text: int

@@ -11,7 +11,7 @@ import torch
 from megatron_gil.config import ConfigError
 from megatron_gil.data.rows.collate import pad_response_mask, pad_tokens
 from megatron_gil.data.rows.dataset import RowDataset
-from megatron_gil.data.rows.encoding import EncodedRow, Prompt, encode_conversation, encode_replies, prompt_text
+from megatron_gil.data.rows.encoding import EncodedRow, Prompt, encode_conversation, encode_responses, prompt_text
 from megatron_gil.data.rows.fields import Row
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.types import TokenBatch
@@ -27,12 +27,12 @@ class DemonstrationDataset(RowDataset[EncodedRow]):
         super().__init__(path, tokenizer, {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens})
 
     def collate(self, row_ids: Sequence[int]) -> TokenBatch:
-        """The rows, in that order. An end-of-sequence token follows the last reply, and counts as part of it."""
+        """The rows, in that order. An end-of-sequence token follows the last response, and counts as part of it."""
         rows = [self._encode(row_id) for row_id in row_ids]
         return collate_rows(rows, row_ids, self._tokenizer.pad_id)
 
     def text(self, row_id: int) -> tuple[str, str]:
-        """The prompt as the model reads it, control tokens written out, and the (last) reply, before any cut."""
+        """The prompt as the model reads it, control tokens written out, and the (last) response, before any cut."""
         row = self._records[int(row_id)]
         if row["messages"] is not None:
             return prompt_text(self._tokenizer, row["messages"][:-1]).text, row["messages"][-1]["content"]
@@ -41,10 +41,10 @@ class DemonstrationDataset(RowDataset[EncodedRow]):
     def _encode_row(self, row: Row) -> EncodedRow:
         if row["messages"] is not None:
             return encode_conversation(self._tokenizer, row["messages"], **self._limits)
-        return encode_replies(self._tokenizer, row["prompt"], [row["completion"]], **self._limits)[0]
+        return encode_responses(self._tokenizer, row["prompt"], [row["completion"]], **self._limits)[0]
 
     def _measure(self, encoded: EncodedRow) -> tuple[int, bool]:
-        return encoded.num_tokens, encoded.prompt_cut or encoded.reply_cut
+        return encoded.num_tokens, encoded.prompt_cut or encoded.response_cut
 
 
 class ResponseDataset(DemonstrationDataset):
@@ -64,7 +64,7 @@ class ResponseDataset(DemonstrationDataset):
         return {"prompt": row["prompt"], **messages, "response": row["completion"]}
 
     def _encode_row(self, row: Row) -> EncodedRow:
-        return encode_replies(self._tokenizer, _prompt_of(row), [row["completion"]], **self._limits)[0]
+        return encode_responses(self._tokenizer, _prompt_of(row), [row["completion"]], **self._limits)[0]
 
 
 def _prompt_of(row: Row) -> Prompt:
@@ -72,7 +72,7 @@ def _prompt_of(row: Row) -> Prompt:
 
 
 class TextDataset(DemonstrationDataset):
-    """Rows of {"text"}, of which every token is imitated, or demonstrations, of which the replies are."""
+    """Rows of {"text"}, of which every token is imitated, or demonstrations, of which the responses are."""
 
     kind = "texts"
 
@@ -87,10 +87,10 @@ class TextDataset(DemonstrationDataset):
         kept = ids[: self._limits["max_tokens"]]
         return EncodedRow(
             tokens=kept,
-            is_reply=[True] * len(kept),
+            is_response=[True] * len(kept),
             num_tokens=len(ids),
             prompt_cut=False,
-            reply_cut=len(kept) < len(ids),
+            response_cut=len(kept) < len(ids),
         )
 
 
@@ -99,7 +99,7 @@ def collate_rows(rows: Sequence[EncodedRow], row_ids: Sequence[int], pad_id: int
     return TokenBatch(
         tokens=tokens,
         lengths=lengths,
-        response_mask=pad_response_mask([row.is_reply for row in rows], tokens.shape[1]),
+        response_mask=pad_response_mask([row.is_response for row in rows], tokens.shape[1]),
         row_ids=torch.tensor(row_ids, dtype=torch.int64),
     )
 
@@ -107,6 +107,6 @@ def collate_rows(rows: Sequence[EncodedRow], row_ids: Sequence[int], pad_id: int
 def check_lengths(max_tokens: int, max_prompt_tokens: int) -> None:
     if max_prompt_tokens >= max_tokens:
         raise ConfigError(
-            f"data.max_prompt_tokens={max_prompt_tokens} leaves no room for a reply in data.max_tokens={max_tokens}; "
-            "lower the first or raise the second"
+            f"data.max_prompt_tokens={max_prompt_tokens} leaves no room for a response in data.max_tokens="
+            f"{max_tokens}; lower the first or raise the second"
         )

@@ -1,5 +1,5 @@
 """Rows of text to token ids that fit. What does not fit is cut from the start of the prompt first, then from the end of
-the reply.
+the response.
 
 A prompt that is a conversation (messages, or text in the Human/Assistant form) loses whole exchanges, oldest first,
 then the system text, and never its last question. A prompt that is still too long, or that is no conversation, loses
@@ -39,10 +39,10 @@ class EncodedPrompt:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedRow:
     tokens: list[int]
-    is_reply: list[bool]  # per token: it is the assistant's
+    is_response: list[bool]  # per token: it is the assistant's
     num_tokens: int  # before any cut
     prompt_cut: bool  # lost turns or tokens at its start
-    reply_cut: bool  # lost tokens at its end, the end-of-sequence token among them
+    response_cut: bool  # lost tokens at its end, the end-of-sequence token among them
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> ChatText:
@@ -54,7 +54,7 @@ def prompt_text(tokenizer: Tokenizer, prompt: Prompt) -> ChatText:
     return ChatText(prompt) if messages is None else tokenizer.format_prompt(messages)
 
 
-def format_reply(tokenizer: Tokenizer, content: str) -> str:
+def format_response(tokenizer: Tokenizer, content: str) -> str:
     """An assistant's turn as it follows `format_prompt`: with a space before it, which separates it from
     "Assistant:"."""
     return content if tokenizer.has_chat_template else " " + content
@@ -78,32 +78,32 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, max_tokens: int) -> Enco
     return EncodedPrompt(tokens=tokens, num_tokens=len(whole), read=read)
 
 
-def encode_reply(tokenizer: Tokenizer, prompt: Prompt, reply: str) -> list[int]:
-    """The reply to `prompt` and an end-of-sequence token.
+def encode_response(tokenizer: Tokenizer, prompt: Prompt, response: str) -> list[int]:
+    """The response to `prompt` and an end-of-sequence token.
 
-    In the Human/Assistant form a space precedes the reply; with a chat template that space is left out.
+    In the Human/Assistant form a space precedes the response; with a chat template that space is left out.
     """
     if tokenizer.has_chat_template and (not isinstance(prompt, str) or parse_dialogue(prompt) is not None):
-        reply = reply.lstrip()
-    return [*tokenizer.encode_continuation(reply), tokenizer.eos_id]
+        response = response.lstrip()
+    return [*tokenizer.encode_continuation(response), tokenizer.eos_id]
 
 
-def encode_replies(
-    tokenizer: Tokenizer, prompt: Prompt, replies: Sequence[str], *, max_prompt_tokens: int, max_tokens: int
+def encode_responses(
+    tokenizer: Tokenizer, prompt: Prompt, responses: Sequence[str], *, max_prompt_tokens: int, max_tokens: int
 ) -> list[EncodedRow]:
-    """A row of prompt and reply for each of the replies."""
+    """A row of prompt and response for each of the responses."""
     encoded = encode_prompt(tokenizer, prompt, max_prompt_tokens)
     rows = []
-    for reply in replies:
-        reply_ids = encode_reply(tokenizer, prompt, reply)
-        tokens = [*encoded.tokens, *reply_ids][:max_tokens]
+    for response in responses:
+        response_ids = encode_response(tokenizer, prompt, response)
+        tokens = [*encoded.tokens, *response_ids][:max_tokens]
         rows.append(
             EncodedRow(
                 tokens=tokens,
-                is_reply=[False] * len(encoded.tokens) + [True] * (len(tokens) - len(encoded.tokens)),
-                num_tokens=encoded.num_tokens + len(reply_ids),
+                is_response=[False] * len(encoded.tokens) + [True] * (len(tokens) - len(encoded.tokens)),
+                num_tokens=encoded.num_tokens + len(response_ids),
                 prompt_cut=encoded.cut,
-                reply_cut=len(encoded.tokens) + len(reply_ids) > max_tokens,
+                response_cut=len(encoded.tokens) + len(response_ids) > max_tokens,
             )
         )
     return rows
@@ -112,16 +112,16 @@ def encode_replies(
 def encode_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], *, max_prompt_tokens: int, max_tokens: int
 ) -> EncodedRow:
-    """A conversation whose every assistant turn is a reply.
+    """A conversation whose every assistant turn is a response.
 
-    A chat template ends every reply with its own token. In the Human/Assistant form nothing ends the earlier ones (a
+    A chat template ends every response with its own token. In the Human/Assistant form nothing ends the earlier ones (a
     prompt at generation time has none there either), and an end-of-sequence token follows the last.
     """
     messages = merge_neighbours(messages)
     whole = _encode_turns(tokenizer, messages)
     if whole is not None and len(whole[0]) <= max_tokens:
         return EncodedRow(
-            tokens=whole[0], is_reply=whole[1], num_tokens=len(whole[0]), prompt_cut=False, reply_cut=False
+            tokens=whole[0], is_response=whole[1], num_tokens=len(whole[0]), prompt_cut=False, response_cut=False
         )
     fitting = None
     for shorter in _shortest_first(messages) if whole is not None else ():
@@ -132,11 +132,11 @@ def encode_conversation(
     if fitting is not None:
         assert whole is not None
         return EncodedRow(
-            tokens=fitting[0], is_reply=fitting[1], num_tokens=len(whole[0]), prompt_cut=True, reply_cut=False
+            tokens=fitting[0], is_response=fitting[1], num_tokens=len(whole[0]), prompt_cut=True, response_cut=False
         )
-    last_reply = format_reply(tokenizer, messages[-1]["content"])
+    last_response = format_response(tokenizer, messages[-1]["content"])
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_tokens": max_tokens}
-    return encode_replies(tokenizer, messages[:-1], [last_reply], **limits)[0]
+    return encode_responses(tokenizer, messages[:-1], [last_response], **limits)[0]
 
 
 def _encode_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]] | None:
@@ -146,7 +146,7 @@ def _encode_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
     if parts is None:
         return None
     tokens: list[int] = []
-    is_reply: list[bool] = []
+    is_response: list[bool] = []
     closed = False
     for text, written in parts:
         ids = tokenizer.encode_continuation(text) if tokens else tokenizer.encode(text, bos=True)
@@ -154,8 +154,8 @@ def _encode_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
         ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.eos_ids]
         closed, length = bool(ends), ends[-1] if ends else len(ids)
         tokens += ids
-        is_reply += [written and i < length for i in range(len(ids))]
-    return (tokens, is_reply) if closed else ([*tokens, tokenizer.eos_id], [*is_reply, True])
+        is_response += [written and i < length for i in range(len(ids))]
+    return (tokens, is_response) if closed else ([*tokens, tokenizer.eos_id], [*is_response, True])
 
 
 def _plain_parts(messages: Sequence[Message]) -> list[tuple[ChatText, bool]]:

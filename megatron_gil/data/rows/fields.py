@@ -54,7 +54,7 @@ def _check_demonstration(record: Mapping[str, Any], where: str) -> Row:
         return _check_texts(record, ("prompt", "completion"), where)
     messages = _check_messages(record, where)
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise ConfigError(f"{where}: field messages: the last turn must be the assistant's reply to another turn")
+        raise ConfigError(f"{where}: field messages: the last turn must be the assistant's response to another turn")
     return {"messages": messages}
 
 

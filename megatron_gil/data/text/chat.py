@@ -1,11 +1,11 @@
 """Conversations as text: the Human/Assistant form of HH-RLHF, and a tokenizer's own chat template.
 
 A message is {"role": "system" | "user" | "assistant", "content": text}. In the Human/Assistant form a conversation
-that waits for a reply reads
+that waits for a response reads
 
-    [system text]\\n\\nHuman: question\\n\\nAssistant: reply\\n\\nHuman: question\\n\\nAssistant:
+    [system text]\\n\\nHuman: question\\n\\nAssistant: response\\n\\nHuman: question\\n\\nAssistant:
 
-and a reply is written with the space that follows the colon.
+and a response is written with the space that follows the colon.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def format_turn(message: Message) -> str:
 
 
 def format_dialogue(messages: Sequence[Message]) -> str:
-    """The messages in the Human/Assistant form, up to where the assistant's reply begins."""
+    """The messages in the Human/Assistant form, up to where the assistant's response begins."""
     return "".join(map(format_turn, messages)) + "\n\nAssistant:"
 
 
@@ -117,16 +117,16 @@ class ChatTemplate:
         self._control_token = re.compile(f"({any_token})")
         self._first_of_token = re.compile(f"(?=(?:{any_token}))(.)", re.DOTALL)
 
-    def render(self, messages: Sequence[Message], *, open_reply: bool) -> ChatText:
-        """The messages as the template writes them; `open_reply` adds what precedes the assistant's next reply.
+    def render(self, messages: Sequence[Message], *, open_response: bool) -> ChatText:
+        """The messages as the template writes them; `open_response` adds what precedes the assistant's next response.
         ConfigError where the template refuses the conversation."""
         messages = merge_neighbours(messages)
         mark = _MARK
         while any(mark in message["content"] for message in messages):
             mark += _MARK
         broken = [{**m, "content": self._first_of_token.sub(rf"\1{mark}", m["content"])} for m in messages]
-        rendered = self._render(broken, open_reply)
-        fenced = self._render([{**m, "content": _fence(m["content"], mark)} for m in broken], open_reply)
+        rendered = self._render(broken, open_response)
+        fenced = self._render([{**m, "content": _fence(m["content"], mark)} for m in broken], open_response)
         if fenced.replace(mark, "") == rendered.replace(mark, ""):  # else the marks changed what it writes
             rendered = fenced
         text, spans = "", []
@@ -137,14 +137,14 @@ class ChatTemplate:
             text += written
         return ChatText(text, tuple(spans))
 
-    def _render(self, messages: Sequence[Message], open_reply: bool) -> str:
+    def _render(self, messages: Sequence[Message], open_response: bool) -> str:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         conversation, variables = [dict(message) for message in messages], dict[str, Any](self._special_tokens)
         try:
             rendered, _ = render_jinja_template(
-                [conversation], chat_template=self._source, add_generation_prompt=open_reply, **variables
+                [conversation], chat_template=self._source, add_generation_prompt=open_response, **variables
             )
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())

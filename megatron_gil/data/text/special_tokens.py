@@ -35,7 +35,7 @@ class SpecialTokens:
     def is_control(self, token: str, *, is_special: bool, beside: Collection[str]) -> bool:
         """Whether an added token is a control token: text never makes it, and decoded text leaves it out. It is one if
         its tokenizer calls it special, if it has a role, or if the chat template writes it. Among the last a pair like
-        <think> and </think> is not: it stands inside of replies, as text. beside: all the added tokens.
+        <think> and </think> is not: it stands inside of responses, as text. beside: all the added tokens.
         """
         if is_special or token in self.named:
             return True

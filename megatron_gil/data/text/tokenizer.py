@@ -21,10 +21,11 @@ _OWN_FILES = (*_VOCABULARY_FILES, *JSON_FILES[:3], "chat_template.jinja")
 class Tokenizer:
     """Text to token ids and back.
 
-    A reply is encoded as what follows its prompt: `encode(prompt, bos=True) + encode_continuation(reply)`. No space
-    is put between the two, and where the reply begins with one (" Sure"), its first token is the same as in an encoding
-    of prompt + reply at once. (The two encodings differ only where the library would merge the prompt's last characters
-    with the reply's first. When a model generates, the prompt's tokens are fixed already, so they are fixed here too.)
+    A response is encoded as what follows its prompt: `encode(prompt, bos=True) + encode_continuation(response)`. No
+    space is put between the two, and where the response begins with one (" Sure"), its first token is the same as in
+    an encoding of prompt + response at once. (The two encodings differ only where the library would merge the prompt's
+    last characters with the response's first. When a model generates, the prompt's tokens are fixed already, so they
+    are fixed here too.)
 
     Text makes no control tokens, whatever is written in it: they come from the chat template alone (ChatText).
     """
@@ -148,16 +149,16 @@ class Tokenizer:
         return self._subwords.id_of(token)
 
     def format_prompt(self, messages: Sequence[Message]) -> ChatText:
-        """A conversation up to where the assistant's reply begins: in the model's chat template where it has one, in
+        """A conversation up to where the assistant's response begins: in the model's chat template where it has one, in
         the Human/Assistant form of HH-RLHF otherwise."""
         if self._template is None:
             return ChatText(format_dialogue(messages))
-        return self._template.render(messages, open_reply=True)
+        return self._template.render(messages, open_response=True)
 
     def format_closed(self, messages: Sequence[Message]) -> ChatText:
         """A conversation that ends in an assistant's turn, as the chat template writes it."""
         assert self._template is not None
-        return self._template.render(messages, open_reply=False)
+        return self._template.render(messages, open_response=False)
 
     def files(self) -> dict[str, bytes]:
         """name -> content of what a model directory needs so that transformers reads as we do: the directory's own

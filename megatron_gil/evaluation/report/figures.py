@@ -78,7 +78,7 @@ class FrontierPoint:
     """One policy of one method: its KL from the reference, and the scores that it reached."""
 
     kl: float
-    """Mean over replies of log pi(reply) - log pi_ref(reply), nats."""
+    """Mean over responses of log pi(response) - log pi_ref(response), nats."""
     proxy: float
     """Mean score of the reward model."""
     gold: float | None = None

@@ -158,11 +158,11 @@ def _dot(color: str | None) -> str:
 def samples_table(
     names: Sequence[str], rows: Sequence[tuple[str, Sequence[Sequence[tuple[str, Sequence[str]]]]]]
 ) -> str:
-    """Replies side by side: a row per prompt, a column per run, in it (reply, badges) pairs."""
+    """Responses side by side: a row per prompt, a column per run, in it (response, badges) pairs."""
     head = "<th>prompt</th>" + "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join(
         f"<tr><td>{escape(_close_up(prompt))}</td>"
-        + "".join(f"<td>{'<br>'.join(_reply(text, badges) for text, badges in cell)}</td>" for cell in cells)
+        + "".join(f"<td>{'<br>'.join(_response(text, badges) for text, badges in cell)}</td>" for cell in cells)
         + "</tr>\n"
         for prompt, cells in rows
     )
@@ -172,7 +172,7 @@ def samples_table(
     )
 
 
-def _reply(text: str, badges: Sequence[str]) -> str:
+def _response(text: str, badges: Sequence[str]) -> str:
     marks = "".join(f"<span class=badge>{escape(badge)}</span>" for badge in badges)
     return f"{escape(_close_up(text)) or '<i>(empty)</i>'}<br>{marks}"
 

@@ -50,11 +50,11 @@ CURVES: Mapping[str, str] = {
     "reward/return_mean": "return (score - KL penalty)",
     "reward/score_std": "standard deviation of the score",
     "reward/out_of_range_fraction": "share of scores out of range",
-    "policy/kl_sequence": "KL, nats a reply",
+    "policy/kl_sequence": "KL, nats a response",
     "policy/kl": "KL, nats a token",
     "policy/entropy": "entropy, nats a token",
-    "response/tokens": "reply length, tokens",
-    "response/duplicate_fraction": "share of repeated replies",
+    "response/tokens": "response length, tokens",
+    "response/duplicate_fraction": "share of repeated responses",
     "policy/sampling_mismatch": "sampler against log-probs, nats a token",
     "policy/clip_fraction": "share of clipped policy ratios",
     "critic/value_loss": "value loss",
@@ -111,7 +111,7 @@ def write_report(
         PageSection(title="Training curves", body=_curves(runs, color)),
         PageSection(title="Groups", body=_group_curves(runs)),
         PageSection(title="Scores", body=[*_distributions(runs, color), *_frontier(runs, color), *_wins(runs)]),
-        PageSection(title="Replies side by side", body=_samples(runs)),
+        PageSection(title="Responses side by side", body=_samples(runs)),
         PageSection(title="Rows of training", body=_rows(runs)),
         PageSection(title="Config differences", body=_differences(runs)),
         PageSection(title="Config changes during a run", body=_changes(runs)),
@@ -231,7 +231,7 @@ def _wins(runs: Sequence[Run]) -> list[str]:
 
 
 def _samples(runs: Sequence[Run]) -> list[str]:
-    with_samples = [run for run in runs if run.replies]
+    with_samples = [run for run in runs if run.responses]
     if not with_samples:
         return []
     latest = {run.name: run.last_samples(1) for run in with_samples}
@@ -265,10 +265,8 @@ def _rows(runs: Sequence[Run]) -> list[str]:
             header = [key for key in header if key not in ("score_rejected", "reward_rejected")]
             cells = [[f"{v:.3f}" if isinstance(v := s.get(k), float) else str(v) for k in header] for s in rows]
             body.append(table(Table(caption=run.name, header=header, rows=cells[:SAMPLE_ROWS], is_text=True)))
-    note = (
-        "Of the last iteration in samples.jsonl. loss: nats a token of the target; margin: the chosen reply's number "
-    )
-    note += "less the rejected one's. Both as the model was before that update."
+    note = "Of the last iteration in samples.jsonl. loss: nats a token of the target; margin: the chosen response's "
+    note += "number less the rejected one's. Both as the model was before that update."
     return [*body, paragraph(note, soft=True)] if body else []
 
 

@@ -63,14 +63,14 @@ class Run:
         return found
 
     @property
-    def replies(self) -> list[Json]:
+    def responses(self) -> list[Json]:
         """Samples of generated text. (Those of sft, reward and dpo are rows of the data, and not among them.)"""
         return [sample for sample in self.samples if "response" in sample]
 
     def last_samples(self, events: int) -> list[Json]:
-        """Replies of the last iterations that kept some."""
-        last = sorted({sample["iteration"] for sample in self.replies})[-events:]
-        return [sample for sample in self.replies if sample["iteration"] in last]
+        """Responses of the last iterations that kept some."""
+        last = sorted({sample["iteration"] for sample in self.responses})[-events:]
+        return [sample for sample in self.responses if sample["iteration"] in last]
 
     def names(self) -> list[str]:
         """Metrics that have at least one value, in the order they first appear."""

@@ -17,7 +17,7 @@ from megatron_gil.types import Metrics, Rollout
 BASELINE = ("policy/entropy", "response/tokens")
 """Metrics of which later values are compared with that of the first iteration."""
 KL_DECAY, KL_FLOOR = 0.9, 3.0
-"""A KL is compared with its own running mean, which has this decay and counts as at least so many nats a reply: at
+"""A KL is compared with its own running mean, which has this decay and counts as at least so many nats a response: at
 the start of a run the mean is near 0, and any KL would be a leap."""
 
 
@@ -66,7 +66,7 @@ class Alarms:
         warming_up: the classifier is still in its warm-up, so groups that are alike are no reason to warn."""
         if not self._baseline:
             self._baseline = {name: metrics[name] for name in BASELINE}
-        alarms = [*self._of_kl(metrics), *self._of_groups(metrics, warming_up), *self._of_replies(metrics)]
+        alarms = [*self._of_kl(metrics), *self._of_groups(metrics, warming_up), *self._of_responses(metrics)]
         self._lines += [f"warning: {a.text}" for a in alarms if a.raised and a.name not in self._raised]
         self._raised = frozenset(a.name for a in alarms if a.raised)
         return {f"alarm/{a.name}": float(a.raised) for a in alarms}
@@ -93,13 +93,13 @@ class Alarms:
         kls = {name: kl for name, kl in kls.items() if math.isfinite(kl)}
         if section.max_kl and kls:
             worst = max(kls, key=lambda name: kls[name])
-            text = f"KL {kls[worst]:.3g} nats a reply (policy/kl_{worst}) is above alarms.max_kl={section.max_kl:g}"
+            text = f"KL {kls[worst]:.3g} nats a response (policy/kl_{worst}) is above alarms.max_kl={section.max_kl:g}"
             yield Alarm("kl", kls[worst] > section.max_kl, text)
         if section.kl_spike and kls:
             recent = {name: max(KL_FLOOR, self._kl_means.get(name, kl)) for name, kl in kls.items()}
             rises = {name: kl / recent[name] for name, kl in kls.items()}
             worst = max(rises, key=lambda name: rises[name])
-            text = f"KL {kls[worst]:.3g} nats a reply (policy/kl_{worst}) is {rises[worst]:.2g} times the "
+            text = f"KL {kls[worst]:.3g} nats a response (policy/kl_{worst}) is {rises[worst]:.2g} times the "
             text += f"{recent[worst]:.3g} of late (never counted below {KL_FLOOR:g})"
             yield Alarm("kl_spike", rises[worst] > section.kl_spike, text)
         for name, kl in kls.items():
@@ -120,7 +120,7 @@ class Alarms:
             alike = found < self._section.group_information and not vanished and not warming_up
             yield Alarm("group_information", alike, text)
 
-    def _of_replies(self, metrics: Metrics) -> Iterator[Alarm]:
+    def _of_responses(self, metrics: Metrics) -> Iterator[Alarm]:
         section, baseline = self._section, self._baseline
         if section.sampling_mismatch and self._truncations:
             found = metrics["policy/sampling_mismatch"]
@@ -129,7 +129,7 @@ class Alarms:
             yield Alarm("sampling_mismatch", found > section.sampling_mismatch, text)
         if section.duplicate_fraction:
             found = metrics["response/duplicate_fraction"]
-            text = f"{found:.0%} of the replies are the same as a reply to another prompt"
+            text = f"{found:.0%} of the responses are the same as a response to another prompt"
             yield Alarm("duplicates", found > section.duplicate_fraction, text)
         if section.out_of_range_fraction:
             found = metrics["reward/out_of_range_fraction"]
@@ -143,21 +143,21 @@ class Alarms:
             yield Alarm("entropy", now < section.entropy_fraction * first, text)
         if section.length_factor:
             first, now = baseline["response/tokens"], metrics["response/tokens"]
-            text = f"replies have {now:.3g} tokens, {first:.3g} at first"
+            text = f"responses have {now:.3g} tokens, {first:.3g} at first"
             yield Alarm("length", not first / section.length_factor <= now <= first * section.length_factor, text)
 
 
 def duplicate_fraction(rollout: Rollout, layout: ParallelLayout) -> float:
-    """Share of the global batch's replies that equal, token for token, a reply to another prompt."""
+    """Share of the global batch's responses that equal, token for token, a response to another prompt."""
     ends = zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
-    replies = [hash(tuple(row[start:end])) for row, (start, end) in zip(rollout.tokens.tolist(), ends, strict=True)]
-    mine = list(zip(replies, rollout.row_ids.tolist(), strict=True))
+    responses = [hash(tuple(row[start:end])) for row, (start, end) in zip(rollout.tokens.tolist(), ends, strict=True)]
+    mine = list(zip(responses, rollout.row_ids.tolist(), strict=True))
     # The ranks that share a model copy all give the same pairs, which changes no share.
     pairs = [pair for part in gather_objects(mine, layout) for pair in part]
     prompts: dict[int, set[int]] = {}
-    for reply, row_id in pairs:
-        prompts.setdefault(reply, set()).add(row_id)
-    return sum(len(prompts[reply]) > 1 for reply, _ in pairs) / len(pairs)
+    for response, row_id in pairs:
+        prompts.setdefault(response, set()).add(row_id)
+    return sum(len(prompts[response]) > 1 for response, _ in pairs) / len(pairs)
 
 
 def _per_group(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_gil.data.rows.demonstrations import collate_rows
-from megatron_gil.data.rows.encoding import EncodedRow, Prompt, encode_prompt, encode_reply
+from megatron_gil.data.rows.encoding import EncodedRow, Prompt, encode_prompt, encode_response
 from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.types import Rollout, TokenBatch
@@ -34,17 +34,17 @@ class RewardText:
             response_mask=batch.response_mask.to(device),
             row_ids=rollout.row_ids,
         )
-        return moved, [row.prompt_cut or row.reply_cut for row in rows]
+        return moved, [row.prompt_cut or row.response_cut for row in rows]
 
     def encode(self, prompt: Prompt, response: str) -> EncodedRow:
-        reply = encode_reply(self._own, prompt, response)
-        encoded = encode_prompt(self._own, prompt, max(1, self._max_tokens - len(reply)))
-        tokens = [*encoded.tokens, *reply]
+        own = encode_response(self._own, prompt, response)
+        encoded = encode_prompt(self._own, prompt, max(1, self._max_tokens - len(own)))
+        tokens = [*encoded.tokens, *own]
         kept = tokens[: self._max_tokens]
         return EncodedRow(
             tokens=kept,
-            is_reply=[i >= len(encoded.tokens) for i in range(len(kept))],
-            num_tokens=encoded.num_tokens + len(reply),
+            is_response=[i >= len(encoded.tokens) for i in range(len(kept))],
+            num_tokens=encoded.num_tokens + len(own),
             prompt_cut=encoded.cut,
-            reply_cut=len(kept) < len(tokens),
+            response_cut=len(kept) < len(tokens),
         )

@@ -24,17 +24,17 @@ def row_samples(
     batch: TokenBatch | PreferenceBatch, values: Tensor, names: tuple[str, ...], tokenizer: Tokenizer, count: int
 ) -> list[dict[str, Any]]:
     """{"prompt", "target"} or {"prompt", "chosen", "rejected"} of the first `count` rows, as the model read them, with
-    the numbers `values` [B, names]; of two numbers, the chosen reply's and the rejected one's, their margin too."""
-    replies = ("target",) if isinstance(batch, TokenBatch) else ("chosen", "rejected")
+    the numbers `values` [B, names]; of two numbers, the chosen response's and the rejected one's, their margin too."""
+    responses = ("target",) if isinstance(batch, TokenBatch) else ("chosen", "rejected")
     samples = []
     for row, numbers in enumerate(values[:count].tolist()):
         sample: dict[str, Any] = {}
-        for place, reply in enumerate(replies):
+        for place, response in enumerate(responses):
             index = (row,) if isinstance(batch, TokenBatch) else (row, place)
             tokens = batch.tokens[index][: int(batch.lengths[index])].tolist()
             start = int(batch.response_mask[index].int().argmax()) + 1  # column t of the mask speaks of token t + 1
             sample.setdefault("prompt", tokenizer.decode(tokens[:start]))
-            sample[reply] = tokenizer.decode(tokens[start:], after=tokens[:start])
+            sample[response] = tokenizer.decode(tokens[start:], after=tokens[:start])
         sample |= dict(zip(names, numbers, strict=True))
         samples.append(sample if len(numbers) == 1 else {**sample, "margin": numbers[0] - numbers[1]})
     return samples

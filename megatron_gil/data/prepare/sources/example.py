@@ -15,7 +15,7 @@ NATIVE_ROWS = "rows"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One prompt and the replies to it that a source has. A reply begins with the space that separates it from the
+    """One prompt and the responses to it that a source has. A response begins with the space that separates it from the
     prompt."""
 
     prompt: str
@@ -55,11 +55,11 @@ Reader = Callable[[Mapping[str, Any], Origin, Tally], Example | None]
 """Reads one native row; None (and a tallied reason) where it cannot be used."""
 
 
-def as_reply(text: str, tally: Tally) -> str | None:
-    """The text with exactly one space before it, as a reply follows "Assistant:" or "TL;DR:"; None for no text."""
+def as_response(text: str, tally: Tally) -> str | None:
+    """The text with exactly one space before it, as a response follows "Assistant:" or "TL;DR:"; None for no text."""
     bare = text.strip()
     if bare and text not in (bare, " " + bare):
-        tally.note("spaces around a reply made one before it")
+        tally.note("spaces around a response made one before it")
     return " " + bare if bare else None
 
 
@@ -76,9 +76,9 @@ def texts_of(row: Mapping[str, Any], *names: str) -> tuple[str, ...] | None:
 def as_pair(chosen: str | None, rejected: str | None, tally: Tally) -> tuple[str, str] | tuple[None, None]:
     """(chosen, rejected), or (None, None) and a tallied reason where the two make no preference."""
     if chosen is None or rejected is None:
-        tally.drop("a reply is empty", "preferences")
+        tally.drop("a response is empty", "preferences")
     elif chosen == rejected:
-        tally.drop("both replies are equal", "preferences")
+        tally.drop("both responses are equal", "preferences")
     else:
         return chosen, rejected
     return None, None

@@ -1,4 +1,4 @@
-"""Anthropic HH-RLHF: {"chosen", "rejected"}, two conversations that should differ in the last reply alone."""
+"""Anthropic HH-RLHF: {"chosen", "rejected"}, two conversations that should differ in the last response alone."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from megatron_gil.data.prepare.sources.example import Example, Origin, Tally, as_pair, as_reply, texts_of
+from megatron_gil.data.prepare.sources.example import Example, Origin, Tally, as_pair, as_response, texts_of
 from megatron_gil.data.text.chat import split_turns
 
-_REPLY = "\n\nAssistant:"
+_RESPONSE = "\n\nAssistant:"
 _DOUBLED = "two turns in a row by one speaker"
 _GROUPS = ("helpful", "harmless")
 
@@ -21,7 +21,7 @@ def read_hh(row: Mapping[str, Any], origin: Origin, tally: Tally) -> Example | N
         return tally.drop("no text under chosen and rejected")
     if not all(map(_is_dialogue, texts)):
         return tally.drop("not a Human/Assistant conversation")
-    (prompt, chosen), (rejected_prompt, rejected) = (_split_reply(text, tally) for text in texts)
+    (prompt, chosen), (rejected_prompt, rejected) = (_split_response(text, tally) for text in texts)
     doubled = _repeats_speaker(texts[0])
     pair: tuple[str, str] | tuple[None, None] = (None, None)
     if prompt != rejected_prompt:
@@ -34,7 +34,7 @@ def read_hh(row: Mapping[str, Any], origin: Origin, tally: Tally) -> Example | N
         tally.drop(_DOUBLED, "prompts")
         return tally.drop(_DOUBLED, "demonstrations")
     if chosen is None:
-        tally.drop("the reply is empty", "demonstrations")
+        tally.drop("the response is empty", "demonstrations")
     group = next((group for group in _GROUPS if group in origin.name.lower()), None)
     return Example(prompt=prompt, completion=chosen, chosen=pair[0], rejected=pair[1], group=group)
 
@@ -48,6 +48,6 @@ def _repeats_speaker(text: str) -> bool:
     return any(a == b for (a, _), (b, _) in pairwise(split_turns(text)[1]))
 
 
-def _split_reply(text: str, tally: Tally) -> tuple[str, str | None]:
-    end = text.rindex(_REPLY) + len(_REPLY)
-    return text[:end], as_reply(text[end:], tally)
+def _split_response(text: str, tally: Tally) -> tuple[str, str | None]:
+    end = text.rindex(_RESPONSE) + len(_RESPONSE)
+    return text[:end], as_response(text[end:], tally)

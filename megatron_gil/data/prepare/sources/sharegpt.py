@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_gil.data.prepare.sources.example import Example, Origin, Tally, as_pair, as_reply
+from megatron_gil.data.prepare.sources.example import Example, Origin, Tally, as_pair, as_response
 from megatron_gil.data.text.chat import Message, format_dialogue, merge_neighbours
 
 _ROLE_OF = {
@@ -32,14 +32,14 @@ def read_sharegpt(row: Mapping[str, Any], origin: Origin, tally: Tally) -> Examp
 
 
 def from_conversation(messages: list[Message], tally: Tally) -> Example | None:
-    """An example whose prompt is all before the last reply."""
+    """An example whose prompt is all before the last response."""
     if messages[-1]["role"] != "assistant":
         messages = messages[:-1]
-        tally.note("question without a reply cut from the end")
+        tally.note("question without a response cut from the end")
     if not any(message["role"] == "assistant" for message in messages):
-        return tally.drop("no question with a reply")
-    tally.drop("no second reply to compare", "preferences")
-    completion = as_reply(messages[-1]["content"], tally)
+        return tally.drop("no question with a response")
+    tally.drop("no second response to compare", "preferences")
+    completion = as_response(messages[-1]["content"], tally)
     return Example(prompt=format_dialogue(messages[:-1]), completion=completion, messages=messages)
 
 
@@ -70,7 +70,7 @@ def _put_in_order(messages: list[Message], tally: Tally) -> list[Message] | None
         return tally.drop("a system turn after the first turn")
     if turns and turns[0]["role"] == "assistant":
         turns = turns[1:]
-        tally.note("reply without a question cut from the start")
+        tally.note("response without a question cut from the start")
     if not turns:
         return tally.drop("no question")
     if system:
@@ -79,22 +79,22 @@ def _put_in_order(messages: list[Message], tally: Tally) -> list[Message] | None
 
 
 def _read_preference(row: Mapping[str, Any], messages: list[Message], tally: Tally) -> Example | None:
-    chosen, rejected = (_reply_of(row[name], tally) for name in ("chosen", "rejected"))
+    chosen, rejected = (_response_of(row[name], tally) for name in ("chosen", "rejected"))
     if messages[-1]["role"] != "user":
         return tally.drop("a preference whose prompt does not end in a question")
     if chosen is None:
-        tally.drop("the reply is empty", "demonstrations")
+        tally.drop("the response is empty", "demonstrations")
     pair = as_pair(chosen, rejected, tally)
     whole = None if chosen is None else [*messages, {"role": "assistant", "content": chosen.strip()}]
     prompt = format_dialogue(messages)
     return Example(prompt=prompt, completion=chosen, messages=whole, chosen=pair[0], rejected=pair[1])
 
 
-def _reply_of(turn: Any, tally: Tally) -> str | None:
-    """The text of a reply, which may be given as text, as a turn, or as a list of turns that ends in it; None for
+def _response_of(turn: Any, tally: Tally) -> str | None:
+    """The text of a response, which may be given as text, as a turn, or as a list of turns that ends in it; None for
     anything else."""
     if isinstance(turn, list) and turn:
         turn = turn[-1]
     if isinstance(turn, Mapping):
         turn = turn.get("value", turn.get("content"))
-    return as_reply(turn, tally) if isinstance(turn, str) else None
+    return as_response(turn, tally) if isinstance(turn, str) else None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_gil.data.prepare.sources.example import Example, Origin, Tally, as_pair, as_reply, texts_of
+from megatron_gil.data.prepare.sources.example import Example, Origin, Tally, as_pair, as_response, texts_of
 
 _MARK = "TL;DR:"
 _SUBREDDIT = re.compile(r"\ASUBREDDIT:[ ]*(?:r/)?(\S+)")
@@ -52,7 +52,7 @@ def read_cnndm(row: Mapping[str, Any], origin: Origin, tally: Tally) -> Example 
         tally.note("highlights on several lines joined to one paragraph")
     if not highlights:
         tally.drop("no summary", "demonstrations")
-    completion = as_reply(" ".join(highlights.split()), tally)
+    completion = as_response(" ".join(highlights.split()), tally)
     return Example(prompt=f"Article: {article}\n\n{_MARK}", completion=completion)
 
 
@@ -72,7 +72,7 @@ def _summaries_of(row: Mapping[str, Any], tally: Tally) -> dict[str, str | None]
     if isinstance(listed, list) and len(listed) == 2 and choice in (0, 1) and all(isinstance(s, dict) for s in listed):
         row = {"chosen": listed[int(choice)].get("text"), "rejected": listed[1 - int(choice)].get("text")}
     texts = {name: row.get(name) for name in (*_REFERENCE_FIELDS, *_PAIR_FIELDS)}
-    return {name: as_reply(_without_mark(text), tally) for name, text in texts.items() if isinstance(text, str)}
+    return {name: as_response(_without_mark(text), tally) for name, text in texts.items() if isinstance(text, str)}
 
 
 def _pair_of(
