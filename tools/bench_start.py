@@ -83,7 +83,14 @@ def _prepare(root: Path) -> Mapping[str, Sequence[str]]:
         "ppo": ppo,
         "reward": [*reward, "run.dir={new}"],
         "generate": ["generate", f"models.policy={world.model}", *prompts, "output={new}.jsonl"],
-        "score": ["score", model, f"data.train={responses}", "data.max_prompt_tokens=40", "output={new}.jsonl"],
+        "score": [
+            "score",
+            model,
+            f"data.train={responses}",
+            "data.max_prompt_tokens=40",
+            "data.max_tokens=72",
+            "output={new}.jsonl",
+        ],
     }
 
 
