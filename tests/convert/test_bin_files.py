@@ -64,7 +64,7 @@ def test_nothing_in_a_pickle_is_run(world: Path, tmp_path: Path) -> None:
     source = copy_as(world / "tied", tmp_path / "source")
     tensors = _as_bin(source, 1)
     torch.save({**tensors, "extra": _Intruder(tmp_path / "marker")}, source / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"holds \.bin files only, which are pickles; --allow-bin"):
+    with pytest.raises(ConfigError, match=r"holds \.bin files only, which are pickles; `convert import --allow-bin`"):
         import_model(source, tmp_path / "imported")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin: holds more than tensors, which is never loaded"):
         import_model(source, tmp_path / "imported", allow_bin=True)

@@ -124,7 +124,7 @@ def test_a_kill_between_history_and_config_leaves_no_change_twice(tmp_path: Path
         "models.ref_policy=b",
         "models.dtype=bfloat16",
         "data.train=b.jsonl",
-        "batch.global_size=64",
+        "batch.global_size=16",
         "ppo.prompts=64",
         "ppo.responses_per_prompt=2",
         "gil.num_groups=3",
