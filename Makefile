@@ -16,10 +16,10 @@ endif
 .PHONY: help setup demo miniature test test-quick gpu faults long soak fuzz lint clean
 
 help:
-	@echo "make demo       the whole pipeline in miniature, ending in runs/demo/report.html (under 10 minutes on two cores)"
+	@echo "make demo       the whole pipeline in miniature, ending in runs/demo/report.html (under 8 minutes on two cores)"
 	@echo "make miniature  every method on five seeds, into runs/miniature/results (under 100 minutes on two cores, restartable)"
-	@echo "make test       every test that needs no GPU (under 10 minutes on two cores)"
-	@echo "make test-quick the part of them that starts few processes"
+	@echo "make test       every test that needs no GPU (10 to 25 minutes on two cores)"
+	@echo "make test-quick the part of them that starts few processes (two minutes on two cores)"
 	@echo "make gpu        on a machine with a CUDA GPU: its tests and benchmark, into runs/gpu (under 8 minutes on one H200);"
 	@echo "                make gpu SETUP=no PYTHON=python3 makes no .venv and takes that Python as it is (docs/gpu.md)"
 	@echo "make faults     every stop, kill and failed save, in every phase; longer than make test"

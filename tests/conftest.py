@@ -14,19 +14,25 @@ settings.load_profile("suite")
 TESTS = Path(__file__).parent
 SLOW = (
     *(
+        "demo",
         "faults",
         "fuzz",
+        "miniature",
         "peer",
         "slurm",
         "convert/test_verify.py",
         "gpu/test_sides_on_the_cpu.py",
-        "parallel/test_vocab.py",
+        "parallel",
+        "pretend",
+        "test_bench_gpu.py",
+        "test_console.py",
+        "test_examples.py",
     ),
-    *(f"engine/test_{name}.py" for name in ("checkpoint", "decoder", "generation", "optimizer")),
+    *(f"engine/test_{name}.py" for name in ("checkpoint", "decoder", "generation", "optimizer", "skipped_updates")),
     *(f"models/test_{name}.py" for name in ("equals_transformers", "hf")),
-    *(f"training/test_{name}.py" for name in ("gradients", "keep_best", "resume", "score_range")),
-    *("planning/test_memory.py", "pretend/test_commands.py", "test_cli.py", "engine/test_stories.py"),
-    "training/test_bitwise_facts.py",
+    *(f"training/test_{name}.py" for name in ("gradients", "keep_best", "resume", "score_range", "what_a_run_says")),
+    *("planning/test_memory.py", "test_cli.py", "engine/test_stories.py"),
+    *(f"training/test_{name}.py" for name in ("bitwise_facts", "check_run", "plain_ppo", "shaping_over_ranks")),
 )
 """Folders and files that `make test-quick` leaves out: each starts many processes."""
 
