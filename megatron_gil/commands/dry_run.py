@@ -23,7 +23,7 @@ from megatron_gil.config.files import dump_config
 from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.workload import Workload, read_workload
-from megatron_gil.training.check_run import CheckedRun, check_run
+from megatron_gil.training.check_run import CheckedRun, check_run, count_updates
 
 
 def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
@@ -66,8 +66,7 @@ def _length_line(config: Any, num_rows: int) -> str:
     if isinstance(config, PpoConfig):
         passes = config.ppo.iterations * config.ppo.prompts / num_rows
         return f"{config.ppo.iterations:,} iterations of {config.ppo.prompts} prompts, {passes:.1f} times through them"
-    updates = config.train.updates or max(1, config.train.epochs * num_rows // config.batch.global_size)
-    return f"{updates:,} updates of {config.batch.global_size}"
+    return f"{count_updates(config, num_rows):,} updates of {config.batch.global_size}"
 
 
 def _layout_line(cut: Cut, plan: BatchPlan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from megatron_gil.config import (
 )
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
 from megatron_gil.engine.generation import Generator
-from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.parallel.collectives import agree, all_sum, barrier, broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout, StartError, read_world_size, start_parallel, stop_parallel
 from megatron_gil.parallel.watchdog import Watchdog
 from megatron_gil.training.build import build_models, trained
-from megatron_gil.training.check_run import CheckedRun, check_run
+from megatron_gil.training.check_run import CheckedRun, check_run, count_updates
 from megatron_gil.training.ppo.grouping import make_grouping
 from megatron_gil.training.ppo.iteration import Models, PpoTrainer
 from megatron_gil.training.ppo.reward_text import RewardText
@@ -133,48 +132,46 @@ def train(config: TrainConfig, layout: ParallelLayout, progress: Progress) -> in
 def make_trainer(
     config: TrainConfig,
     checked: CheckedRun,
-    models: dict[str, MegatronModel],
+    models: Mapping[str, Any],
     layout: ParallelLayout,
     progress: Progress,
 ) -> Trainer:
     """models: by role, as `model_uses` lists them."""
-    built: dict[str, Any] = models
     match config:
         case PpoConfig():
             return make_ppo_trainer(config, checked, models, layout, progress)
         case SftConfig():
-            return _supervised("policy", built, sft_objective(), config, checked, layout, progress)
+            return _supervised("policy", models, sft_objective(), config, checked, layout, progress)
         case RewardConfig():
             objective = reward_objective(config.reward)
-            return _supervised("reward_model", built, objective, config, checked, layout, progress, kind=RewardTrainer)
+            return _supervised("reward_model", models, objective, config, checked, layout, progress, kind=RewardTrainer)
         case DpoConfig():
-            prepare = partial(fill_ref_log_probs, ref_policy=built["ref_policy"])
+            prepare = partial(fill_ref_log_probs, ref_policy=models["ref_policy"])
             objective = dpo_objective(config.dpo)
-            return _supervised("policy", built, objective, config, checked, layout, progress, prepare=prepare)
+            return _supervised("policy", models, objective, config, checked, layout, progress, prepare=prepare)
     raise AssertionError(f"no trainer is known for {type(config).__name__}")
 
 
 def make_ppo_trainer(
     config: PpoConfig,
     checked: CheckedRun,
-    models: dict[str, MegatronModel],
+    models: Mapping[str, Any],
     layout: ParallelLayout,
     progress: Progress,
 ) -> PpoTrainer:
     """To have another sampler or scorer, put it here."""
-    built: dict[str, Any] = models
     tokenizer, own = checked.tokenizers.tokenizer, checked.tokenizers.reward
     text = own and RewardText(tokenizer, own, max_tokens=checked.specs["reward_model"].max_positions)
     held_out = checked.held_out
     return PpoTrainer(
         config,
         Models(
-            policy=built["policy"],
-            ref_policy=built["ref_policy"],
-            critic=built.get("critic"),
-            classifier=built.get("classifier"),
-            sampler=Generator(built["policy"], config.sampling, tokenizer=tokenizer, seed=config.run.seed),
-            scorer=RewardModel(built["reward_model"], text),
+            policy=models["policy"],
+            ref_policy=models["ref_policy"],
+            critic=models.get("critic"),
+            classifier=models.get("classifier"),
+            sampler=Generator(models["policy"], config.sampling, tokenizer=tokenizer, seed=config.run.seed),
+            scorer=RewardModel(models["reward_model"], text),
         ),
         grouping=make_grouping(config.gil, num_known=len(checked.train.group_names), all_sum=all_sum(layout)),
         prompts=PromptSource.shuffled(checked.train, config, layout),
@@ -189,7 +186,7 @@ def make_ppo_trainer(
 
 def _supervised(
     role: str,
-    models: dict[str, Any],
+    models: Mapping[str, Any],
     objective: Objective,
     config: SftConfig | RewardConfig | DpoConfig,
     checked: CheckedRun,
@@ -199,7 +196,7 @@ def _supervised(
     kind: type[SupervisedTrainer] = SupervisedTrainer,
     **kwargs: Any,
 ) -> SupervisedTrainer:
-    size, held_out = config.batch.global_size, checked.held_out
+    held_out = checked.held_out
     return kind(
         role,
         models[role],
@@ -207,7 +204,7 @@ def _supervised(
         optimizer=config.optimizer,
         rows=RowSource.shuffled(checked.train, config, layout),
         eval_rows=None if held_out is None else RowSource(held_out, None, layout, config.batch.micro_size),
-        num_iterations=config.train.updates or max(1, config.train.epochs * len(checked.train) // size),
+        num_iterations=count_updates(config, len(checked.train)),
         progress=progress,
         tokenizer=checked.tokenizers.tokenizer,
         **kwargs,

@@ -107,6 +107,16 @@ class GilSection(Section):
     ema_decay: float = real(0.9, least=0, below=1)
     """Decay of the running mean of each group's score; the group whose mean is highest is g_high."""
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether a classifier infers the groups."""
+        return self.num_groups > 1 and self.groups == "learned"
+
+    @property
+    def is_in_critic(self) -> bool:
+        """Whether that classifier is a head of the critic."""
+        return self.is_learned and self.classifier == "critic_head"
+
     def _check(self) -> None:
         require(
             self.init_scale != 0, "gil.init_scale=0 is a stationary point that the classifier never leaves; use 1.0"

@@ -204,13 +204,11 @@ def _by_length(prompts: list[tuple[int, tuple[int, ...]]]) -> list[list[tuple[in
     """(slot, prompt) in batches in which less than a quarter is padding; prompts of one token need no prefill."""
     batches: list[list[tuple[int, tuple[int, ...]]]] = []
     for slot, prompt in sorted(prompts, key=lambda pair: -len(pair[1])):
+        if len(prompt) == 1:
+            continue
         longest = len(batches[-1][0][1]) if batches else 0
-        fits = (
-            4 * len(prompt) >= 3 * longest and longest * (len(batches[-1]) + 1) <= PREFILL_TOKENS if batches else False
-        )
-        if len(prompt) > 1:
-            if fits:
-                batches[-1].append((slot, prompt))
-            else:
-                batches.append([(slot, prompt)])
+        if batches and 4 * len(prompt) >= 3 * longest and longest * (len(batches[-1]) + 1) <= PREFILL_TOKENS:
+            batches[-1].append((slot, prompt))
+        else:
+            batches.append([(slot, prompt)])
     return batches

@@ -59,9 +59,7 @@ def model_uses(config: CommandConfig) -> tuple[ModelUse, ...]:
 def _critics(config: PpoConfig) -> list[ModelUse]:
     """The critic, where advantages need one, and the group classifier, where it has a model of its own."""
     gil, has_critic = config.gil, config.ppo.advantages == "gae"
-    learned = gil.num_groups > 1 and gil.groups == "learned"
-    in_head = learned and gil.classifier == "critic_head"
     key = "critic" if config.models.critic else "reward_model"
-    critic = ModelUse(role="critic", key=key, head="critic", trained=True, num_groups=gil.num_groups * in_head)
+    critic = ModelUse(role="critic", key=key, head="critic", trained=True, num_groups=gil.num_groups * gil.is_in_critic)
     classifier = replace(critic, role="classifier", key="reward_model", num_groups=gil.num_groups)
-    return [critic] * has_critic + [classifier] * (learned and not in_head)
+    return [critic] * has_critic + [classifier] * (gil.is_learned and not gil.is_in_critic)

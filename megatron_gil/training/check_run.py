@@ -15,8 +15,10 @@ from megatron_gil.config import (
     BatchPlan,
     CommandConfig,
     ConfigError,
+    DpoConfig,
     GenerateConfig,
     PpoConfig,
+    RewardConfig,
     ScoreConfig,
     SftConfig,
     TrainConfig,
@@ -97,6 +99,11 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
         score_range=read_score_range(found["reward_model"].directory) if isinstance(config, PpoConfig) else None,
         notes=tuple(notes),
     )
+
+
+def count_updates(config: SftConfig | RewardConfig | DpoConfig, num_rows: int) -> int:
+    """Of a run of sft, reward or dpo on so many rows."""
+    return config.train.updates or max(1, config.train.epochs * num_rows // config.batch.global_size)
 
 
 def model_path(config: CommandConfig, use: ModelUse) -> Path:

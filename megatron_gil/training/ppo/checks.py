@@ -26,7 +26,7 @@ def _check_comparisons(config: PpoConfig, dp_size: int) -> None:
             f"{config.batch.global_size} / {dp_size} data-parallel ranks = {share} rows cannot be divided by "
             f"ppo.responses_per_prompt={count}"
         )
-    if config.gil.num_groups > 1 and config.gil.groups == "learned" and config.gil.classifier == "critic_head":
+    if config.gil.is_in_critic:
         raise ConfigError(
             f"ppo.advantages={config.ppo.advantages} has no critic to hold the group classifier; "
             "set gil.classifier=own_model"
