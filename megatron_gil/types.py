@@ -156,3 +156,15 @@ def take_rows(batch: Rows, index: Tensor | slice) -> Rows:
     found = {f.name: getattr(batch, f.name) for f in fields(batch)}  # type: ignore[arg-type]
     values: dict[str, Any] = {name: value[index] for name, value in found.items() if value is not None}
     return replace(batch, **values)  # type: ignore[type-var]
+
+
+_PER_TOKEN = {"tokens"}
+_PER_COLUMN = {"response_mask", "sampled_log_probs", "log_probs", "values", "advantages", "returns"}
+
+
+def trim(batch: Rows, num_tokens: int) -> Rows:
+    """The batch padded to `num_tokens` only, at least its longest row."""
+    widths = dict.fromkeys(_PER_TOKEN, num_tokens) | dict.fromkeys(_PER_COLUMN, num_tokens - 1)
+    found = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name in widths}  # type: ignore[arg-type]
+    values: dict[str, Any] = {name: value[..., : widths[name]] for name, value in found.items()}
+    return replace(batch, **values)  # type: ignore[type-var]

@@ -47,17 +47,18 @@ def gae(
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lambda A_{t+1},   return_t = A_t + V_t
 
     V and A are 0 after a row's last response token, whether it ended by itself or by the length limit. The response
-    tokens of a row must be contiguous.
+    tokens of a row must be contiguous. The recursion is summed by doubling: log2 of the width steps, on all columns at
+    once, in the place of one step a column.
     """
     values = torch.where(response_mask, values, 0)
     next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    deltas = torch.where(response_mask, rewards + gamma * next_values - values, 0)
-    advantage = torch.zeros_like(deltas[:, 0])
-    backwards = []
-    for delta in reversed(deltas.unbind(dim=1)):
-        advantage = delta + gamma * gae_lambda * advantage
-        backwards.append(advantage)
-    advantages = torch.where(response_mask, torch.stack(backwards[::-1], dim=1), 0)
+    advantages = torch.where(response_mask, rewards + gamma * next_values - values, 0)
+    reach = 1  # deltas that each A_t holds so far
+    while reach < advantages.shape[1]:
+        later = torch.nn.functional.pad(advantages[:, reach:], (0, reach))
+        advantages = advantages + (gamma * gae_lambda) ** reach * later
+        reach *= 2
+    advantages = torch.where(response_mask, advantages, 0)
     return advantages, advantages + values
 
 

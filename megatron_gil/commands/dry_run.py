@@ -72,7 +72,7 @@ def _length_line(config: Any, num_rows: int) -> str:
 def _layout_line(cut: Cut, plan: BatchPlan) -> str:
     return (
         f"{cut.num_gpus} processes: {cut.tp_size} tensor- x {cut.pp_size} pipeline- x {cut.dp_size} data-parallel; an "
-        f"update is {plan.num_microbatches} microbatch(es) of {plan.micro_size} on each"
+        f"update is {plan.microbatches} on each"
     )
 
 

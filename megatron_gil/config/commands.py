@@ -137,22 +137,25 @@ class BatchPlan:
     dp_size: int
     local_size: int
     """Rows of one update on one data-parallel rank."""
-    micro_size: int
-    num_microbatches: int
+    microbatches: str
+    """How an update is cut on each, in words."""
 
     @classmethod
     def of(cls, world_size: int, parallel: ParallelSection, batch: BatchSection) -> Self:
         """Raises ConfigError with both numbers where a division is not exact."""
         dp_size = data_parallel_size(world_size, parallel)
-        require(
-            batch.global_size % (dp_size * batch.micro_size) == 0,
-            f"batch.global_size={batch.global_size} cannot be divided by {dp_size} data-parallel ranks x "
-            f"batch.micro_size={batch.micro_size} = {dp_size * batch.micro_size}; change one of them",
-        )
         local_size = batch.global_size // dp_size
-        return cls(
-            dp_size=dp_size,
-            local_size=local_size,
-            micro_size=batch.micro_size,
-            num_microbatches=local_size // batch.micro_size,
-        )
+        if batch.micro_tokens is not None:
+            require(
+                batch.global_size % dp_size == 0,
+                f"batch.global_size={batch.global_size} cannot be divided by {dp_size} data-parallel ranks; change it",
+            )
+            microbatches = f"microbatches of at most {batch.micro_tokens:,} tokens"
+        else:
+            require(
+                batch.global_size % (dp_size * batch.micro_size) == 0,
+                f"batch.global_size={batch.global_size} cannot be divided by {dp_size} data-parallel ranks x "
+                f"batch.micro_size={batch.micro_size} = {dp_size * batch.micro_size}; change one of them",
+            )
+            microbatches = f"{local_size // batch.micro_size} microbatch(es) of {batch.micro_size}"
+        return cls(dp_size=dp_size, local_size=local_size, microbatches=microbatches)

@@ -79,6 +79,9 @@ class ParallelSection(Section):
     """Shard activations between tensor-parallel regions along the sequence; needs tensor_size > 1."""
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks (megatron-core's distributed optimizer)."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Sum gradients over data-parallel ranks while the backward pass still runs and, with distributed_optimizer, gather
+    updated weights while the next forward pass does. auto: on GPUs, where there are several data-parallel ranks."""
     timeout_s: float = real(600.0, least=1, most=30 * 86400)
     """A collective that waits longer than this ends the run."""
 
@@ -119,6 +122,10 @@ class BatchSection(Section):
     which has ppo.prompts x ppo.responses_per_prompt rows."""
     micro_size: int = integer(8, least=1)
     """Rows of one forward pass on one rank."""
+    micro_tokens: int | None = integer(None, least=1)
+    """Tokens of one forward pass on one rank, in the place of micro_size: rows are sorted by length, and as many go
+    together as have at most this many; a longer row goes by itself. Passes of like size need like memory. No layer
+    computes padding either way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

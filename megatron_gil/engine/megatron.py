@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_gil.config import ModelsSection, OptimizerSection
 from megatron_gil.engine.optimizer import ModelOptimizer
+from megatron_gil.engine.packing import Microbatch, cut
 from megatron_gil.engine.protocol import Part, Update
 from megatron_gil.engine.readout import read_output
 from megatron_gil.models.hf import load_weights
@@ -28,10 +30,17 @@ from megatron_gil.models.transformer import build_model
 from megatron_gil.parallel.collectives import all_sum, gather_objects, share_from_last_pp_stage
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.parallel.pipeline import share_object_from_last_pp_stage
-from megatron_gil.types import LossSum, Metrics, Readout, count_terms, take_rows
+from megatron_gil.types import LossSum, Metrics, Readout, count_terms
 
-CUDA_LENGTH_MULTIPLE = 64
+CUDA_TOKENS_MULTIPLE = 64
+BUCKET_SIZE: int | None = None
+"""Parameters whose gradients are summed together where communication overlaps; None: megatron-core's number."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+RowIndex = Tensor | slice
+Reader = Callable[[Tensor, Microbatch], Any]
+"""(output of the last stage, the microbatch) -> what is read of it."""
+Work = tuple[Microbatch, Reader]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,15 +90,18 @@ class MegatronModel:
         head: Head,
         num_groups: int = 0,
         micro_size: int,
+        micro_tokens: int | None = None,
         models: ModelsSection | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """micro_size, micro_tokens: how rows are cut into microbatches, see engine/packing.py."""
         models = models or ModelsSection()
-        self.spec, self.layout, self.micro_size = spec, layout, micro_size
+        self.spec, self.layout = spec, layout
+        self.micro_size, self.micro_tokens = micro_size, micro_tokens
         self.head: Head = head
         self.num_groups = num_groups if num_groups > 1 else 0
         self.dtype = dtype or DTYPES[models.dtype]
-        self.module = build_model(
+        self._module = build_model(
             spec,
             layout,
             head=head,
@@ -97,8 +109,14 @@ class MegatronModel:
             dtype=self.dtype,
             models=models,
         )
-        self.module.requires_grad_(False)
-        self._schedule_module: torch.nn.Module = self.module
+        self._module.requires_grad_(False)
+        self._weights_under_way = False
+        self._schedule_module: torch.nn.Module = self._module
+
+    @property
+    def module(self) -> GPTModel:
+        """This pipeline stage, its weights whole."""
+        return self._module
 
     def load(self, directory: Path) -> list[str]:
         """Fill the weights from a Hugging Face directory; the head tensors that it lacks (they stay zero)."""
@@ -110,22 +128,19 @@ class MegatronModel:
 
         entropy: read the next-token entropy too (lm head). temperature: of log-probs and entropy.
         """
-        num_rows = len(batch.tokens)
-        missing = -num_rows % self.micro_size
-        fill = torch.arange(num_rows + missing, device=batch.tokens.device)
-        microbatches = self._cut(take_rows(batch, fill.where(fill < num_rows, 0)) if missing else batch)
+        microbatches = self._cut(batch)
 
-        def read(output: Tensor, microbatch: Any) -> Readout:
+        def read(output: Tensor, microbatch: Microbatch) -> Readout:
             return self._read(output, microbatch, entropy=entropy, temperature=temperature)
 
         readouts = self._run([(m, read) for m in microbatches], forward_only=True)
-        whole = concat_readouts(readouts) if readouts else Readout()
-        return self._share(whole, batch, entropy)
+        return self._share([r.row_index for r in microbatches], readouts, batch, entropy)
 
-    def _read(self, output: Tensor, microbatch: Any, *, entropy: bool, temperature: float) -> Readout:
+    def _read(self, output: Tensor, microbatch: Microbatch, *, entropy: bool, temperature: float) -> Readout:
         return read_output(
             output,
             microbatch,
+            self._module,
             head=self.head,
             vocab_size=self.spec.vocab_size,
             layout=self.layout,
@@ -133,26 +148,19 @@ class MegatronModel:
             temperature=temperature,
         )
 
-    def _cut(self, batch: Any) -> list[Any]:
-        num_rows = len(batch.tokens)
-        assert num_rows % self.micro_size == 0, f"{num_rows} rows cannot be cut into microbatches of {self.micro_size}"
-        starts = range(0, num_rows, self.micro_size)
-        return [take_rows(batch, slice(start, start + self.micro_size)) for start in starts]
+    def _cut(self, batch: Any) -> list[Microbatch]:
+        return cut(batch, micro_size=self.micro_size, micro_tokens=self.micro_tokens, multiple=self._tokens_multiple())
 
-    def _run(self, work: list[tuple[Any, Callable[[Tensor, Any], Any]]], *, forward_only: bool) -> list[Any]:
+    def _run(self, work: list[Work], *, forward_only: bool) -> list[Any]:
         """Microbatches through megatron-core's schedule; what the reader returned for each, on the last pp_stage."""
-        multiple = self._length_multiple()
 
-        def forward_step(iterator: Iterator[Any], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def forward_step(iterator: Iterator[Work], module: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             microbatch, reader = next(iterator)
-            tokens = microbatch.tokens.flatten(0, -2)
-            tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % multiple))
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            output = module(tokens, positions, None)
+            output = module(microbatch.tokens, microbatch.tokens, microbatch.places)
             return output, lambda output, non_loss_data=False: reader(output, microbatch)
 
         self._schedule_module.train(not forward_only)
-        return get_forward_backward_func()(
+        found = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(work),
             model=self._schedule_module,
@@ -162,14 +170,16 @@ class MegatronModel:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+        self._weights_under_way = False  # each layer has waited for its own
+        return found
 
-    def _length_multiple(self) -> int:
-        """What padded lengths are rounded up to: kernels prefer round lengths, and few different ones."""
-        cut = self.layout.tp_size if self.layout.sequence_parallel else 1
-        return math.lcm(cut, CUDA_LENGTH_MULTIPLE) if self.layout.device.type == "cuda" else cut
+    def _tokens_multiple(self) -> int:
+        """What the tokens of a microbatch are rounded up to: kernels prefer round numbers, and few different ones."""
+        parts = self.layout.tp_size if self.layout.sequence_parallel else 1
+        return math.lcm(parts, CUDA_TOKENS_MULTIPLE) if self.layout.device.type == "cuda" else parts
 
-    def _share(self, readout: Readout, batch: Any, entropy: bool) -> Readout:
-        """The last pipeline rank's readout, without the rows that filled the last microbatch, on every rank."""
+    def _share(self, row_index: list[RowIndex], readouts: list[Readout], batch: Any, entropy: bool) -> Readout:
+        """The last pipeline rank's readouts as one, on every rank."""
         leading, width = batch.tokens.shape[:-1], batch.tokens.shape[-1] - 1
         shapes: dict[str, tuple[int, ...]] = {
             "lm": {"log_probs": (*leading, width), **({"entropy": (*leading, width)} if entropy else {})},
@@ -182,8 +192,12 @@ class MegatronModel:
         dtype = torch.promote_types(self.dtype, torch.float32)
         shared = {}
         for name, shape in shapes.items():
-            mine = getattr(readout, name)
-            mine = None if mine is None else mine[: len(batch.tokens)].contiguous()
+            mine = None
+            if self.layout.is_last_pp_stage:
+                mine = torch.zeros(shape, dtype=dtype, device=self.layout.device)
+                for index, readout in zip(row_index, readouts, strict=True):
+                    part = getattr(readout, name)
+                    mine[(index, ..., slice(part.shape[-1])) if part.dim() > len(leading) else index] = part
             shared[name] = share_from_last_pp_stage(mine, shape, dtype, self.layout)
         return Readout(**shared)
 
@@ -198,24 +212,40 @@ class TrainableModel(MegatronModel):
         *,
         optimizer: OptimizerSection | None,
         distributed_optimizer: bool = False,
+        overlap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """optimizer None: gradients only (float64 checks)."""
+        """optimizer None: gradients only (float64 checks). overlap: of communication with computation."""
         super().__init__(spec, layout, **kwargs)
-        self.module.requires_grad_(True)
+        self._module.requires_grad_(True)
         mixed = self.dtype == torch.bfloat16
         self.ddp = DistributedDataParallel(
-            self.module.config,
+            self._module.config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=mixed, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+                grad_reduce_in_fp32=mixed,
+                use_distributed_optimizer=distributed_optimizer,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap and distributed_optimizer,
+                bucket_size=BUCKET_SIZE,
             ),
-            self.module,
+            self._module,
         )
-        self.module.config.finalize_model_grads_func = finalize_model_grads
+        self._module.config.finalize_model_grads_func = finalize_model_grads
+        if overlap:
+            self._module.config.no_sync_func = self.ddp.no_sync  # only the last microbatch starts the sums
         self._schedule_module = self.ddp
         self.optimizer = None if optimizer is None else ModelOptimizer(self.ddp, optimizer, dtype=self.dtype)
         self.num_steps = 0
         self._skipped: list[SkippedUpdate] = []
+
+    @property
+    def module(self) -> GPTModel:
+        """This pipeline stage, its weights whole. Collective over data-parallel ranks after an update that overlaps:
+        what reads weights outside of a forward pass, which waits for each itself, waits here."""
+        if self._weights_under_way:
+            self.ddp.start_param_sync(force_sync=True)
+            self._weights_under_way = False
+        return self._module
 
     def load(self, directory: Path) -> list[str]:
         absent = super().load(directory)
@@ -239,22 +269,22 @@ class TrainableModel(MegatronModel):
         self.ddp.zero_grad_buffer()
         # FP32Optimizer leaves each .grad an alias of its main_grad: the next backward would add the two, twice the
         # first microbatch.
-        self.module.zero_grad(set_to_none=True)
+        self._module.zero_grad(set_to_none=True)
         scales = self._scales(parts)
         losses: list[PartLoss] = []
-        numbers: list[Tensor] = []
+        numbers: list[tuple[RowIndex, Tensor]] = []
 
-        def reader(together: list[int]) -> Callable[[Tensor, Any], Any]:
-            def read(output: Tensor, microbatch: Any) -> Any:
-                temperature = parts[together[0]].temperature
+        def reader(together: list[int]) -> Reader:
+            def read(output: Tensor, microbatch: Microbatch) -> Any:
+                rows, temperature = microbatch.rows, parts[together[0]].temperature
                 readout = self._read(output, microbatch, entropy=False, temperature=temperature)
-                found = [PartLoss(i, microbatch.row_ids, parts[i].loss_fn(readout, microbatch)) for i in together]
+                found = [PartLoss(i, rows.row_ids, parts[i].loss_fn(readout, rows)) for i in together]
                 losses.extend(found)
                 wanted = parts[0].row_numbers
                 if wanted is not None and together[0] == 0:
                     with torch.no_grad():
-                        numbers.append(wanted.read(readout, microbatch).float())
-                terms = count_terms(microbatch, parts[0].per) * (together[0] == 0)
+                        numbers.append((microbatch.row_index, wanted.read(readout, rows).float()))
+                terms = count_terms(rows, parts[0].per) * (together[0] == 0)
                 return sum(scales[f.part] * f.loss.total for f in found), terms.to(torch.int), {}
 
             return read
@@ -262,7 +292,8 @@ class TrainableModel(MegatronModel):
         passes = _share_passes(parts)
         work = [(m, reader(together)) for together in passes for m in self._cut(parts[together[0]].batch)]
         self._run(work, forward_only=False)
-        return Accumulated(self._reduce(parts, losses), losses, self._share_numbers(parts[0], numbers))
+        metrics = self._reduce(parts, losses, [microbatch for microbatch, _ in work])
+        return Accumulated(metrics, losses, self._share_numbers(parts[0], numbers))
 
     def update(self, *parts: Part, lr: float) -> Update:
         """One optimizer step at rate `lr` on the sum of the parts.
@@ -272,6 +303,7 @@ class TrainableModel(MegatronModel):
         assert self.optimizer is not None, "this model has no optimizer"
         found = self.accumulate(*parts)
         taken, norm = self.optimizer.step(lr)
+        self._weights_under_way = taken and self.ddp.ddp_config.overlap_param_gather
         self.num_steps += taken
         if not taken:
             self._skipped.append(self._explain(norm, found.losses))
@@ -287,36 +319,43 @@ class TrainableModel(MegatronModel):
         ratios = [p.weight * counts[0] / count.clamp(min=1) for p, count in zip(parts, counts, strict=True)]
         return [parts[0].weight, *ratios[1:]]
 
-    def _share_numbers(self, part: Part, numbers: list[Tensor]) -> Tensor | None:
+    def _share_numbers(self, part: Part, numbers: list[tuple[RowIndex, Tensor]]) -> Tensor | None:
         if part.row_numbers is None:
             return None
         shape = (len(part.batch.tokens), len(part.row_numbers.names))
-        return share_from_last_pp_stage(torch.cat(numbers) if numbers else None, shape, torch.float32, self.layout)
+        mine = None
+        if self.layout.is_last_pp_stage:
+            mine = torch.empty(shape, device=self.layout.device)
+            for index, found in numbers:
+                mine[index] = found
+        return share_from_last_pp_stage(mine, shape, torch.float32, self.layout)
 
-    def _reduce(self, parts: tuple[Part, ...], losses: list[PartLoss]) -> Metrics:
+    def _reduce(self, parts: tuple[Part, ...], losses: list[PartLoss], microbatches: list[Microbatch]) -> Metrics:
         """Each part's metrics over its own terms, of all ranks."""
         names = sorted({(name, found.part) for found in losses for name in found.loss.metrics})
         names = share_object_from_last_pp_stage(names, self.layout)
         zero = torch.zeros((), dtype=torch.float64, device=self.layout.device)
         counts = [count_terms(part.batch, part.per).double() for part in parts]
-        sums = torch.stack([*(zero for _ in names), *counts])
+        tokens = [zero + sum(m.num_tokens for m in microbatches), zero + sum(m.tokens.numel() for m in microbatches)]
+        sums = torch.stack([*(zero for _ in names), *counts, *tokens])
         for found in losses:
             terms = [found.loss.metrics[name].double() if part == found.part else zero for name, part in names]
-            sums += torch.stack([*terms, *(zero for _ in parts)])
+            sums += torch.stack([*terms, *(zero for _ in sums[len(names) :])])
         sums = share_from_last_pp_stage(
             all_sum(self.layout)(sums) if self.layout.is_last_pp_stage else None,
             tuple(sums.shape),
             torch.float64,
             self.layout,
         )
-        values = sums.tolist()
+        *values, real, computed = sums.tolist()
         terms = values[len(names) :]
-        return {name: total / max(terms[part], 1.0) for (name, part), total in zip(names, values, strict=False)}
+        metrics = {name: total / max(terms[part], 1.0) for (name, part), total in zip(names, values, strict=False)}
+        return {**metrics, "batch/padding_fraction": 1 - real / computed}
 
     def _explain(self, norm: float, losses: list[PartLoss]) -> SkippedUpdate:
         """The most telling rank's account: one that saw a loss that is not finite, else one that saw a gradient."""
         bad = [i for i, found in enumerate(losses) if not math.isfinite(float(found.loss.total))]
-        names = [n for n, p in self.module.named_parameters() if not torch.isfinite(p.main_grad).all()]  # type: ignore[attr-defined]
+        names = [n for n, p in self._module.named_parameters() if not torch.isfinite(p.main_grad).all()]  # type: ignore[attr-defined]
         mine = SkippedUpdate(
             rank=self.layout.rank,
             gradient_norm=norm,
@@ -334,9 +373,3 @@ def _share_passes(parts: tuple[Part, ...]) -> list[list[int]]:
     for number, part in enumerate(parts):
         passes.setdefault((id(part.batch), part.temperature), []).append(number)
     return list(passes.values())
-
-
-def concat_readouts(readouts: list[Readout]) -> Readout:
-    """Readouts of consecutive microbatches of one model as one."""
-    present = [f.name for f in fields(Readout) if getattr(readouts[0], f.name) is not None]
-    return Readout(**{name: torch.cat([getattr(r, name) for r in readouts]) for name in present})

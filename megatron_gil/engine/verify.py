@@ -16,8 +16,9 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.models.convert.copy import ModelDirectory
 from megatron_gil.models.convert.locate import Role, find_model
+from megatron_gil.models.heads import output_weight
 from megatron_gil.models.llama import check_layout
-from megatron_gil.parallel.collectives import broadcast_object, share_from_last_pp_stage
+from megatron_gil.parallel.collectives import broadcast_object, concat_over_tp, share_from_last_pp_stage
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.parallel.pipeline import receive_from_previous_pp_stage, send_to_next_pp_stage
 
@@ -132,12 +133,19 @@ def _our_output(model: MegatronModel, row: Tensor) -> Tensor:
     model.module.eval()
     hidden = receive_from_previous_pp_stage((len(row), 1, model.spec.hidden_size), model.dtype, layout)
     model.module.set_input_tensor(hidden)  # type: ignore[arg-type]  None on the first stage
-    positions = torch.arange(len(row), device=row.device)[None]
-    output: Any = model.module(tokens, positions, None, runtime_gather_output=True)
+    places = torch.arange(len(row), device=row.device)[None]
+    output: Any = model.module(tokens, tokens, places)
     width = model.spec.vocab_size if model.head == "lm" else 1
     logits = None
     if layout.is_last_pp_stage:
-        logits = output[0, :, :width].contiguous()  # without what pads the vocabulary
+        logits = _logits(model, output[0])[:, :width].contiguous()  # without what pads the vocabulary
     else:
         send_to_next_pp_stage(output, layout)
     return share_from_last_pp_stage(logits, (len(row), width), model.dtype, layout)
+
+
+def _logits(model: MegatronModel, hidden: Tensor) -> Tensor:
+    """[T, H] -> [T, V] of the padded vocabulary, or [T, 1] scores."""
+    if model.head == "lm":
+        return concat_over_tp(hidden @ output_weight(model.module).T, -1, model.layout)
+    return model.module.output_layer.score(hidden)  # type: ignore[operator,union-attr]

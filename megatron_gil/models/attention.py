@@ -1,4 +1,4 @@
-"""Attention on torch's fused kernel (megatron's own, for layers without Transformer Engine, stores all scores)."""
+"""Causal attention over packed rows, rotary position embedding included, on torch's fused kernel."""
 
 from __future__ import annotations
 
@@ -12,38 +12,110 @@ from torch import Tensor
 from megatron_gil.models.kernels import expands_kv_heads
 
 
-class FusedAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(D)) v, causal. Right padding needs no mask: no real token sees what is right of it."""
+class RowAttention(torch.nn.Module):
+    """softmax(q k^T / sqrt(D)) v, causal, for every row of its own.
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+    The layers around it see one sequence of real tokens, all rows one after the other. Here alone they are laid out as
+    rows again, padded on the right to the longest: no real token sees what is right of it, so that no mask is needed.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, frequencies: Tensor, softmax_scale: float | None = None, **_: Any
+    ) -> None:
+        """frequencies: [D / 2] radians per position, of models/rope.py."""
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.frequencies = frequencies
 
     def forward(
         self,
-        query: Tensor,  # [Tq, B, heads, D]
-        key: Tensor,  # [Tk, B, kv heads, D]
-        value: Tensor,  # [Tk, B, kv heads, D]
-        attention_mask: Tensor | None,  # bool, broadcasts to [B, heads, Tq, Tk]; True hides, as everywhere in megatron
+        query: Tensor,  # [N, 1, heads, D]
+        key: Tensor,  # [N, 1, kv heads, D]
+        value: Tensor,  # [N, 1, kv heads, D]
+        attention_mask: Tensor,  # the places [R, W] of engine/packing.py: megatron hands it on to here as it is
         **_: Any,
     ) -> Tensor:
-        """[Tq, B, heads * D]. Without a mask the queries are the last Tq of the Tk tokens, each seeing those up to
-        itself; a mask replaces that rule."""
-        num_queries, num_keys = query.shape[0], key.shape[0]
-        visible = None if attention_mask is None else ~attention_mask
-        if visible is None and 1 < num_queries < num_keys:
-            visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-            visible = visible.tril(num_keys - num_queries)
-        num_groups = query.shape[2] // key.shape[2]
+        """[N, 1, heads * D]."""
+        places, num_tokens = attention_mask, len(query)
+        order = None if places.numel() == num_tokens else packed_order(places, num_tokens)
+        query, key, value = (_Lay.apply(x.squeeze(1), places, order) for x in (query, key, value))
+        angles = torch.outer(torch.arange(places.shape[1], device=query.device), self.frequencies)
+        cos, sin = (part[:, None].to(query.dtype) for part in (angles.cos(), angles.sin()))  # [W, 1, D / 2]
+        query, key = (_Rotate.apply(x, cos, sin) for x in (query, key))
+        groups = query.shape[2] // key.shape[2]
         if key.device.type == "cuda" and expands_kv_heads(key.dtype, query.shape[2], key.shape[2]):
-            key, value = (x.repeat_interleave(num_groups, dim=2) for x in (key, value))
+            key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
         output = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=visible,
-            is_causal=visible is None and num_queries > 1,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            is_causal=True,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return output.permute(2, 0, 1, 3).flatten(2)
+        return _Pack.apply(output.transpose(1, 2), places, order).flatten(1).unsqueeze(1)
+
+
+def packed_order(places: Tensor, num_tokens: int) -> Tensor:
+    """[N]: which of the R x W places holds each packed token; places [R, W], -1 where a row has ended."""
+    spare = places.new_empty(num_tokens + 1)
+    spare[places.where(places >= 0, num_tokens).flatten()] = torch.arange(places.numel(), device=places.device)
+    return spare[:num_tokens]
+
+
+class _Lay(torch.autograd.Function):
+    """Packed tokens [N, ...] as rows [R, W, ...]; what stands behind a row's end is of no meaning."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, places: Tensor, order: Tensor | None) -> Tensor:
+        ctx.save_for_backward(order)
+        return packed.unflatten(0, places.shape) if order is None else packed[places.clamp(min=0)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Each place behind a row's end has gradient 0, for no output that is read depends on it: nothing is added."""
+        (order,) = ctx.saved_tensors
+        grad = grads[0].flatten(0, 1)
+        return (grad if order is None else grad[order]), None, None
+
+
+class _Pack(torch.autograd.Function):
+    """Rows [R, W, ...] as packed tokens [N, ...]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, order: Tensor | None) -> Tensor:
+        ctx.save_for_backward(places, order)
+        flat = rows.flatten(0, 1)
+        return flat if order is None else flat[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        places, order = ctx.saved_tensors
+        if order is None:
+            return grads[0].unflatten(0, places.shape), None, None
+        rows = grads[0][places.clamp(min=0)]
+        ended = (places < 0).view(*places.shape, *[1] * (rows.dim() - 2))
+        return rows.masked_fill_(ended, 0), None, None
+
+
+class _Rotate(torch.autograd.Function):
+    """Llama's rotary embedding: (x, y) -> (x cos - y sin, y cos + x sin), x and y the halves of each head."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [R, W, heads, D], [W, 1, D / 2] twice
+        ctx.save_for_backward(cos, sin)
+        return _rotate(heads, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, y = heads.chunk(2, dim=-1)
+    rotated = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    out_x, out_y = rotated.chunk(2, dim=-1)
+    torch.mul(x, cos, out=out_x).addcmul_(y, sin, value=-1)
+    torch.mul(y, cos, out=out_y).addcmul_(x, sin)
+    return rotated

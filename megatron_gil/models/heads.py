@@ -1,12 +1,12 @@
-"""Scalar heads in the place of the output layer: reward score, critic's value, group logits."""
+"""Output layers that hold their weights and compute nothing: which positions are read is known only to the reader."""
 
 from __future__ import annotations
 
-import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from torch import Tensor
+from typing import Any
 
-from megatron_gil.parallel.layout import ParallelLayout
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
 
 class ScalarHead(torch.nn.Module):
@@ -15,27 +15,28 @@ class ScalarHead(torch.nn.Module):
     Weights start at zero; a checkpoint or the caller fills them.
     """
 
-    def __init__(self, hidden_size: int, num_groups: int, dtype: torch.dtype, layout: ParallelLayout) -> None:
+    def __init__(self, hidden_size: int, num_groups: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.tp_pg, self.num_groups = layout.tp_pg, num_groups
-        self.sequence_parallel = layout.sequence_parallel  # set_model_to_sequence_parallel switches it by this name
-        self.score = _zero_linear(hidden_size, 1, dtype, layout.device)
-        self.group_head = _zero_linear(hidden_size, num_groups, dtype, layout.device) if num_groups > 1 else None
+        self.num_groups = num_groups
+        self.score = _zero_linear(hidden_size, 1, dtype, device)
+        self.group_head = _zero_linear(hidden_size, num_groups, dtype, device) if num_groups > 1 else None
 
-    def forward(
-        self,
-        hidden: Tensor,  # [T, B, H], or [T / tp, B, H] under sequence parallelism
-        weight: Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-    ) -> tuple[Tensor, None]:
-        """[T, B, 1] or [T, B, 1 + M]: the score or value, then the group logits. Called as megatron's output layer."""
-        if self.sequence_parallel:
-            # Every rank computes the whole loss and keeps its part of the gradient; a sum would count it tp times.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_pg)
-        scores = self.score(hidden)
-        if self.group_head is None:
-            return scores, None
-        return torch.cat([scores, self.group_head(hidden)], dim=-1), None
+    def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return hand_on(hidden)
+
+
+def hand_on(hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """The forward of every output layer, called as megatron's: the hidden states, and no bias."""
+    return hidden, None
+
+
+def output_weight(model: GPTModel) -> Tensor:
+    """[V / tp, H], on the last stage of a language model."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    weight = model.output_layer.weight
+    assert weight is not None
+    return weight
 
 
 def _zero_linear(in_size: int, out_size: int, dtype: torch.dtype, device: torch.device) -> torch.nn.Linear:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import layers as tp_layers
 
@@ -22,8 +21,6 @@ class Kernels:
 
     transformer_engine: bool
     """Transformer Engine's linear layers, with the norms inside them; False: megatron-core's own."""
-    rope_fusion: bool
-    """Needs Transformer Engine."""
     swiglu_fusion: bool
     """SwiGLU compiled to one kernel; needs Triton and a C compiler, which Triton calls."""
     gradient_accumulation_fusion: bool
@@ -42,7 +39,6 @@ class Kernels:
         fuse = device.type == "cuda" and models.fusions == "auto"
         return cls(
             transformer_engine=has_engine and models.layer != "local",
-            rope_fusion=fuse and rope_utils.fused_apply_rotary_pos_emb is not None,
             swiglu_fusion=fuse and _compiles(),
             gradient_accumulation_fusion=fuse and tp_layers._grad_accum_fusion_available,
         )
@@ -50,7 +46,6 @@ class Kernels:
     def describe(self) -> str:
         """For the first lines of a run."""
         on = {
-            "rope": self.rope_fusion,
             "swiglu": self.swiglu_fusion,
             "gradient accumulation": self.gradient_accumulation_fusion,
         }

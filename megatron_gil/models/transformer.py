@@ -13,10 +13,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
 
 from megatron_gil.config import ModelsSection
-from megatron_gil.models.attention import FusedAttention
-from megatron_gil.models.heads import ScalarHead
+from megatron_gil.models.attention import RowAttention
+from megatron_gil.models.heads import ScalarHead, hand_on
 from megatron_gil.models.hf import WeightMap
 from megatron_gil.models.kernels import Kernels
 from megatron_gil.models.llama import Head, LlamaSpec, check_layout
@@ -36,10 +37,10 @@ def build_model(
 ) -> GPTModel:
     """This pipeline stage of the model, its weights not yet set (`load_weights` sets them).
 
-    On the last stage model(tokens [B, T], position_ids [B, T], None) is the logits [B, T, V / tp] of this rank's
-    part of the padded vocabulary (lm), the score [B, T, 1] (score), or value and group logits [B, T, 1 + M] (critic);
-    on the others the hidden states [T, B, H] for the next. `models` says which kernels and what is recomputed; its
-    dtype is not read.
+    model(tokens [1, N], position ids that nobody reads, places [R, W]) takes the packed rows of engine/packing.py; the
+    result is the hidden states, [1, N, H] on the last stage (N / tp under sequence parallelism), from which
+    engine/readout.py reads, and [N, 1, H] on the others. `models` says which kernels and what is recomputed; its dtype
+    is not read.
     """
     models = models or ModelsSection()
     check_layout(spec, layout.tp_size, layout.pp_size, layout.sequence_parallel)
@@ -47,21 +48,30 @@ def build_model(
     config = _transformer_config(spec, layout, dtype, models.recompute, kernels)
     model: Any = GPTModel(
         config,
-        _layer_specs(kernels, len(spec.layers_of(layout.pp_rank, layout.pp_size))),
+        _layer_specs(kernels, spec, layout),
         vocab_size=spec.padded_vocab_size(layout.tp_size),
         max_sequence_length=spec.max_positions,
         pre_process=layout.is_first_pp_stage,
         post_process=layout.is_last_pp_stage,
         share_embeddings_and_output_weights=spec.tied and head == "lm",
-        position_embedding_type="rope",
+        position_embedding_type="none",  # positions begin anew with every row: models/attention.py rotates
     )
-    model.rotary_pos_emb.inv_freq = rope_frequencies(spec, layout.device)
-    if head != "lm" and layout.is_last_pp_stage:
+    if layout.is_first_pp_stage:
+        model.embedding.register_forward_hook(_with_plain_strides)
+    if layout.is_last_pp_stage and head == "lm":
+        model.output_layer.forward = hand_on
+    elif layout.is_last_pp_stage:
         groups = num_groups if head == "critic" else 0
-        model.output_layer = ScalarHead(spec.hidden_size, groups, dtype, layout)
+        model.output_layer = ScalarHead(spec.hidden_size, groups, dtype, layout.device)
     model.to(layout.device)  # megatron's layers lie there already; whatever a module makes by itself does not
     _mark_sharded_parameters(WeightMap(spec, model, layout))
     return model
+
+
+def _with_plain_strides(module: torch.nn.Module, inputs: Any, hidden: Tensor) -> Tensor:
+    """[N, 1, H] as it lies in memory. The embedding transposes [1, N, H]; from the strides that this leaves,
+    torch.matmul concludes that it must multiply row by row."""
+    return hidden.flatten(0, 1).unsqueeze(1)
 
 
 def _mark_sharded_parameters(weights: WeightMap) -> None:
@@ -98,7 +108,7 @@ def _transformer_config(
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
         sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=True,  # the padded length differs from batch to batch
+        variable_seq_lengths=True,  # the number of tokens differs from microbatch to microbatch
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, experts or not
         cuda_graph_scope=[],  # the default warns that it is deprecated
         calculate_per_token_loss=True,  # losses are sums, divided once by the global count
@@ -106,7 +116,6 @@ def _transformer_config(
         deterministic_mode=layout.deterministic,  # the embedding's gradient; parallel/device.py does the rest
         gradient_accumulation_fusion=kernels.gradient_accumulation_fusion,
         bias_activation_fusion=kernels.swiglu_fusion,
-        apply_rope_fusion=kernels.rope_fusion,
         masked_softmax_fusion=False,  # for megatron's own attention, which is not used
         bias_dropout_fusion=False,  # there is neither bias nor dropout
         **_recompute_options(recompute),
@@ -130,7 +139,7 @@ def _recompute_options(recompute: str) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def _layer_specs(kernels: Kernels, num_layers: int) -> Any:
+def _layer_specs(kernels: Kernels, llama: LlamaSpec, layout: ParallelLayout) -> Any:
     spec: Any
     if kernels.transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec()  # its norms are part of the linear layers after them
@@ -138,5 +147,7 @@ def _layer_specs(kernels: Kernels, num_layers: int) -> Any:
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = FusedAttention
+    attention = ModuleSpec(module=RowAttention, params={"frequencies": rope_frequencies(llama, layout.device)})
+    spec.submodules.self_attention.submodules.core_attention = attention
+    num_layers = len(llama.layers_of(layout.pp_rank, layout.pp_size))
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=ModuleSpec(module=RMSNorm))

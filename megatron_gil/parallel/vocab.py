@@ -1,124 +1,178 @@
-"""Log-probabilities and entropy of logits whose vocabulary is cut over tensor-parallel ranks.
+"""The output layer and its log-probabilities in one, for a vocabulary that is cut over tensor-parallel ranks.
 
-Rank r of tp holds columns [r * W, (r + 1) * W) of the padded vocabulary, W = logits.shape[-1]. Columns at or beyond
-`vocab_size` are padding: probability and gradient exactly 0. Rows are taken in chunks, so that only the logits
-themselves and their gradient ever have their full size.
+Rank r of tp holds rows [r * W, (r + 1) * W) of the padded vocabulary's weight, W = len(weight). Those at or beyond
+`vocab_size` are padding: probability and gradient exactly 0. Positions are taken in chunks, so that the logits of all
+of them are never there at once; where there are several chunks, the backward pass computes the logits again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32 at a time
+_CHUNK_ELEMENTS = 1 << 24  # logits at a time, 64 MiB of float32
 
 
 def vocab_parallel_log_probs(
-    logits: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int, temperature: float = 1.0
+    hidden: Tensor, weight: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int, temperature: float
 ) -> Tensor:
-    """log softmax(logits / temperature)[target]: logits [..., V / tp], targets [...] int64 -> [...].
+    """log softmax(hidden weight^T / temperature)[target]: hidden [n, H], weight [V / tp, H], targets [n] -> [n].
 
-    float32, or float64 for float64; the same on every rank. Contiguous logits are not copied. So hand over all
-    positions, and drop the last column of the result.
+    float32, or float64 for float64; the same on every rank. The gradient of `hidden` is of this rank's part of the
+    vocabulary: the caller sums it over tensor-parallel ranks.
     """
-    return _LogProbs.apply(logits, targets, tp_pg, vocab_size, temperature)  # type: ignore[return-value]
+    return _LogProbs.apply(hidden, weight, targets, tp_pg, vocab_size, temperature)  # type: ignore[return-value]
 
 
 @torch.no_grad()
-def vocab_parallel_entropy(
-    logits: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int, temperature: float = 1.0
-) -> Tensor:
-    """-sum_v p_v log p_v in nats, p = softmax(logits / temperature): logits [..., V / tp] -> [...], float32, or float64
-    for float64; no gradient."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    num_real = _num_real_columns(rows, tp_pg, vocab_size)
-    peak = _local_peak(rows, num_real)
-    _all_reduce(peak, dist.ReduceOp.MAX, tp_pg)
-    sums = torch.empty(2, len(rows), dtype=peak.dtype, device=rows.device)  # of exp(x - peak) and of exp(x - peak) x
-    for chunk in _chunks(rows):
-        shifted = _shift(rows[chunk, :num_real], peak[chunk, None], temperature)
-        weights = shifted.exp()
-        sums[0, chunk] = weights.sum(-1)
-        sums[1, chunk] = weights.mul_(shifted).sum(-1)
-    _all_reduce(sums, dist.ReduceOp.SUM, tp_pg)
-    return (sums[0].log() - sums[1] / sums[0]).view(logits.shape[:-1])
+def vocab_parallel_log_probs_and_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, *, vocab_size: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The log-probs [n], and -sum_v p_v log p_v [n] in nats, p the softmax; no gradient."""
+    head = _Head(weight, tp_pg.rank() * len(weight), vocab_size, temperature)
+    found = _sum_up(hidden, head, targets, tp_pg, entropy=True)
+    return found.log_probs(), found.exp_sum.log() - found.weighted_sum / found.exp_sum
+
+
+class _Head(NamedTuple):
+    """This rank's part of the output layer."""
+
+    weight: Tensor
+    first: int  # token of its first row
+    vocab_size: int
+    temperature: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[chunk, real columns], in the model's dtype."""
+        num_real = min(len(self.weight), self.vocab_size - self.first)
+        assert num_real > 0, (self.weight.shape, self.vocab_size, self.first)
+        return hidden @ self.weight[:num_real].T
+
+    def shift(self, logits: Tensor, peak: Tensor) -> Tensor:
+        """(logits - peak) / temperature. The difference comes first: dividing large logits first would round them, and
+        their difference would have fewer exact digits."""
+        shifted = _widen(logits) - peak
+        return shifted if self.temperature == 1.0 else shifted.div_(self.temperature)
+
+    def columns(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Column of each target on this rank (0 where it is elsewhere), and whether it is here."""
+        local = targets - self.first
+        is_here = (local >= 0) & (local < len(self.weight))
+        return torch.where(is_here, local, 0), is_here
+
+
+class _Sums(NamedTuple):
+    """[n] each, over the whole vocabulary."""
+
+    peak: Tensor
+    """Largest logit, before the temperature."""
+    exp_sum: Tensor
+    """sum_v exp(x_v), x the shifted logits."""
+    target: Tensor
+    """x of the target."""
+    weighted_sum: Tensor
+    """sum_v exp(x_v) x_v; only where the entropy is asked for."""
+    logits: Tensor | None
+    """Of all positions, if they are one chunk."""
+
+    def log_probs(self) -> Tensor:
+        return self.target - self.exp_sum.log()
+
+
+def _sum_up(hidden: Tensor, head: _Head, targets: Tensor, tp_pg: dist.ProcessGroup, *, entropy: bool) -> _Sums:
+    columns, is_here = head.columns(targets)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    peak = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+    sums = torch.zeros(3, len(hidden), dtype=dtype, device=hidden.device)
+    logits = None
+    for chunk in _chunks(len(hidden), len(head.weight)):
+        logits = head.logits(hidden[chunk])
+        peak[chunk] = _widen(logits.amax(-1))
+        sums[1, chunk] = _widen(logits.gather(1, columns[chunk, None]).squeeze(1))
+        shifted = head.shift(logits, peak[chunk, None])
+        if entropy:
+            weights = shifted.exp()
+            sums[0, chunk] = weights.sum(-1)
+            sums[2, chunk] = weights.mul_(shifted).sum(-1)
+        else:
+            sums[0, chunk] = shifted.exp_().sum(-1)
+    sums[1] = head.shift(sums[1], peak)
+    if tp_pg.size() > 1:
+        peak = _over_ranks(sums, peak, is_here, head.temperature, tp_pg)
+    exp_sum, target, weighted_sum = sums
+    is_one_chunk = len(hidden) <= _chunk_size(len(head.weight))
+    return _Sums(peak, exp_sum, target, weighted_sum, logits if is_one_chunk else None)
+
+
+def _over_ranks(sums: Tensor, peak: Tensor, is_here: Tensor, temperature: float, tp_pg: dist.ProcessGroup) -> Tensor:
+    """The peak over all ranks; `sums`, which speak of this rank's peak, become those over all ranks."""
+    whole = peak.clone()
+    dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=tp_pg)
+    lower = (peak - whole) / temperature
+    exp_sum, target, weighted_sum = sums
+    # With x' = x + lower: sum exp(x') x' = exp(lower) (sum exp(x) x + lower sum exp(x)).
+    weighted_sum.addcmul_(exp_sum, lower).mul_(lower.exp())
+    exp_sum.mul_(lower.exp())
+    target.copy_(torch.where(is_here, target + lower, 0))  # 0 on all ranks but the one that holds it
+    dist.all_reduce(sums, group=tp_pg)
+    return whole
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, tp_pg: dist.ProcessGroup, vocab_size: int, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        tp_pg: dist.ProcessGroup,
+        vocab_size: int,
+        temperature: float,
     ) -> Tensor:
-        rows, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-        num_real = _num_real_columns(rows, tp_pg, vocab_size)
-        peak = _local_peak(rows, num_real)
-        _all_reduce(peak, dist.ReduceOp.MAX, tp_pg)
-        columns, is_here = _local_columns(flat_targets, rows, tp_pg)
-        target_logits = _shift(rows.gather(1, columns[:, None]).squeeze(1), peak, temperature)
-        # Two sums over ranks: of exp(x - peak), and of the target's logit, which is 0 on all ranks but the one that
-        # holds it.
-        sums = torch.stack([torch.zeros_like(peak), torch.where(is_here, target_logits, 0)])
-        for chunk in _chunks(rows):
-            sums[0, chunk] = _shift(rows[chunk, :num_real], peak[chunk, None], temperature).exp_().sum(-1)
-        _all_reduce(sums, dist.ReduceOp.SUM, tp_pg)
-        ctx.save_for_backward(rows, columns, is_here, peak, sums[0])
-        ctx.num_real, ctx.shape, ctx.temperature = num_real, logits.shape, temperature
-        return (sums[1] - sums[0].log()).view(targets.shape)
+        head = _Head(weight, tp_pg.rank() * len(weight), vocab_size, temperature)
+        found = _sum_up(hidden, head, targets, tp_pg, entropy=False)
+        ctx.save_for_backward(hidden, weight, targets, found.peak, found.exp_sum, found.logits)
+        ctx.head = head[1:]
+        return found.log_probs()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """(1[v = target] - softmax_v) * grad / temperature, from the saved logits, their peak and sum, without
-        communication."""
-        rows, columns, is_here, peak, exp_sum = ctx.saved_tensors
-        grad = grads[0].reshape(-1) / ctx.temperature
-        grad_rows = torch.zeros_like(rows) if ctx.num_real < rows.shape[1] else torch.empty_like(rows)
-        for chunk in _chunks(rows):
-            part = _shift(rows[chunk, : ctx.num_real], peak[chunk, None], ctx.temperature).exp_()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        """(1[v = target] - softmax_v) * grad / temperature for each logit, without communication."""
+        hidden, weight, targets, peak, exp_sum, saved = ctx.saved_tensors
+        head = _Head(weight, *ctx.head)
+        grad = grads[0] / head.temperature
+        columns, is_here = head.columns(targets)
+        grad_hidden = torch.empty_like(hidden)
+        # Summed over chunks in float32 at least, whatever the weight's dtype.
+        grad_weight = torch.zeros_like(weight, dtype=peak.dtype if saved is None else weight.dtype)
+        for chunk in _chunks(len(hidden), len(weight)):
+            logits = head.logits(hidden[chunk]) if saved is None else saved
+            part = head.shift(logits, peak[chunk, None]).exp_()
             part.mul_(-(grad[chunk] / exp_sum[chunk])[:, None])
             at_target = torch.where(is_here[chunk], grad[chunk], 0)
             part.scatter_add_(1, columns[chunk, None], at_target[:, None])
-            grad_rows[chunk, : ctx.num_real] = part  # the only rounding to the logits' dtype
-        return grad_rows.view(ctx.shape), None, None, None, None
-
-
-def _num_real_columns(rows: Tensor, tp_pg: dist.ProcessGroup, vocab_size: int) -> int:
-    width = rows.shape[1]
-    num_real = min(width, vocab_size - tp_pg.rank() * width)
-    assert num_real > 0, (vocab_size, width, tp_pg.rank())
-    return num_real
-
-
-def _local_columns(targets: Tensor, rows: Tensor, tp_pg: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Column of each target on this rank (0 where it is elsewhere), and whether it is here."""
-    local = targets - tp_pg.rank() * rows.shape[1]
-    is_here = (local >= 0) & (local < rows.shape[1])
-    return torch.where(is_here, local, 0), is_here
-
-
-def _local_peak(rows: Tensor, num_real: int) -> Tensor:
-    return _widen(rows[:, :num_real].amax(-1))
-
-
-def _shift(logits: Tensor, peak: Tensor, temperature: float) -> Tensor:
-    """(logits - peak) / temperature. The difference comes first: dividing large logits first would round them, and
-    their difference would have fewer exact digits."""
-    shifted = _widen(logits) - peak
-    return shifted if temperature == 1.0 else shifted.div_(temperature)
+            rounded = part.to(hidden.dtype)  # the only rounding to the model's dtype
+            num_real = part.shape[1]
+            torch.mm(rounded, weight[:num_real], out=grad_hidden[chunk])
+            if grad_weight.dtype == hidden.dtype:
+                grad_weight[:num_real].addmm_(rounded.T, hidden[chunk])
+            else:
+                grad_weight[:num_real] += rounded.T @ hidden[chunk]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _chunks(rows: Tensor) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS // rows.shape[1])
-    return (slice(start, start + size) for start in range(0, len(rows), size))
+def _chunk_size(num_columns: int) -> int:
+    return max(1, _CHUNK_ELEMENTS // num_columns)
 
 
-def _all_reduce(tensor: Tensor, op: Any, tp_pg: dist.ProcessGroup) -> None:
-    if tp_pg.size() > 1:
-        dist.all_reduce(tensor, op=op, group=tp_pg)
+def _chunks(num_positions: int, num_columns: int) -> Iterator[slice]:
+    size = _chunk_size(num_columns)
+    return (slice(start, start + size) for start in range(0, num_positions, size))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_gil.config import CommandConfig, GilSection, PpoConfig, TrainConfig
+from megatron_gil.config import CommandConfig, GilSection, ParallelSection, PpoConfig, TrainConfig
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.heads import ScalarHead
 from megatron_gil.models.llama import LlamaSpec
@@ -51,6 +51,7 @@ def build_model(
         "head": use.head,
         "num_groups": use.num_groups,
         "micro_size": config.batch.micro_size,
+        "micro_tokens": config.batch.micro_tokens,
         "models": config.models,
         "dtype": dtype,
     }
@@ -66,6 +67,7 @@ def build_model(
         if isinstance(config, PpoConfig) and use.head == "critic"
         else config.optimizer,
         distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap=_overlaps(config.parallel, layout),
         **common,
     )
     absent = _load(model, model_path(config, use))
@@ -120,3 +122,9 @@ def _normal(shape: torch.Size, std: float, seed: int) -> torch.Tensor:
 def _reload(model: TrainableModel) -> None:
     if model.optimizer is not None:
         model.optimizer.reload_master_weights()
+
+
+def _overlaps(parallel: ParallelSection, layout: ParallelLayout) -> bool:
+    if parallel.overlap == "auto":
+        return layout.device.type == "cuda" and layout.dp_size > 1
+    return parallel.overlap == "on"

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from megatron_gil.config import OptimizerSection
+from megatron_gil.engine import megatron as engine
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import Part
@@ -26,6 +27,7 @@ from tests.ranks import run_ranks
 from tests.training.running import (
     DP2,
     ONE,
+    PP2,
     TP2,
     build,
     full_weights,
@@ -41,6 +43,7 @@ SECTION = OptimizerSection(
 UNCLIPPED = OptimizerSection(lr=1e-2, warmup_fraction=0.0, clip_grad=0.0)
 TOLERANCE = 2e-6  # of ||a - b|| / ||b|| per tensor: float32 sums in another order, over five updates
 TP2_DP2 = {**TP2, "world": 4}
+PP2_DP2 = {**PP2, "world": 4}
 
 
 def _batch(update: int) -> TokenBatch:
@@ -55,7 +58,7 @@ def _batch(update: int) -> TokenBatch:
 
 
 def _train(
-    root: Path, layout: ParallelLayout, section: OptimizerSection, distributed: bool
+    root: Path, layout: ParallelLayout, section: OptimizerSection, distributed: bool, overlap: bool
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(weights, gradient norms) after the updates, each on all rows over the data-parallel ranks."""
     model: TrainableModel = build(
@@ -66,6 +69,7 @@ def _train(
         micro_size=2,
         optimizer=section,
         distributed_optimizer=distributed,
+        overlap=overlap,
     )
     share = NUM_ROWS // layout.dp_size
     norms = []
@@ -76,15 +80,18 @@ def _train(
     return full_weights(model), norms
 
 
-def _both_sections(layout: dict[str, Any], root: Path, distributed: bool) -> Any:
+def _both_sections(layout: dict[str, Any], root: Path, distributed: bool, overlap: bool) -> Any:
+    engine.BUCKET_SIZE = 2000 if overlap else None  # several sums under way at once; of this process alone
     with parallel(layout) as started:
-        clipped = _train(root, started, SECTION, distributed)
-        return clipped, _train(root, started, UNCLIPPED, distributed)
+        clipped = _train(root, started, SECTION, distributed, overlap)
+        return clipped, _train(root, started, UNCLIPPED, distributed, overlap)
 
 
-def _run(layout: dict[str, Any], world: Path, distributed: bool) -> tuple[dict[str, Tensor], list[float], Any]:
+def _run(
+    layout: dict[str, Any], world: Path, distributed: bool, overlap: bool = False
+) -> tuple[dict[str, Tensor], list[float], Any]:
     """(clipped weights, their gradient norms, unclipped weights)."""
-    ranks = run_ranks(_both_sections, world_size(layout), layout, world, distributed)
+    ranks = run_ranks(_both_sections, world_size(layout), layout, world, distributed, overlap)
     assert all(rank[0][1] == ranks[0][0][1] for rank in ranks), "ranks see other gradient norms"
     return merge([rank[0][0] for rank in ranks]), ranks[0][0][1], merge([rank[1][0] for rank in ranks])
 
@@ -147,6 +154,16 @@ def test_the_same_weights_at_every_layout(
     if layout == DP2:
         # Two ranks' sum has no order, and without clipping nothing else is shared: the shards change no bit.
         assert all(torch.equal(found[2][name], data_parallel[2][name]) for name in data_parallel[2])
+
+
+@pytest.mark.parametrize(
+    ("layout", "distributed"), [(DP2, False), (DP2, True), (PP2_DP2, True)], ids=["dp2", "dp2_distributed", "pp2_dp2"]
+)
+def test_overlap_changes_no_bit(layout: dict[str, Any], distributed: bool, world: Path) -> None:
+    plain, overlapped = (_run(layout, world, distributed, overlap) for overlap in (False, True))
+    assert overlapped[1] == plain[1]
+    for found, expected in ((overlapped[0], plain[0]), (overlapped[2], plain[2])):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -10,9 +10,14 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_gil.config import ModelsSection, ParallelSection
+from megatron_gil.models.heads import ScalarHead, output_weight
 from megatron_gil.models.hf import load_weights
 from megatron_gil.models.llama import Head, LlamaSpec
 from megatron_gil.models.transformer import build_model
@@ -82,14 +87,29 @@ def gradients(model: Any, tokens: Tensor, direction: Tensor, offset: int = 0) ->
     return {name: parameter.main_grad for name, parameter in model.named_parameters()}
 
 
+def _all_outputs(model: Any, hidden: Tensor) -> Tensor:
+    """[N, V / tp] logits, or [N, 1 + M], of every position."""
+    head, pg = model.output_layer, model.pg_collection.tp
+    is_lm = not isinstance(head, ScalarHead)
+    if model.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_lm, group=pg)
+    elif is_lm and pg.size() > 1:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=pg)
+    if is_lm:
+        return hidden @ output_weight(model).T
+    return torch.cat([part(hidden) for part in (head.score, head.group_head) if part is not None], dim=-1)
+
+
 def _run(
     model: Any, batches: list[Tensor], *, forward_only: bool, direction: Tensor | None = None, offset: int = 0
 ) -> list[Any]:
     def forward_step(iterator: Iterator[Tensor], module: Any) -> Any:
         tokens = next(iterator)
-        output = module(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)
+        packed = tokens.reshape(1, -1)
+        output = module(packed, packed, torch.arange(tokens.numel()).view(tokens.shape))
 
-        def read(output: Tensor, non_loss_data: bool = False) -> Any:
+        def read(hidden: Tensor, non_loss_data: bool = False) -> Any:
+            output = _all_outputs(getattr(module, "module", module), hidden[0]).unflatten(0, tokens.shape)
             if direction is None:
                 return output
             columns = direction[offset : offset + output.shape[-1]]

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from megatron_gil.models.attention import FusedAttention
+from megatron_gil.models.attention import RowAttention
 from megatron_gil.models.norm import RMSNorm
 from tests.models.running import LAYOUTS, load_model, parallel
 from tests.models.tiny import make_llama
@@ -22,18 +23,39 @@ from tests.ranks import run_ranks
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}  # rounding of another order of sums
 
 
-def _compare_attention(hf_dir: Path, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """(ours, megatron's) of the output and the three gradients."""
+LENGTHS = [(12, 12, 12), (5, 12, 1)]
+FREQUENCIES = torch.tensor([1.0, 0.1, 0.01, 0.001])
+
+
+def _compare_attention(hf_dir: Path, dtype: torch.dtype, lengths: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """(ours, megatron's with its own rotary embedding) of the output and the three gradients, one row at a time."""
     with parallel(LAYOUTS[0]) as layout:
         config = load_model(hf_dir, layout, dtype=dtype)[1].config
-        theirs = DotProductAttention(config, 1, AttnMaskType.causal, "self")
+        ours, theirs = (
+            RowAttention(config, frequencies=FREQUENCIES),
+            DotProductAttention(config, 1, AttnMaskType.causal, "self"),
+        )
         generator = torch.Generator().manual_seed(11)
-        sizes = [(12, 3, heads, 8) for heads in (4, 2, 2)]
+        sizes = [(sum(lengths), 1, heads, 8) for heads in (4, 2, 2)]
         base = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+        column = torch.arange(max(lengths))
+        ends = torch.tensor(lengths).cumsum(0)
+        starts = ends - torch.tensor(lengths)
+        places = torch.where(column < (ends - starts)[:, None], starts[:, None] + column, -1)
+        angles = torch.outer(column, torch.cat([FREQUENCIES, FREQUENCIES]))[:, None, None]
+
+        def row_by_row(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            outputs = []
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+                q, k, v = (x[start:end] for x in (query, key, value))
+                q, k = (_apply_rotary_pos_emb_bshd(x, angles[: end - start]) for x in (q, k))
+                outputs.append(theirs(q, k, v, None))
+            return torch.cat(outputs)
+
         results = []
-        for attention in (FusedAttention(config), theirs):
+        for attention in (lambda *inputs: ours(*inputs, places), row_by_row):
             inputs = [tensor.clone().requires_grad_() for tensor in base]
-            output = attention(*inputs, None)
+            output = attention(*inputs)
             (output * torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype)).sum().backward()
             results.append([output.detach(), *(tensor.grad for tensor in inputs)])
         return list(zip(*results, strict=True))
@@ -46,31 +68,29 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
-def test_fused_attention_equals_megatrons(dtype: torch.dtype, llama_dir: Path) -> None:
-    for ours, theirs in run_ranks(_compare_attention, 1, llama_dir, dtype)[0]:
+def test_rows_attend_as_megatrons_do(dtype: torch.dtype, lengths: tuple[int, ...], llama_dir: Path) -> None:
+    for ours, theirs in run_ranks(_compare_attention, 1, llama_dir, dtype, lengths)[0]:
+        assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype == dtype
         # relative to the largest element
         torch.testing.assert_close(ours, theirs, atol=TOLERANCES[dtype] * float(theirs.abs().max()), rtol=0)
 
 
-def test_queries_are_the_last_of_the_keys() -> None:
-    """Three new tokens behind nine cached ones see what the last three of twelve see."""
+def test_a_token_sees_no_other_row_and_nothing_after_it() -> None:
     config: Any = None
-    attention = FusedAttention(config)
-    query, key, value = (torch.randn(12, 2, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    whole = attention(query, key, value, None)
-    torch.testing.assert_close(attention(query[9:], key, value, None), whole[9:], atol=1e-14, rtol=0)
-    torch.testing.assert_close(attention(query[11:], key, value, None), whole[11:], atol=1e-14, rtol=0)
-
-
-def test_a_mask_hides_where_it_is_true() -> None:
-    config: Any = None
-    query, key, value = (torch.randn(n, 1, 2, 8, dtype=torch.float64) for n in (1, 5, 5))
-    hidden = torch.tensor([False, True, False, True, False])
-    masked = FusedAttention(config)(query, key, value, hidden.view(1, 1, 1, 5))
-    without = FusedAttention(config)(query, key[~hidden], value[~hidden], None)
-    torch.testing.assert_close(masked, without, atol=1e-14, rtol=0)
+    attention = RowAttention(config, frequencies=FREQUENCIES)
+    places = torch.tensor([[0, 1, -1], [2, 3, 4]])
+    base = [torch.randn(5, 1, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+    before = attention(*base, places)
+    for token in range(5):
+        changed = [x.clone() for x in base]
+        for x in changed:
+            x[token] += 1
+        moved = (attention(*changed, places) != before).flatten(1).any(1).tolist()
+        row = range(2) if token < 2 else range(2, 5)
+        assert moved == [other in row and other >= token for other in range(5)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

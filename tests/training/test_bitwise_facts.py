@@ -140,7 +140,7 @@ def _compare(found: dict[str, float], expected: dict[str, float]) -> None:
     assert found.keys() == expected.keys()
     assert expected["policy/gradient_norm"] > 0
     for name, value in expected.items():
-        if not name.startswith("time/"):
+        if not name.startswith(("time/", "batch/")):  # what is computed beside it depends on the layout
             assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 

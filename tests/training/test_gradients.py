@@ -44,8 +44,10 @@ from tests.training.running import (
 )
 
 Gradients = dict[str, dict[str, Tensor]]  # model of a method -> tensor by name
-Found = dict[Any, tuple[Gradients, Any]]  # (dtype, micro_size) -> gradients, what the experience settled
-NUM_ROWS, MICRO_SIZES = 16, (4, 1)
+Microbatches = tuple[int, int | None]  # batch.micro_size, batch.micro_tokens
+Found = dict[Any, tuple[Gradients, Any]]  # (dtype, microbatches) -> gradients, what the experience settled
+NUM_ROWS = 16
+MICROBATCHES: tuple[Microbatches, ...] = ((4, None), (1, None), (4, 100))
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-11}  # of ||a - b|| / ||b||: sums in another order
 UNUSED = ("own_model classifier", "score.weight")  # the value head of a critic-shaped model that only classifies
 PPO = {
@@ -55,14 +57,14 @@ PPO = {
 }
 
 
-def _supervised(root: Path, layout: ParallelLayout, micro_size: int, dtype: torch.dtype) -> Gradients:
+def _supervised(root: Path, layout: ParallelLayout, cut: Microbatches, dtype: torch.dtype) -> Gradients:
     tokenizer = Tokenizer.read(root / "policy")
     limits = {"max_tokens": 48, "max_prompt_tokens": 32}
     share = NUM_ROWS // layout.dp_size
     mine = range(layout.dp_rank * share, (layout.dp_rank + 1) * share)
     texts = to_device(DemonstrationDataset(root / "demonstrations.jsonl", tokenizer, **limits).collate(mine), layout)
     pairs = to_device(PreferenceDataset(root / "preferences.jsonl", tokenizer, **limits).collate(mine), layout)
-    common: dict[str, Any] = {"micro_size": micro_size, "dtype": dtype}
+    common: dict[str, Any] = {"micro_size": cut[0], "micro_tokens": cut[1], "dtype": dtype}
     scored = fill_ref_log_probs(pairs, build(root / "other", layout, "lm", **common))
     work = {
         "sft": ("policy", "lm", texts, sft_loss),
@@ -75,19 +77,21 @@ def _supervised(root: Path, layout: ParallelLayout, micro_size: int, dtype: torc
     for name, (directory, head, batch, loss_fn) in work.items():
         model = build(root / directory, layout, head, kind=GradientModel, **common)
         if name.endswith("one microbatch"):
-            model.micro_size = share
+            model.micro_size, model.micro_tokens = share, None
         per = "token" if name.startswith("sft") else "row"
         model.update(Part(batch=batch, loss_fn=loss_fn, per=per), lr=0.0)
         found[name] = model.gradients[0]
     return found
 
 
-def _ppo(root: Path, layout: ParallelLayout, micro_size: int, dtype: torch.dtype) -> tuple[Gradients, Any]:
+def _ppo(root: Path, layout: ParallelLayout, cut: Microbatches, dtype: torch.dtype) -> tuple[Gradients, Any]:
     """(gradients, omega and c and the rest of the experience of all ranks, by method)."""
     gradients, settled = {}, {}
     for name, gil in PPO.items():
         config = ppo_config(
-            gil=gil, batch={"micro_size": micro_size}, ppo={"clip_range": 0.05, "value_clip_range": 0.1}
+            gil=gil,
+            batch={"micro_size": cut[0], "micro_tokens": cut[1]},
+            ppo={"clip_range": 0.05, "value_clip_range": 0.1},
         )
         trainer = make_trainer(config, root, layout, kind=GradientModel, dtype=dtype)
         rollout = trainer.sample(trainer.prompts.batch(0))
@@ -115,20 +119,20 @@ def _as_if_older(experience: Experience, sample_ids: Tensor) -> Experience:
     return replace(experience, log_probs=experience.log_probs + noise[0], values=experience.values + 2 * noise[1])
 
 
-def _all(layout: dict[str, Any], root: Path, micro_sizes: tuple[int, ...]) -> Found:
+def _all(layout: dict[str, Any], root: Path, cuts: tuple[Microbatches, ...]) -> Found:
     found = {}
     with parallel(layout) as started:
         use_cache(root)
         for dtype in TOLERANCE:
-            for micro_size in micro_sizes:
-                gradients, settled = _ppo(root, started, micro_size, dtype)
-                gradients |= _supervised(root, started, micro_size, dtype)
-                found[dtype, micro_size] = gradients, settled
+            for cut in cuts:
+                gradients, settled = _ppo(root, started, cut, dtype)
+                gradients |= _supervised(root, started, cut, dtype)
+                found[dtype, cut] = gradients, settled
     return found
 
 
-def _run(layout: dict[str, Any], root: Path, micro_sizes: tuple[int, ...]) -> Found:
-    ranks = run_ranks(_all, world_size(layout), layout, root, micro_sizes)
+def _run(layout: dict[str, Any], root: Path, cuts: tuple[Microbatches, ...]) -> Found:
+    ranks = run_ranks(_all, world_size(layout), layout, root, cuts)
     merged = {}
     for key, (gradients, settled) in ranks[0].items():
         merged[key] = {name: merge([rank[key][0][name] for rank in ranks]) for name in gradients}, settled
@@ -137,7 +141,7 @@ def _run(layout: dict[str, Any], root: Path, micro_sizes: tuple[int, ...]) -> Fo
 
 @pytest.fixture(scope="module")
 def one_rank(world: Path) -> Found:
-    return _run(ONE, world, MICRO_SIZES)
+    return _run(ONE, world, MICROBATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +166,10 @@ def _worst(found: Gradients, expected: Gradients) -> dict[str, float]:
     return worst
 
 
-def _check(found: Found, expected: Found, dtype: torch.dtype, micro_size: int = MICRO_SIZES[0]) -> None:
-    (gradients, settled), (expected_gradients, expected_settled) = found[dtype, micro_size], expected[dtype, 4]
+def _check(found: Found, expected: Found, dtype: torch.dtype, cut: Microbatches = MICROBATCHES[0]) -> None:
+    (gradients, settled), (expected_gradients, expected_settled) = found[dtype, cut], expected[dtype, MICROBATCHES[0]]
     worst = _worst(gradients, expected_gradients)
-    print(f"{dtype}, microbatches of {micro_size}:", {name: f"{error:.1e}" for name, error in worst.items()})
+    print(f"{dtype}, microbatches of {cut}:", {name: f"{error:.1e}" for name, error in worst.items()})
     assert max(worst.values()) <= TOLERANCE[dtype], worst
     for method, numbers in expected_settled.items():
         for name, number in numbers.items():
@@ -175,8 +179,8 @@ def _check(found: Found, expected: Found, dtype: torch.dtype, micro_size: int = 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_any_cut_into_microbatches(one_rank: Found, dtype: torch.dtype) -> None:
-    for micro_size in MICRO_SIZES[1:]:
-        _check(one_rank, one_rank, dtype, micro_size)
+    for cut in MICROBATCHES[1:]:
+        _check(one_rank, one_rank, dtype, cut)
 
 
 def test_tensor_parallel(tensor_parallel: Found, one_rank: Found) -> None:
@@ -186,7 +190,7 @@ def test_tensor_parallel(tensor_parallel: Found, one_rank: Found) -> None:
 
 @pytest.mark.parametrize("layout", [TP2_SP, DP2], ids=layout_name)
 def test_sequence_and_data_parallel(layout: dict[str, Any], world: Path, one_rank: Found) -> None:
-    found = _run(layout, world, MICRO_SIZES[:1])
+    found = _run(layout, world, MICROBATCHES[:1])
     for dtype in TOLERANCE:
         _check(found, one_rank, dtype)
 
@@ -197,7 +201,7 @@ def test_pipeline_cuts_are_bitwise(
 ) -> None:
     """A tied embedding's two contributions lie on two stages: over several microbatches each stage sums its own first,
     which is another order than one rank's. With one microbatch they are two numbers, and equal bits again."""
-    found, uncut = _run(layout, world, MICRO_SIZES[:1]), tensor_parallel if layout == TP2_PP2 else one_rank
+    found, uncut = _run(layout, world, MICROBATCHES[:1]), tensor_parallel if layout == TP2_PP2 else one_rank
     for dtype in TOLERANCE:
         worst = _worst(found[dtype, 4][0], uncut[dtype, 4][0])
         assert 0 < worst.pop("sft tied") <= TOLERANCE[dtype]

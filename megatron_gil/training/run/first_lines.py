@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_gil.config import CommandConfig, TrainConfig
+from megatron_gil.config import BatchPlan, CommandConfig, TrainConfig
 from megatron_gil.data.rows.dataset import RowDataset
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.kernels import Kernels, attention_backend
@@ -96,9 +96,8 @@ def _layout(config: CommandConfig, layout: ParallelLayout) -> str:
     text += ", sequence-parallel" if parallel.sequence_parallel else ""
     text += ", optimizer sharded" if parallel.distributed_optimizer else ""
     if isinstance(config, TrainConfig):
-        batch = config.batch
-        count = batch.global_size // (layout.dp_size * batch.micro_size)
-        text += f"; an update is {count} microbatch(es) of {batch.micro_size} on each"
+        plan = BatchPlan.of(layout.world_size, parallel, config.batch)
+        text += f"; an update is {plan.microbatches} on each"
     return text
 
 

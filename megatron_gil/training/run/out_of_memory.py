@@ -34,7 +34,9 @@ def explain_out_of_memory(error: BaseException, progress: Progress, config: Any)
         text += f" and {sampling.max_new_tokens} new ones; lower sampling.micro_size{size}"
         text += " or sampling.max_new_tokens"
     elif shape:
-        text += f"; lower batch.micro_size={config.batch.micro_size}, set models.recompute=full"
+        batch = config.batch
+        key = "micro_size" if batch.micro_tokens is None else "micro_tokens"
+        text += f"; lower batch.{key}={getattr(batch, key)}, set models.recompute=full"
         text += " or raise parallel.tensor_size"
     else:
         text += "; raise parallel.tensor_size or parallel.pipeline_size, or give the process more memory"
