@@ -57,6 +57,8 @@ def build_model(
     if not use.trained:
         model = MegatronModel(spec, layout, **common)
         _load(model, model_path(config, use))
+        if isinstance(config, TrainConfig):  # else it is the only model, and always read
+            model.offload()
         return model
     assert isinstance(config, TrainConfig)
     model = kind(
