@@ -241,13 +241,13 @@ class TrainableModel(MegatronModel):
 
     def offload(self) -> None:
         """Until the next update: the optimizer's state waits in host memory, the gradient buffers are not there."""
-        if self._offload == "all":
+        if self._offload in ("rollout", "all"):
             self._free_gradients()
             if self.optimizer is not None:
                 self.optimizer.offload()
 
     def _free_gradients(self) -> None:
-        # Whatever reads or writes the buffers is queued before this on the same stream: there is nothing to wait for.
+        # What reads or writes the buffers is queued before this, on the same stream: there is nothing to wait for.
         self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
 
     def set_num_steps(self, num_steps: int) -> None:
@@ -304,6 +304,8 @@ class TrainableModel(MegatronModel):
         if not taken:
             self._skipped.append(self._explain(norm, found.losses))
         if self._offload == "all":
+            self.offload()
+        elif self._offload == "rollout":
             self._free_gradients()
         metrics = {**found.metrics, "gradient_norm": norm, "learning_rate": lr, "skipped": float(not taken)}
         return Update(metrics=metrics, row_numbers=found.row_numbers)

@@ -139,7 +139,8 @@ class ModelOptimizer:
         return [tensor for tensor in found if tensor.untyped_storage().data_ptr() not in weights]
 
     def fragments(self) -> Iterator[Fragment]:
-        """One per parameter of this rank, in the model's order; the state is created where there is none yet."""
+        """One per parameter of this rank, in the model's order; the state is created where there is none yet, and comes
+        back from the host until `offload` is called again."""
         self._restore()
         for part in self._optimizer.chained_optimizers:
             self._create_state(part)

@@ -29,6 +29,8 @@ def build_models(
     for use in checked.uses:
         progress.safe_point(f"building {use.role}")
         models[use.role] = build_model(config, use, checked.specs[use.role], layout)
+        if isinstance(config, TrainConfig):  # else it is the only model, and always read
+            models[use.role].offload()
     return models
 
 
@@ -57,8 +59,6 @@ def build_model(
     if not use.trained:
         model = MegatronModel(spec, layout, **common)
         _load(model, model_path(config, use))
-        if isinstance(config, TrainConfig):  # else it is the only model, and always read
-            model.offload()
         return model
     assert isinstance(config, TrainConfig)
     model = kind(
