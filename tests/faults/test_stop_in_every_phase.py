@@ -97,7 +97,7 @@ def test_a_stop_while_models_wait_on_the_host(
     phases = ("rollout", "scoring by ref_policy", "evaluation")
     calls = []
     for place, phase in enumerate(phases):
-        run = arguments("ppo", world, tmp_path / str(place), "models.offload=all", "parallel.distributed_optimizer=true")
+        run = arguments("ppo", world, tmp_path / str(place), "models.offload=all")
         calls += [Call(run, Interruption(phase, 3, signal.SIGTERM, rank=1)), Call(run)]
     for answers in run_ranks(call_all, 2, calls, world):
         assert [answer.code for answer in answers] == [75, 0] * len(phases), answers[0].stderr
