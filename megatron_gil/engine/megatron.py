@@ -115,6 +115,11 @@ class MegatronModel:
             self._weights = self._weights or HostCopies(self.module.parameters(), constant=True)
             self._weights.offload()
 
+    @property
+    def host_bytes(self) -> int:
+        """What `offload` has taken of this process's host memory."""
+        return self._weights.num_bytes if self._weights else 0
+
     def _resident(self) -> AbstractContextManager[None]:
         """Inside, the weights are on the device."""
         return self._weights.restored() if self._weights else nullcontext()
@@ -245,6 +250,10 @@ class TrainableModel(MegatronModel):
             self._free_gradients()
             if self.optimizer is not None:
                 self.optimizer.offload()
+
+    @property
+    def host_bytes(self) -> int:
+        return self.optimizer.host_bytes if self.optimizer is not None else 0
 
     def _free_gradients(self) -> None:
         # What reads or writes the buffers is queued before this, on the same stream: there is nothing to wait for.

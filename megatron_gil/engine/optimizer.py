@@ -123,6 +123,10 @@ class ModelOptimizer:
         self._host_copies = self._host_copies or HostCopies(self._state_tensors())
         self._host_copies.offload()
 
+    @property
+    def host_bytes(self) -> int:
+        return self._host_copies.num_bytes if self._host_copies is not None else 0
+
     def _restore(self) -> None:
         if self._host_copies is not None:
             self._host_copies.restore()
