@@ -22,6 +22,7 @@ from megatron_gil.config import (
 from megatron_gil.config.files import dump_config
 from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
+from megatron_gil.planning.search import OFFLOADS
 from megatron_gil.planning.workload import Workload, read_workload
 from megatron_gil.training.check_run import CheckedRun, check_run, count_updates
 
@@ -48,7 +49,7 @@ def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Conso
         ranks = [rank_memory(workload, cut, pp_rank) for pp_rank in range(cut.pp_size)]
         for pp_rank, rank in enumerate(ranks):
             console.print(memory_table(rank, _rank_title(workload, cut, pp_rank)))
-        _check_memory(ranks, arguments.gpu_memory)
+        _check_memory(ranks, arguments.gpu_memory, _fitting_offload(workload, cut, arguments.gpu_memory))
     return 0
 
 
@@ -89,7 +90,17 @@ def _rank_title(workload: Workload, cut: Cut, pp_rank: int) -> str:
     return f"{ranks}: {held}{share}"
 
 
-def _check_memory(ranks: list[RankMemory], gpu_memory: float | None) -> None:
+def _fitting_offload(workload: Workload, cut: Cut, gpu_memory: float | None) -> str | None:
+    """The least of models.offload with which the run fits."""
+    for offload in OFFLOADS[OFFLOADS.index(workload.offload) :]:
+        tried = workload.with_offload(offload)
+        peak = max(rank_memory(tried, cut, pp_rank).peak for pp_rank in range(cut.pp_size))
+        if gpu_memory is None or peak <= gpu_memory * GIB:
+            return offload
+    return None
+
+
+def _check_memory(ranks: list[RankMemory], gpu_memory: float | None, offload: str | None) -> None:
     worst = max(range(len(ranks)), key=lambda i: ranks[i].peak)
     peak = ranks[worst].peak / GIB
     phase = ranks[worst].worst_phase
@@ -102,6 +113,8 @@ def _check_memory(ranks: list[RankMemory], gpu_memory: float | None) -> None:
                 f" or parallel.pipeline_size (to sample, the rank receives {received:.1f} GiB of the others' weights)"
             )
         fix += "; "
+    if offload is not None:
+        fix = f"models.offload={offload} fits; {fix}"
     if gpu_memory is not None and peak > gpu_memory:
         raise ConfigError(
             f"estimated {peak:.1f} GiB on pipeline rank {worst} ({phase}) do not fit in --gpu-memory "

@@ -17,7 +17,7 @@ from megatron_gil.planning.hardware import GPUS, Assumptions, Gpu
 from megatron_gil.planning.memory import GIB, MIB, OVERHEAD_BYTES, Cut, SizedModel, num_parameters
 from megatron_gil.planning.presets import ppo_config, read_model, recipe
 from megatron_gil.planning.rank import RankMemory
-from megatron_gil.planning.search import Plan, advice, find_plans, limits
+from megatron_gil.planning.search import Plan, advice, find_plans, limits, offload_lines
 from megatron_gil.planning.workload import Workload, read_workload
 
 DAY = 86400.0
@@ -43,7 +43,7 @@ def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
     if best.workload.global_size != workload.global_size:
         console.print(_batch_line(best, workload), markup=False)
     console.print(_memory_table(best))
-    for line in advice(plans, memory):
+    for line in (*offload_lines(plans), *advice(plans, memory)):
         console.print(f"- {line}", markup=False)
     if best.fits:
         if arguments.config is None and not arguments.overrides:
@@ -112,6 +112,8 @@ def memory_table(rank: RankMemory, title: str) -> Table:
     short = {"gradients": "grads", "optimizer": "optim", "activations": "activ"}
     unit, name = (GIB, "GiB") if rank.held >= GIB else (MIB, "MiB")
     table = _table(f"{title}; {name}, estimated")
+    if any(waiting.total for waiting in rank.waiting.values()):
+        table.caption = "below 0: what waits on the host meanwhile, or has no memory (models.offload)"
     table.add_column("", no_wrap=True)
     for name in (*(short.get(part, part) for part in parts), "total"):
         table.add_column(name, justify="right")
@@ -124,7 +126,9 @@ def memory_table(rank: RankMemory, title: str) -> Table:
         add(role, found, held.total)
     table.add_section()
     for phase, found in rank.phases.items():
-        add(f"+ {phase}", dict(found), sum(found.values()))
+        waiting = rank.waiting[phase]
+        change = {part: found.get(part, 0) - getattr(waiting, part, 0) for part in parts}
+        add(f"+ {phase}", change, sum(change.values()))
     table.add_section()
     table.add_row("+ overhead", *[""] * len(parts), f"{OVERHEAD_BYTES / unit:.2f}")
     table.add_row(f"peak ({rank.worst_phase})", *[""] * len(parts), f"{rank.peak / unit:.2f}")
@@ -134,17 +138,20 @@ def memory_table(rank: RankMemory, title: str) -> Table:
 def _recipe_table(spec: LlamaSpec, num_gpus: int, memory: int, gpu: Gpu, assume: Assumptions) -> Table:
     """Days of every training run of the reproduction, each in its own best layout."""
     table = _table("the reproduction's recipe")
-    for name in ("run", "tp x pp x dp", "iterations", "s each", "days"):
-        table.add_column(name, justify="left" if name == "run" else "right")
+    for name in ("run", "tp x pp x dp", "offload", "iterations", "s each", "days"):
+        table.add_column(name, justify="left" if name in ("run", "offload") else "right")
     total = 0.0
     for name, stage in recipe().items():
         workload = read_workload(stage.config, lambda role: spec)
         best = find_plans(workload, num_gpus, memory, gpu, assume)[0]
         days = stage.num_iterations * best.time.total / DAY
         total += days
-        table.add_row(name, str(best.cut), f"{stage.num_iterations:,}", f"{best.time.total:.1f}", f"{days:.2f}")
+        offload = best.workload.offload
+        table.add_row(
+            name, str(best.cut), offload, f"{stage.num_iterations:,}", f"{best.time.total:.1f}", f"{days:.2f}"
+        )
     table.add_section()
-    table.add_row("all, one after the other", "", "", "", f"{total:.1f}")
+    table.add_row("all, one after the other", "", "", "", "", f"{total:.1f}")
     return table
 
 

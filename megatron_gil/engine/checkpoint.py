@@ -94,6 +94,7 @@ class CheckpointStore:
                 model, beside / role, self._small_files, files, extra_config=(extra_config or {}).get(role)
             )
             renames |= save_optimizer(model, beside / f"{role}.optimizer", files)
+            model.offload()  # the states of two models need not fit at once
         if self._layout.is_main:
             steps = {role: model.num_steps for role, model in models.items()}
             content = {"iteration": iteration, "steps": steps, "state": state}
@@ -149,6 +150,7 @@ class CheckpointStore:
                 raise CheckpointError(f"{path}: holds no {role}; it is of another kind of run")
             load_weights(model.module, model.spec, path / role, self._layout)
             load_optimizer(model, path / f"{role}.optimizer", content["steps"][role])
+            model.offload()
         return LoadedState(content["iteration"], content["state"])
 
     def _on_main(self, iteration: int, act: Callable[[], None]) -> None:

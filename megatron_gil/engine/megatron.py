@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_gil.config import ModelsSection, OptimizerSection
+from megatron_gil.engine.offload import HostCopies
 from megatron_gil.engine.optimizer import ModelOptimizer
 from megatron_gil.engine.packing import Microbatch, cut
 from megatron_gil.engine.protocol import Part, Update
@@ -101,6 +103,8 @@ class MegatronModel:
         self.head: Head = head
         self.num_groups = num_groups if num_groups > 1 else 0
         self.dtype = dtype or DTYPES[models.dtype]
+        self._offload = models.offload
+        self._weights: HostCopies | None = None
         self._module = build_model(
             spec,
             layout,
@@ -122,6 +126,22 @@ class MegatronModel:
         """Fill the weights from a Hugging Face directory; the head tensors that it lacks (they stay zero)."""
         return load_weights(self.module, self.spec, directory, self.layout)
 
+    def offload(self) -> None:
+        """Let what nobody reads for now wait in host memory, as far as models.offload says: of a frozen model the
+        weights, which `evaluate` brings back for as long as it runs."""
+        if self._offload != "none":
+            self._weights = self._weights or HostCopies(self.module.parameters(), constant=True)
+            self._weights.offload()
+
+    @property
+    def host_bytes(self) -> int:
+        """What `offload` has taken of this process's host memory."""
+        return self._weights.num_bytes if self._weights else 0
+
+    def _resident(self) -> AbstractContextManager[None]:
+        """Inside, the weights are on the device."""
+        return self._weights.restored() if self._weights else nullcontext()
+
     @torch.no_grad()
     def evaluate(self, batch: Any, *, entropy: bool = False, temperature: float = 1.0) -> Readout:
         """What the model says of this rank's rows; on every tensor- and pipeline-parallel rank. No gradient.
@@ -133,8 +153,9 @@ class MegatronModel:
         def read(output: Tensor, microbatch: Microbatch) -> Readout:
             return self._read(output, microbatch, entropy=entropy, temperature=temperature)
 
-        readouts = self._run([(m, read) for m in microbatches], forward_only=True)
-        return self._share([r.row_index for r in microbatches], readouts, batch, entropy)
+        with self._resident():
+            readouts = self._run([(m, read) for m in microbatches], forward_only=True)
+        return self._share([m.row_index for m in microbatches], readouts, batch, entropy)
 
     def _read(self, output: Tensor, microbatch: Microbatch, *, entropy: bool, temperature: float) -> Readout:
         return read_output(
@@ -253,6 +274,21 @@ class TrainableModel(MegatronModel):
             self.optimizer.reload_master_weights()
         return absent
 
+    def offload(self) -> None:
+        """Until the next update: the optimizer's state waits in host memory, the gradient buffers are not there."""
+        if self._offload in ("rollout", "all"):
+            self._free_gradients()
+            if self.optimizer is not None:
+                self.optimizer.offload()
+
+    @property
+    def host_bytes(self) -> int:
+        return self.optimizer.host_bytes if self.optimizer is not None else 0
+
+    def _free_gradients(self) -> None:
+        # What reads or writes the buffers is queued before this, on the same stream: there is nothing to wait for.
+        self.ddp.offload_grad_buffers(synchronize=False, empty_cache=False)
+
     def set_num_steps(self, num_steps: int) -> None:
         """Continue Adam's bias correction after this many steps."""
         assert self.optimizer is not None
@@ -266,6 +302,7 @@ class TrainableModel(MegatronModel):
 
     def accumulate(self, *parts: Part) -> Accumulated:
         """Sum the gradient of every part into the gradient buffers and divide it by the terms of the first part."""
+        self.ddp.restore_grad_buffers(synchronize=False)  # which does nothing where they are there
         self.ddp.zero_grad_buffer()
         # FP32Optimizer leaves each .grad an alias of its main_grad: the next backward would add the two, twice the
         # first microbatch.
@@ -307,6 +344,10 @@ class TrainableModel(MegatronModel):
         self.num_steps += taken
         if not taken:
             self._skipped.append(self._explain(norm, found.losses))
+        if self._offload == "all":
+            self.offload()
+        elif self._offload == "rollout":
+            self._free_gradients()
         metrics = {**found.metrics, "gradient_norm": norm, "learning_rate": lr, "skipped": float(not taken)}
         return Update(metrics=metrics, row_numbers=found.row_numbers)
 

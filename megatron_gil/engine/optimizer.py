@@ -16,6 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_gil.config import OptimizerSection
+from megatron_gil.engine.offload import HostCopies
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -69,6 +70,7 @@ class ModelOptimizer:
         )
         self._optimizer: Any = get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)  # ChainedOptimizer
         self._device = next(ddp.parameters()).device
+        self._host_copies: HostCopies | None = None
         if self._device.type == "cuda":
             self._fuse()
 
@@ -91,6 +93,7 @@ class ModelOptimizer:
 
     def step(self, lr: float) -> tuple[bool, float]:
         """(took the step, global gradient norm before clipping); with a norm that is not finite no rank steps."""
+        self._restore()
         self._optimizer.prepare_grads()
         norm = self._gradient_norm()
         if not math.isfinite(norm):
@@ -114,8 +117,35 @@ class ModelOptimizer:
         dist.all_reduce(squared, group=self._optimizer.get_grad_stats_parallel_group())
         return squared.item() ** 0.5
 
+    def offload(self) -> None:
+        """Let Adam's moments, and the master weights where there are any, wait in host memory until they are next
+        needed."""
+        self._host_copies = self._host_copies or HostCopies(self._state_tensors())
+        self._host_copies.offload()
+
+    @property
+    def host_bytes(self) -> int:
+        return self._host_copies.num_bytes if self._host_copies is not None else 0
+
+    def _restore(self) -> None:
+        if self._host_copies is not None:
+            self._host_copies.restore()
+
+    def _state_tensors(self) -> list[Tensor]:
+        """All that is not the model's: in float32 the optimizer's parameters are the model's own weights."""
+        weights = {param.untyped_storage().data_ptr() for param in self._ddp.parameters()}
+        found: list[Tensor] = []
+        for part in self._optimizer.chained_optimizers:
+            self._create_state(part)
+            for group in part.optimizer.param_groups if part.optimizer is not None else ():
+                for param in group["params"]:
+                    found += [param, *(part.optimizer.state[param][key] for key in MOMENTS)]
+        return [tensor for tensor in found if tensor.untyped_storage().data_ptr() not in weights]
+
     def fragments(self) -> Iterator[Fragment]:
-        """One per parameter of this rank, in the model's order; the state is created where there is none yet."""
+        """One per parameter of this rank, in the model's order; the state is created where there is none yet, and comes
+        back from the host until `offload` is called again."""
+        self._restore()
         for part in self._optimizer.chained_optimizers:
             self._create_state(part)
         for name, param in self._ddp.module.named_parameters():
@@ -171,6 +201,7 @@ class ModelOptimizer:
 
     def reload_master_weights(self) -> None:
         """Copy the model's weights into the master weights; after weights were loaded without optimizer state."""
+        self._restore()
         self._optimizer.reload_model_params()
 
 

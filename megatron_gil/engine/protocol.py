@@ -60,6 +60,10 @@ class FrozenEngine(Protocol):
         """What the model says of this rank's rows (types with `tokens` and `lengths`); no gradient."""
         ...
 
+    def offload(self) -> None:
+        """Let what nobody reads for now wait in host memory, where models.offload says so."""
+        ...
+
 
 class Engine(FrozenEngine, Protocol):
     """A model that learns."""

@@ -70,7 +70,7 @@ class Slots:
         self._known_eos_ids = torch.tensor(known, dtype=torch.int64, device=device)
         self._columns = torch.arange(answers.width, device=device)
         self._shrinks, self._unit = not capture, BUCKET if capture else BUCKET // 4
-        self._step = CapturedSteps(self._choose) if capture else self._choose
+        self._graphs = CapturedSteps() if capture else None
         lengths, tokens = prompts.lengths.tolist(), prompts.tokens.tolist()
         self._prompts = [tuple(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
         self._queue = list(range(num_rows))[::-1]
@@ -170,6 +170,12 @@ class Slots:
         if pairs:
             sources, targets = torch.tensor(pairs, device=self._rows.device).unbind(1)
             self._decoder.copy(sources, targets, max(len(self._held[target]) for _, target in pairs))
+
+    def _step(self, columns: int) -> None:
+        if self._graphs is None:
+            self._choose(columns)
+        else:
+            self._graphs(self._choose, columns)
 
     def _choose(self, columns: int) -> None:
         """One token for every slot. A slot that has ended goes on: its tokens land behind the end of its row."""

@@ -1,8 +1,9 @@
 """Ranks, process groups, collectives.
 
-Importing it silences three warnings that no user can act on. megatron.core warns that the optional Transformer Engine
-and Apex are missing; it then uses torch, as we do. It calls functions that torch has renamed, and torch warns of each.
-And it imports torch's compiler, which warns on a machine that has nvcc and no GPU.
+Importing it silences four warnings that no user can act on. megatron.core warns that the optional Transformer Engine
+and Apex are missing; it then uses torch, as we do. It calls functions that torch has renamed, and torch warns of each;
+where it frees gradient buffers, of a class that torch will remove. And it imports torch's compiler, which warns on a
+machine that has nvcc and no GPU.
 """
 
 import logging
@@ -11,6 +12,7 @@ import warnings
 for _message, _category in (
     (r"(Transformer Engine and )?Apex (is|are) not installed", UserWarning),
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+    (r"TypedStorage is deprecated", UserWarning),
 ):
     warnings.filterwarnings("ignore", message=_message, category=_category)
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime is found" not in record.msg)

@@ -23,6 +23,8 @@ PREFILL_TOKENS = 1 << 14
 """At most so many tokens of prompts are read at once, padding included (engine/slots.py)."""
 SAMPLING_BYTES = 32
 """For each logit while a token is chosen: float32 copies, the sorted values with their indices, and running sums."""
+HOST_BANDWIDTH = 20e9
+"""Bytes per second between a GPU and pinned host memory (models.offload). Assumed: PCIe 4.0 has 32e9 at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """Bytes that one model holds all the time."""
+    """Bytes that one model holds from one iteration to the next; with models.offload, some of them on the host."""
 
     weights: int
     gradients: int = 0
@@ -86,6 +88,13 @@ class Resident:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
+
+    def __add__(self, other: Resident) -> Resident:
+        return Resident(
+            weights=self.weights + other.weights,
+            gradients=self.gradients + other.gradients,
+            optimizer=self.optimizer + other.optimizer,
+        )
 
 
 def num_parameters(model: SizedModel, cut: Cut, pp_rank: int) -> int:
@@ -113,6 +122,22 @@ def resident(model: SizedModel, cut: Cut, pp_rank: int, precision: Precision) ->
     state = 12 if precision.dtype_bytes == 2 else 8
     shared = cut.dp_size if cut.distributed_optimizer else 1
     return Resident(weights=precision.dtype_bytes * count, gradients=4 * count, optimizer=state * count // shared)
+
+
+def waiting(model: SizedModel, held: Resident, offload: str, phase: str) -> Resident:
+    """What models.offload keeps of a model off the device in a phase: rollout, score ROLE, update ROLE or step ROLE."""
+    act, _, role = phase.partition(" ")
+    if not model.trained:
+        return Resident(weights=held.weights if offload != "none" and role != model.role else 0)
+    if offload not in ("rollout", "all"):
+        return Resident(weights=0)
+    updates = act in ("update", "step")
+    steps = updates if offload == "rollout" else phase == f"step {model.role}"
+    return Resident(
+        weights=0,
+        gradients=0 if updates and role == model.role else held.gradients,
+        optimizer=0 if steps else held.optimizer,
+    )
 
 
 def saved_activations(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_gil.config import ConfigError
 from megatron_gil.models.llama import check_layout
 from megatron_gil.planning.hardware import Assumptions, Gpu
-from megatron_gil.planning.memory import GIB, Cut
+from megatron_gil.planning.memory import GIB, HOST_BANDWIDTH, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.timing import IterationTime, checkpoint_bytes, iteration_time
 from megatron_gil.planning.workload import Workload
 
 MICRO_SIZES = (8, 4, 2, 1)
+OFFLOADS = ("none", "frozen", "rollout", "all")
 MOST_PIPELINE_RANKS = 16
 MOST_GROWTH = 1.125
 """Where the replicas of a layout cannot share the batch evenly, the batch may grow up to this factor so that they
@@ -22,7 +23,8 @@ can."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One layout with the largest microbatch that fits, activations recomputed only where they must be."""
+    """One layout with the largest microbatch that fits; activations are recomputed only where they must be, and models
+    wait on the host only where it does not fit without."""
 
     cut: Cut
     workload: Workload
@@ -64,10 +66,10 @@ def advice(plans: Sequence[Plan], memory_bytes: int) -> list[str]:
         return []
     over = best.worst.peak - memory_bytes
     lines = [
-        f"nothing fits: {best.cut} comes nearest and lacks {over / GIB:.1f} GiB "
+        f"nothing fits, models.offload={best.workload.offload} included: {best.cut} comes nearest and lacks {over / GIB:.1f} GiB "
         f"(pipeline rank {best.worst_pp_rank}, phase {best.worst.worst_phase})"
     ]
-    phases, held = best.worst.phases, best.worst.held
+    phases, held = best.worst.phases, best.worst.held_in(best.worst.worst_phase)
     if "rollout" in phases and best.worst.worst_phase == "rollout":
         lines.append("lower sampling.micro_size: the key-value cache shrinks with it")
         received = phases["rollout"]["weights"]
@@ -89,6 +91,35 @@ def advice(plans: Sequence[Plan], memory_bytes: int) -> list[str]:
     if any(model.role in ("critic", "classifier") and model.trained for model in best.workload.models):
         lines.append("or start critic and reward model from a smaller Llama, or set ppo.advantages=rloo: no critic")
     return lines
+
+
+def offload_lines(plans: Sequence[Plan]) -> list[str]:
+    """Which layouts need models.offload, and what it costs or would save in the best one. Empty where none fits."""
+    best, lines = plans[0], []
+    if not best.fits:
+        return lines
+    needs = [f"{plan.cut} ({plan.workload.offload})" for plan in plans if plan.fits and plan.workload.offload != "none"]
+    if needs:
+        lines.append(f"these fit only with models.offload: {', '.join(needs)}")
+    offload, peaks = best.workload.offload, {name: _peak(best, name) / GIB for name in OFFLOADS}
+    if offload == "none":
+        saved = ", ".join(f"{name} {peaks['none'] - peak:.1f}" for name, peak in peaks.items() if name != "none")
+        lines.append(f"models.offload would take off the fullest GPU of {best.cut}, in GiB: {saved}")
+        return lines
+    host = max(rank.host for rank in best.ranks) / GIB
+    seconds = max(sum(rank.moved.values()) for rank in best.ranks) / HOST_BANDWIDTH
+    lines.append(
+        f"models.offload={offload}: without it the fullest GPU of {best.cut} needs {peaks['none']:.1f} GiB. It takes "
+        f"{host:.1f} GiB of host memory for each GPU, and {seconds:.1f} s an iteration (within score and update) to move "
+        f"them at {HOST_BANDWIDTH / 1e9:.0f} GB/s"
+    )
+    return lines
+
+
+def _peak(plan: Plan, offload: str) -> int:
+    """Of the fullest GPU of the same plan with another models.offload."""
+    workload = plan.workload.with_offload(offload)
+    return max(rank_memory(workload, plan.cut, pp_rank).peak for pp_rank in range(plan.cut.pp_size))
 
 
 def limits(plan: Plan, assume: Assumptions) -> list[str]:
@@ -160,20 +191,28 @@ def _is_possible(workload: Workload, cut: Cut) -> bool:
 
 
 def _plan(workload: Workload, cut: Cut, memory_bytes: int, gpu: Gpu, assume: Assumptions) -> Plan:
-    candidates = []
+    """The fastest that fits, with as little of models.offload as that takes; else the smallest."""
+    candidates: list[Plan] = []
+    for offload in OFFLOADS[OFFLOADS.index(workload.offload) :]:
+        candidates += _candidates(workload.with_offload(offload), cut, memory_bytes, gpu, assume)
+        if any(plan.fits for plan in candidates):
+            break
+    return min(candidates, key=lambda p: (not p.fits, p.time.total if p.fits else p.worst.peak))
+
+
+def _candidates(workload: Workload, cut: Cut, memory_bytes: int, gpu: Gpu, assume: Assumptions) -> Iterator[Plan]:
     for recompute in ("none", "full"):
         for micro_size in MICRO_SIZES:
             if workload.global_size % (cut.dp_size * micro_size):
                 continue
             tried = workload.with_micro_size(micro_size, recompute)
             ranks = [rank_memory(tried, cut, pp_rank) for pp_rank in range(cut.pp_size)]
-            candidates.append(
-                Plan(
-                    cut=cut,
-                    workload=tried,
-                    ranks=ranks,
-                    time=iteration_time(tried, cut, gpu, assume),
-                    fits=max(rank.peak for rank in ranks) <= memory_bytes,
-                )
+            time = iteration_time(tried, cut, gpu, assume)
+            moving = {act: max(rank.moved[act] for rank in ranks) / HOST_BANDWIDTH for act in ("score", "update")}
+            yield Plan(
+                cut=cut,
+                workload=tried,
+                ranks=ranks,
+                time=replace(time, score=time.score + moving["score"], update=time.update + moving["update"]),
+                fits=max(rank.peak for rank in ranks) <= memory_bytes,
             )
-    return min(candidates, key=lambda p: (not p.fits, p.time.total if p.fits else p.worst.peak))

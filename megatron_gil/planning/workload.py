@@ -43,6 +43,8 @@ class Workload:
     precision: Precision
     rollout: RolloutShape | None = None
     """None: an iteration is one update of the only trained model."""
+    offload: str = "none"
+    """models.offload."""
 
     def num_microbatches(self, cut: Cut) -> int:
         return max(1, self.global_size // (cut.dp_size * self.micro_size))
@@ -76,6 +78,9 @@ class Workload:
     def with_micro_size(self, micro_size: int, recompute: str) -> Workload:
         return replace(self, micro_size=micro_size, precision=replace(self.precision, recompute=recompute))
 
+    def with_offload(self, offload: str) -> Workload:
+        return replace(self, offload=offload)
+
 
 def read_workload(config: CommandConfig, spec_of: Callable[[str], LlamaSpec]) -> Workload:
     """spec_of: the sizes of a model by its role."""
@@ -92,6 +97,7 @@ def read_workload(config: CommandConfig, spec_of: Callable[[str], LlamaSpec]) ->
         num_tokens=config.data.max_tokens if rollout is None else rollout.prompt_tokens + rollout.new_tokens,
         sequences_per_row=2 if isinstance(config, RewardConfig | DpoConfig) else 1,
         rollout=rollout,
+        offload=config.models.offload,
     )
 
 

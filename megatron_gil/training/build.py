@@ -29,6 +29,8 @@ def build_models(
     for use in checked.uses:
         progress.safe_point(f"building {use.role}")
         models[use.role] = build_model(config, use, checked.specs[use.role], layout)
+        if isinstance(config, TrainConfig):  # else it is the only model, and always read
+            models[use.role].offload()
     return models
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from megatron_gil.algo.sampling import choose_tokens
 from megatron_gil.config import SamplingSection
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import EOS_ID, PAD_ID
+from megatron_gil.engine.decoder import Decoder
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.slots import STEPS
 from megatron_gil.parallel.collectives import begin_max_over_ranks
@@ -225,3 +228,23 @@ def _stop(root: Path) -> int:
                 _prompts(), meet=meet
             )
     return chosen
+
+
+def test_the_cache_is_freed_with_the_last_response(world: Path) -> None:
+    assert run_ranks(_decoder_outlives_sampling, 1, world) == [False]
+
+
+def _decoder_outlives_sampling(root: Path) -> bool:
+    """Without Python's search for cycles, which may come much later than the next use of the memory."""
+    made: list[weakref.ref[Decoder]] = []
+
+    def make(*args: Any, **kwargs: Any) -> Decoder:
+        decoder = Decoder(*args, **kwargs)
+        made.append(weakref.ref(decoder))
+        return decoder
+
+    with parallel(ONE) as layout, mock.patch("megatron_gil.engine.generation.Decoder", make):
+        gc.disable()
+        _sample(root, layout, "plain", _prompts())
+        (decoder,) = made
+        return decoder() is not None

@@ -79,7 +79,9 @@ def test_out_of_memory_names_the_batch_and_the_key_to_lower(
     assert f"megatron-gil ppo: rank 1: {expected}" in said[1]
     assert "Traceback" not in "".join(said)
     if name == STEP:
-        assert "lower batch.micro_size=2" in said[1]
+        assert "lower batch.micro_size=2, set models.recompute=full or models.offload=all or raise" in said[1]
+    else:
+        assert "lower sampling.micro_size=2 or sampling.max_new_tokens, or set models.offload=rollout (" in said[1]
     assert f"rank 1 failed in {'rollout' if name == CHOOSE else 'critic update'}: rank 1: out of memory" in said[0]
 
 

@@ -90,6 +90,21 @@ def stopped_runs(
     }
 
 
+def test_a_stop_while_models_wait_on_the_host(
+    wholes: dict[str, tuple[Path, Answer]], world: Path, tmp_path: Path
+) -> None:
+    """The optimizers' states come back to be saved, and the run ends as one where they never left."""
+    phases = ("rollout", "scoring by ref_policy", "evaluation")
+    calls = []
+    for place, phase in enumerate(phases):
+        run = arguments("ppo", world, tmp_path / str(place), "models.offload=all")
+        calls += [Call(run, Interruption(phase, 3, signal.SIGTERM, rank=1)), Call(run)]
+    for answers in run_ranks(call_all, 2, calls, world):
+        assert [answer.code for answer in answers] == [75, 0] * len(phases), answers[0].stderr
+    for place in range(len(phases)):
+        check_equal(tmp_path / str(place), wholes["ppo"][0])
+
+
 @pytest.mark.parametrize(("stage", "phase", "number"), CELLS)
 def test_a_stop_loses_nothing(
     stage: str,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from tests.faults.processes import Ranks
+from megatron_gil.engine.checkpoint import CheckpointStore
+from megatron_gil.engine.decoder import Decoder
+from tests.faults.processes import Change, Ranks, SignalAt
 from tests.faults.running import Call, arguments, call_all, check_equal
 from tests.ranks import PATIENCE_S, run_ranks
 
@@ -59,6 +64,50 @@ print(signal.Signals(stop.wanted).name)
 def test_a_lost_connection_stops_a_run_unless_it_was_started_under_nohup(how: str, wanted: str) -> None:
     done = subprocess.run([sys.executable, "-c", HANG_UP, how], capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.stdout, done.stderr) == (f"{wanted}\n", "")
+
+
+class WatchDecoders:
+    """Writes at each checkpoint whether a decoder, with its cache, is still in memory."""
+
+    def __call__(self, rank: int) -> None:
+        gc.disable()
+        decoders: list[weakref.ref[Decoder]] = []
+
+        def make(*args: Any, **kwargs: Any) -> Decoder:
+            decoder = Decoder(*args, **kwargs)
+            decoders.append(weakref.ref(decoder))
+            return decoder
+
+        begin = CheckpointStore.begin
+
+        def begin_and_tell(*args: Any, **kwargs: Any) -> None:
+            print(
+                f"{len(decoders)} decoders made, in memory: {[ref() is not None for ref in decoders]}", file=sys.stderr
+            )
+            begin(*args, **kwargs)
+
+        mock.patch("megatron_gil.engine.generation.Decoder", make).start()
+        mock.patch.object(CheckpointStore, "begin", begin_and_tell).start()
+
+
+@dataclass(frozen=True)
+class Both:
+    first: Change
+    second: Change
+
+    def __call__(self, rank: int) -> None:
+        self.first(rank)
+        self.second(rank)
+
+
+def test_a_stop_in_a_rollout_frees_its_cache_before_it_saves(world: Path, tmp_path: Path) -> None:
+    """On a GPU the optimizers' states, which models.offload let wait on the host, need that room to be saved."""
+    stop = SignalAt("engine.slots.choose_tokens", 3, (0,), signal.SIGTERM)
+    run = arguments("ppo", world, tmp_path / "run", "models.offload=all", "sampling.min_new_tokens=6")
+    ranks = Ranks(run, world, tmp_path / "log", world_size=1, change=Both(WatchDecoders(), stop))
+    assert ranks.wait() == [75], ranks.said(0)
+    assert "stopped by SIGTERM in rollout" in ranks.said(0)
+    assert "1 decoders made, in memory: [False]" in ranks.said(0)
 
 
 def _catches(pid: int, number: int) -> bool:

@@ -65,6 +65,19 @@ def test_what_cannot_run_is_one_line_and_exit_code_2(
     assert len(error.splitlines()) == 1
 
 
+def test_what_fits_with_models_on_the_host_alone_names_the_setting(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = (*ppo(world), "batch.micro_size=1", "sampling.micro_size=1", "--dry-run", "--gpu-memory")
+    few_mib = "4.0007"  # beside the 4 GiB that every process takes
+    assert main([*sizes, few_mib]) == 2
+    error = capsys.readouterr().err
+    assert "do not fit in --gpu-memory 4.0007; models.offload=" in error
+    fix = error.partition("; ")[2].split()[0]
+    assert main([*sizes[:-1], "--gpu-memory", few_mib, fix]) == 0
+    assert "below 0: what waits on the host" in capsys.readouterr().out
+
+
 def test_a_policy_is_no_reward_model(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ppo(world, f"models.reward_model={world / 'policy'}"), "--dry-run"]) == 2
     assert "score.weight" in capsys.readouterr().err

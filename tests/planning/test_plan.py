@@ -15,7 +15,8 @@ from megatron_gil.config import ConfigError
 from megatron_gil.planning.hardware import GPUS, Assumptions
 from megatron_gil.planning.memory import GIB, Cut, Precision, SizedModel, num_parameters
 from megatron_gil.planning.presets import SPECS, ppo_config, read_model
-from megatron_gil.planning.search import Plan, advice, find_plans, limits
+from megatron_gil.planning.rank import rank_memory
+from megatron_gil.planning.search import OFFLOADS, Plan, advice, find_plans, limits, offload_lines
 from megatron_gil.planning.timing import iteration_time
 from megatron_gil.planning.workload import RolloutShape, Workload, read_workload
 
@@ -65,9 +66,59 @@ def test_plans_that_fit_come_first_by_time() -> None:
     assert all(each.cut.num_gpus == 8 for each in found)
 
 
-def test_four_7b_models_do_not_fit_on_eight_gpus_without_cutting_the_model() -> None:
+def test_four_7b_models_fit_uncut_on_eight_gpus_only_where_they_wait_on_the_host() -> None:
     [data_parallel] = [each for each in plans("7b", 8) if each.cut.dp_size == 8]
-    assert not data_parallel.fits
+    assert data_parallel.fits
+    assert data_parallel.workload.offload == "rollout"
+
+
+def test_models_wait_on_the_host_only_where_a_layout_does_not_fit_without() -> None:
+    found, memory = plans("13b", 8), 80 * GIB
+    assert {each.workload.offload for each in found if each.fits} == {"none", "rollout", "all"}
+    for plan in found:
+        for less in OFFLOADS[: OFFLOADS.index(plan.workload.offload)]:
+            for micro_size in (8, 4, 2, 1):
+                tried = plan.workload.with_offload(less).with_micro_size(micro_size, "full")
+                ranks = [rank_memory(tried, plan.cut, pp_rank) for pp_rank in range(plan.cut.pp_size)]
+                assert max(rank.peak for rank in ranks) > memory
+
+
+@pytest.mark.parametrize(("size", "num_gpus"), [("3b", 1), ("7b", 2), ("13b", 4)])
+def test_models_that_wait_on_the_host_halve_the_gpus_a_size_needs(size: str, num_gpus: int) -> None:
+    best = plans(size, num_gpus)[0]
+    assert best.fits
+    assert best.workload.offload == "all"
+    rank, workload = best.worst, best.workload
+    count = {model.role: num_parameters(model, best.cut, best.worst_pp_rank) for model in workload.models}
+    trained, frozen = count["policy"] + count["critic"], count["ref_policy"] + count["reward_model"]
+    # Of bfloat16 weights, 4 bytes of gradients and 12 of optimizer state: what the host has, and what is there to sample.
+    state = 12 * trained // best.cut.dp_size
+    assert rank.host == pytest.approx(2 * frozen + state, rel=1e-6)
+    assert rank.held_in("rollout") == 2 * trained
+    assert rank.held_in("update policy") == 2 * trained + 4 * count["policy"]
+    assert rank.held_in("step policy") == pytest.approx(
+        2 * trained + (4 + 12 / best.cut.dp_size) * count["policy"], rel=1e-6
+    )
+    assert rank.held_in("score") - 2 * trained in (2 * count["ref_policy"], 2 * count["reward_model"])
+    without = [rank_memory(workload.with_offload("none"), best.cut, i).peak for i in range(best.cut.pp_size)]
+    updates = workload.rollout.num_rows // workload.global_size if workload.rollout else 0
+    seconds = (2 * frozen + 2 * updates * state) / 20e9
+    [only, line] = offload_lines([best])
+    assert f"{best.cut} (all)" in only
+    assert f"models.offload=all: without it the fullest GPU of {best.cut} needs {max(without) / GIB:.1f} GiB" in line
+    assert f"{rank.host / GIB:.1f} GiB of host memory for each GPU, and {seconds:.1f} s an iteration" in line
+
+
+def test_a_plan_that_fits_says_what_models_offload_would_free() -> None:
+    best = plans("1.3b", 1)[0]
+    assert best.workload.offload == "none"
+    line = offload_lines([best])[-1]
+    peaks = [
+        max(rank_memory(best.workload.with_offload(name), best.cut, i).peak for i in range(best.cut.pp_size)) / GIB
+        for name in OFFLOADS
+    ]
+    saved = ", ".join(f"{n} {peaks[0] - peak:.1f}" for n, peak in zip(OFFLOADS[1:], peaks[1:], strict=True))
+    assert line == f"models.offload would take off the fullest GPU of {best.cut}, in GiB: {saved}"
 
 
 def test_advice_where_nothing_fits_and_none_where_something_does() -> None:
@@ -139,8 +190,6 @@ def test_sizes_from_a_config_file_and_a_name_that_is_none(tmp_path: Path) -> Non
 
 def test_microbatches_are_cheaper_to_hold_and_recomputing_cheaper_still() -> None:
     workload, cut = ppo_workload("7b"), Cut(tp_size=4, dp_size=2, distributed_optimizer=True)
-    from megatron_gil.planning.rank import rank_memory
-
     peaks = [
         rank_memory(workload.with_micro_size(size, recompute), cut, 0).phase_total("update policy")
         for size, recompute in ((8, "none"), (2, "none"), (2, "full"))

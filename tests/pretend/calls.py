@@ -62,6 +62,8 @@ class Calls(TorchFunctionMode):
 
     def _call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         named = self._places.read(kwargs.get("device"))
+        if kwargs.pop("pin_memory", False) and named is not None and named.type == "cuda":
+            raise DeviceMistake(f"only dense CPU tensors can be pinned ({func.__name__} at {find_line().number})")
         if named is None:
             return self._places.call(func, args, kwargs, self._places.common(tensors_in(args, kwargs)))
         kwargs["device"] = CPU if named.type == "cuda" else named

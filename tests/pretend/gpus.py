@@ -44,7 +44,7 @@ def answered_by(places: Places, report: Report, calls: TorchFunctionMode) -> Ite
         stack.enter_context(mock.patch.object(Variable, "_execution_engine", engine))
         # A graph is what its steps are: there is nothing to record from.
         step = "megatron_gil.engine.graphs.CapturedSteps.__call__"
-        stack.enter_context(mock.patch(step, lambda self, columns: self._step(columns)))
+        stack.enter_context(mock.patch(step, lambda self, step, columns: step(columns)))
         graph: Any = importlib.import_module("torch._C._autograd")
         hooks = _under(calls, graph._push_saved_tensors_default_hooks)
         stack.enter_context(mock.patch.object(graph, "_push_saved_tensors_default_hooks", hooks))

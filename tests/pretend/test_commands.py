@@ -28,6 +28,7 @@ FULL, SELECTIVE = ("models.recompute=full",), ("models.recompute=selective",)
 OPTIMIZERS = {"sft": ("optimizer",), "ppo": ("optimizer", "critic_optimizer")}
 PAIRS = ("ppo.prompts=8", "ppo.responses_per_prompt=2")
 DETERMINISTIC = ("run.deterministic=true",)
+ROLLOUT_OFFLOAD, OFFLOAD = ("models.offload=rollout",), ("models.offload=all",)
 BACKGROUND = ("checkpoint.background=true", "checkpoint.every=1")
 
 CASES: list[tuple[str, str, tuple[str, ...]]] = [
@@ -57,6 +58,9 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("dp2", "sft", (*DISTRIBUTED, *BACKGROUND, "eval")),
     ("dp2", "generate", ()),
     ("tp2", "score", ()),
+    ("one", "ppo", (*OFFLOAD, *BFLOAT16, *OWN_MODEL, "eval")),
+    ("dp2", "ppo", (*ROLLOUT_OFFLOAD, *DISTRIBUTED, *BACKGROUND)),
+    ("one", "dpo", (*OFFLOAD, *DETERMINISTIC)),
 ]
 
 

@@ -152,6 +152,12 @@ def test_ppo(world: Path, tmp_path: Path) -> None:
         check(counts, "ppo", units)
 
 
+def test_moving_models_to_the_host_and_back_waits_for_nothing(world: Path, tmp_path: Path) -> None:
+    changes, units = LARGE
+    (counts,) = iterations(world, "ppo", {tmp_path / "run": [*changes, "models.offload=all"]})
+    check(counts, "ppo", units)
+
+
 @pytest.mark.parametrize("command", ["sft", "reward", "dpo"])
 def test_supervised(world: Path, tmp_path: Path, command: str) -> None:
     runs = {tmp_path / f"micro_{size}": ["train.updates=1", f"batch.micro_size={size}"] for size in (4, 1)}

@@ -148,6 +148,7 @@ def make_trainer(
     ref_policy: str | None = None,
     grouping: Grouping | None = None,
     dtype: torch.dtype = torch.float32,
+    offload: Any = "none",
 ) -> PpoTrainer:
     """As the command makes it, from the world's models; without ref_policy the reference is the policy as it starts."""
     use_cache(root)
@@ -155,6 +156,7 @@ def make_trainer(
         policy=str(root / policy),
         ref_policy=None if ref_policy is None else str(root / ref_policy),
         reward_model=str(root / "reward_model"),
+        offload=offload,
     )
     data = c.DataSection(train=str(root / "prompts.jsonl"), max_prompt_tokens=32)
     config = replace(config, models=models, data=data)
@@ -163,6 +165,8 @@ def make_trainer(
         use.role: build_model(config, use, checked.specs[use.role], layout, kind=kind, dtype=dtype)
         for use in checked.uses
     }
+    for model in built.values():
+        model.offload()
     progress = Progress(StopSignal())
     progress.attend(layout)
     trainer = make_ppo_trainer(config, checked, built, layout, progress)

@@ -66,8 +66,13 @@ RUNS = {
     "dpo": ("dpo",),
     "ppo": ("ppo",),
     "ppo_own_model": ("ppo", "gil.classifier=own_model", "ppo.epochs=2"),
+    "dpo_offload": ("dpo", "models.offload=all"),
+    "ppo_own_model_offload": ("ppo", "gil.classifier=own_model", "ppo.epochs=2", "models.offload=all"),
 }
-ACROSS_RANKS = {"ppo_dp2": ("ppo", "parallel.distributed_optimizer=true")}
+ACROSS_RANKS = {
+    "ppo_dp2": ("ppo", "parallel.distributed_optimizer=true"),
+    "ppo_dp2_offload": ("ppo", "parallel.distributed_optimizer=true", "models.offload=rollout"),
+}
 
 
 def _call(arguments: list[str], root: Path) -> tuple[int, str]:
@@ -147,6 +152,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, runs: tuple[Path, dic
     assert [row["iteration"] for row in rows] == list(range(num_iterations))
     assert any(key.startswith("eval/") for key in rows[-1])
     assert rows[0] | {"iteration": 1} != rows[1], "nothing moves"
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo_own_model", "ppo_dp2"])
+def test_models_that_wait_on_the_host_give_the_same_run(name: str, runs: tuple[Path, dict[str, Any]]) -> None:
+    directory = runs[0]
+    assert _rows(directory / f"{name}_offload") == _rows(directory / name)
+    (tensors, state), (others, other_state) = (_checkpoint(directory / run) for run in (name, f"{name}_offload"))
+    assert other_state == state
+    assert others.keys() == tensors.keys()
+    assert all(torch.equal(others[key], tensors[key]) for key in tensors)
 
 
 def test_the_state_is_not_trivial(runs: tuple[Path, dict[str, Any]]) -> None:

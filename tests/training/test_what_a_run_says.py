@@ -73,6 +73,28 @@ def test_the_console_fits_80_columns(stage: str, runs: dict[tuple[str, str], tup
     assert max(map(len, ours)) <= 80
 
 
+WAITING = {
+    ("sft", "frozen"): "nothing: all that is there is always read",
+    ("sft", "all"): r"optimizer state of policy but in its own steps: 0\.0 GiB of this process",
+    ("dpo", "rollout"): r"weights of ref_policy while they are not read: 0\.0 GiB of this process",
+    ("ppo", "rollout"): (
+        r"weights of ref_policy, reward_model while they are not read; optimizer state of policy, critic, classifier "
+        r"while responses are sampled and scored: 0\.0 GiB of this process"
+    ),
+}
+
+
+def test_the_first_lines_say_what_waits_on_the_host(world: Path, tmp_path: Path) -> None:
+    calls = []
+    for stage, offload in WAITING:
+        length = "ppo.iterations=1" if stage == "ppo" else "train.updates=1"
+        run = tmp_path / f"{stage}_{offload}"
+        calls.append(Call(arguments(stage, world, run, length, f"models.offload={offload}")))
+    for expected, answer in zip(WAITING.values(), run_ranks(call_all, 1, calls, world)[0], strict=True):
+        assert answer.code == 0, answer.stderr
+        assert re.search(rf"on the host +{expected} data\.train", " ".join(answer.stderr.split())), answer.stderr
+
+
 def test_numbers_of_the_console() -> None:
     shown = {0.0: "0", -0.3843: "-0.384", 0.0003843: "0.00038", 18880.0: "18.9k", 999.4: "999", 2.5e6: "2.5M"}
     assert {value: short(value) for value in shown} == shown

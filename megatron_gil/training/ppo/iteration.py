@@ -54,6 +54,12 @@ class Models:
     """Answers with the policy as it is."""
     scorer: Scorer
 
+    def offload(self) -> None:
+        """Before sampling: what only updates need may wait elsewhere."""
+        for model in (self.policy, self.critic, self.classifier):
+            if model:
+                model.offload()
+
 
 class PpoTrainer:
     """Samples, scores, shapes and updates; what a checkpoint holds of it beside the models is `state`."""
@@ -113,10 +119,11 @@ class PpoTrainer:
         metrics |= self.alarms.check(metrics, warming_up=self.grouping.warming_up(self.num_updates))
         return metrics | timer.metrics(num_tokens=metrics["response/tokens"] * self.prompts.num_rows)
 
-    def sample(self, prompts: PromptBatch) -> Rollout:
+    def sample(self, prompts: PromptBatch, phase: str = "rollout") -> Rollout:
         """The policy's responses."""
-        self.progress.safe_point("rollout", prompts)
-        return self.models.sampler.sample(prompts, meet=partial(self.progress.meet, "rollout", prompts))
+        self.progress.safe_point(phase, prompts)
+        self.models.offload()
+        return self.models.sampler.sample(prompts, meet=partial(self.progress.meet, phase, prompts))
 
     def score(self, rollout: Rollout) -> Scores:
         """What every model says of the rollout, before any update."""
@@ -243,10 +250,7 @@ class PpoTrainer:
         """Scores of responses to the held-out prompts, under eval/."""
         if self.eval_prompts is None:
             return {}
-        rollouts = []
-        for batch in self.eval_prompts.all_batches():
-            self.progress.safe_point("evaluation", batch)
-            rollouts.append(self.models.sampler.sample(batch, meet=partial(self.progress.meet, "evaluation", batch)))
+        rollouts = [self.sample(batch, "evaluation") for batch in self.eval_prompts.all_batches()]
         self.progress.safe_point("evaluation by reward_model")
         prompts = self.eval_prompts.dataset
         parts = [

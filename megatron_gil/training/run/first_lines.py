@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_gil.config import BatchPlan, CommandConfig, TrainConfig
+from megatron_gil.config import BatchPlan, CommandConfig, PpoConfig, TrainConfig
 from megatron_gil.data.rows.dataset import RowDataset
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.kernels import Kernels, attention_backend
@@ -40,6 +40,7 @@ def first_rows(
     rows = [("writes", str(where)), ("device", _device(layout)), ("layout", _layout(config, layout))]
     rows += [(use.role, _model(config, use, models[use.role])) for use in checked.uses]
     rows += _kernels(config, layout, list(models.values()))
+    rows += _offload(config, models)
     rows += [(key, _data(config, key, found)) for key, found in checked.data.items()]
     return [*rows, ("to do", length), ("memory", _memory(layout)), *(("note", note) for note in checked.notes)]
 
@@ -87,6 +88,24 @@ def _kernels(config: CommandConfig, layout: ParallelLayout, models: Sequence[Meg
         text = "models.dtype=float32 leaves most of a GPU's speed unused; bfloat16 is what it is built for"
         rows.append(("warning", text))
     return rows
+
+
+def _offload(config: CommandConfig, models: Mapping[str, MegatronModel]) -> list[FirstRow]:
+    """What waits in host memory, with models.offload."""
+    offload = config.models.offload
+    if offload == "none" or not isinstance(config, TrainConfig):
+        return []
+    trained = [role for role, model in models.items() if isinstance(model, TrainableModel)]
+    frozen = [role for role in models if role not in trained]
+    parts = [f"weights of {', '.join(frozen)} while they are not read"] if frozen else []
+    when = {"rollout": "while responses are sampled and scored", "all": "but in its own steps"}
+    if offload == "all" or (offload == "rollout" and isinstance(config, PpoConfig)):
+        parts.append(f"optimizer state of {', '.join(trained)} {when[offload]}")
+    size = sum(model.host_bytes for model in models.values()) / GIB
+    text = (
+        f"{'; '.join(parts)}: {size:.1f} GiB of this process" if parts else "nothing: all that is there is always read"
+    )
+    return [("on the host", text)]
 
 
 def _layout(config: CommandConfig, layout: ParallelLayout) -> str:

@@ -145,6 +145,7 @@ class TrainingLoop:
             return 0
         except StopRequested as stopped:
             phase = self._progress.where.phase
+            stopped.with_traceback(None)  # whose frames hold the memory of what was stopped
             self._finish_save(wait=True)
             if self._saved != state.iteration:
                 self._save()

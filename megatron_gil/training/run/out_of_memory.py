@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_gil.config import TrainConfig
 from megatron_gil.training.run.progress import Progress
 
 _SIGNS = (
@@ -33,11 +34,18 @@ def explain_out_of_memory(error: BaseException, progress: Progress, config: Any)
         size = "" if sampling.micro_size is None else f"={sampling.micro_size}"
         text += f" and {sampling.max_new_tokens} new ones; lower sampling.micro_size{size}"
         text += " or sampling.max_new_tokens"
+        text += ", or set models.offload=rollout" if _leaves(config, "none", "frozen") else ""
     elif shape:
         batch = config.batch
         key = "micro_size" if batch.micro_tokens is None else "micro_tokens"
         text += f"; lower batch.{key}={getattr(batch, key)}, set models.recompute=full"
+        text += " or models.offload=all" if _leaves(config, "none", "frozen", "rollout") else ""
         text += " or raise parallel.tensor_size"
     else:
         text += "; raise parallel.tensor_size or parallel.pipeline_size, or give the process more memory"
     return f"{text} ({' '.join(str(error).split())[:200]})"
+
+
+def _leaves(config: Any, *offloads: str) -> bool:
+    """Whether more of a training run could wait on the host."""
+    return isinstance(config, TrainConfig) and config.models.offload in offloads
