@@ -90,22 +90,27 @@ def _sum_up(hidden: Tensor, head: _Head, targets: Tensor, tp_pg: dist.ProcessGro
     sums = torch.zeros(3, len(hidden), dtype=dtype, device=hidden.device)
     logits = None
     for chunk in _chunks(len(hidden), len(head.weight)):
+        logits = None  # two chunks are never there at once
         logits = head.logits(hidden[chunk])
         peak[chunk] = _widen(logits.amax(-1))
         sums[1, chunk] = _widen(logits.gather(1, columns[chunk, None]).squeeze(1))
-        shifted = head.shift(logits, peak[chunk, None])
-        if entropy:
-            weights = shifted.exp()
-            sums[0, chunk] = weights.sum(-1)
-            sums[2, chunk] = weights.mul_(shifted).sum(-1)
-        else:
-            sums[0, chunk] = shifted.exp_().sum(-1)
+        _sum_exp(head.shift(logits, peak[chunk, None]), sums[:, chunk], entropy=entropy)
     sums[1] = head.shift(sums[1], peak)
     if tp_pg.size() > 1:
         peak = _over_ranks(sums, peak, is_here, head.temperature, tp_pg)
     exp_sum, target, weighted_sum = sums
     is_one_chunk = len(hidden) <= _chunk_size(len(head.weight))
     return _Sums(peak, exp_sum, target, weighted_sum, logits if is_one_chunk else None)
+
+
+def _sum_exp(shifted: Tensor, sums: Tensor, *, entropy: bool) -> None:
+    """Fill the first row of `sums`, and the last where the entropy is asked for; `shifted` is used up."""
+    if not entropy:
+        torch.sum(shifted.exp_(), -1, out=sums[0])
+        return
+    weights = shifted.exp()
+    torch.sum(weights, -1, out=sums[0])
+    torch.sum(weights.mul_(shifted), -1, out=sums[2])
 
 
 def _over_ranks(sums: Tensor, peak: Tensor, is_here: Tensor, temperature: float, tp_pg: dist.ProcessGroup) -> Tensor:
@@ -150,18 +155,18 @@ class _LogProbs(torch.autograd.Function):
         # Summed over chunks in float32 at least, whatever the weight's dtype.
         grad_weight = torch.zeros_like(weight, dtype=peak.dtype if saved is None else weight.dtype)
         for chunk in _chunks(len(hidden), len(weight)):
-            logits = head.logits(hidden[chunk]) if saved is None else saved
-            part = head.shift(logits, peak[chunk, None]).exp_()
+            part = head.shift(head.logits(hidden[chunk]) if saved is None else saved, peak[chunk, None]).exp_()
             part.mul_(-(grad[chunk] / exp_sum[chunk])[:, None])
             at_target = torch.where(is_here[chunk], grad[chunk], 0)
             part.scatter_add_(1, columns[chunk, None], at_target[:, None])
-            rounded = part.to(hidden.dtype)  # the only rounding to the model's dtype
-            num_real = part.shape[1]
+            rounded, part = part.to(hidden.dtype), None  # the only rounding to the model's dtype
+            num_real = rounded.shape[1]
             torch.mm(rounded, weight[:num_real], out=grad_hidden[chunk])
             if grad_weight.dtype == hidden.dtype:
                 grad_weight[:num_real].addmm_(rounded.T, hidden[chunk])
             else:
                 grad_weight[:num_real] += rounded.T @ hidden[chunk]
+            del rounded  # two chunks are never there at once
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 

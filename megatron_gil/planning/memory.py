@@ -15,8 +15,8 @@ from megatron_gil.models.weight_table import Weight
 GIB, MIB = 1 << 30, 1 << 20
 OVERHEAD_BYTES = 4 * GIB
 """Estimate, ours: CUDA context and kernels 1 GiB, NCCL's buffers 1 GiB, what the allocator cannot use 2 GiB."""
-CHUNK_ELEMENTS = 1 << 22
-"""Logits that are widened to float32 at a time (parallel/vocab.py)."""
+CHUNK_ELEMENTS = 1 << 24
+"""At most so many logits are there at a time (parallel/vocab.py)."""
 CACHE_BUCKET = 128
 """The key-value cache has a multiple of so many columns (BUCKET of engine/slots.py)."""
 PREFILL_TOKENS = 1 << 14
@@ -157,31 +157,41 @@ def saved_activations(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, pre
 
 
 def saved_logits(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
-    """The logits of one microbatch, which the backward pass reads; none but on the last pipeline rank."""
-    if model.head != "lm" or pp_rank < cut.pp_size - 1:
+    """What the output layer keeps of one microbatch for the backward pass: the hidden states that it reads, at most of
+    all positions, and their logits if they are one chunk; none but on the last pipeline rank."""
+    if not _has_logits(model, cut, pp_rank):
         return 0
-    return rows.total * _vocab(model, cut) * precision.dtype_bytes
+    logits = rows.total * _vocab(model, cut)
+    kept = logits if logits <= CHUNK_ELEMENTS else 0
+    return (rows.total * model.spec.hidden_size + kept) * precision.dtype_bytes
 
 
 def backward_work(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
-    """The most that the backward pass has beside what was saved: gradients of the logits, or of a layer's inside."""
-    logits = saved_logits(model, cut, pp_rank, rows, precision)
+    """The most that the backward pass has beside what was saved: gradients of the output layer, or of a layer's
+    inside."""
     layer = 2 * rows.total * model.spec.ffn_size // cut.tp_size * precision.dtype_bytes
     gathered = _gathered_bytes(model.spec, cut, rows, precision)
-    if not logits:
+    if not _has_logits(model, cut, pp_rank):
         return layer + gathered
-    return max(logits + _chunk(model, cut, rows, precision), 2 * logits, layer) + gathered
+    logits, hidden = rows.total * _vocab(model, cut), model.spec.hidden_size
+    weight = _vocab(model, cut) * hidden
+    gradients = 4 * weight + 2 * rows.total * hidden * precision.dtype_bytes
+    chunk = min(CHUNK_ELEMENTS, logits) * (8 if precision.dtype_bytes == 2 else 4)  # in float32, and widened before
+    if logits > CHUNK_ELEMENTS:  # the logits are computed again
+        chunk += CHUNK_ELEMENTS * precision.dtype_bytes
+        gradients += 2 * weight if precision.dtype_bytes == 2 else 0  # of one chunk, before it is added
+    return max(chunk + gradients, layer) + gathered
 
 
 def forward_work(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
-    """The most that a pass without gradient has at once: the inside of a layer, or the logits."""
+    """The most that a pass without gradient has at once: the inside of a layer, or the logits of a chunk."""
     layer = layer_work(model.spec, cut, rows, precision)
-    logits = saved_logits(model, cut, pp_rank, rows, precision)
-    if not logits:
+    if not _has_logits(model, cut, pp_rank):
         return layer
-    # Until the next microbatch is through, the logits of the one before are still there.
-    before = logits if rows.num_microbatches > 1 else 0
-    return max(before + layer, before + 2 * logits, before + logits + _chunk(model, cut, rows, precision))
+    logits = rows.total * _vocab(model, cut)
+    hidden = 2 * rows.total * model.spec.hidden_size * precision.dtype_bytes  # all, and those that are read
+    chunk = min(CHUNK_ELEMENTS, logits) * (8 + precision.dtype_bytes)  # and in float32, shifted and its exponential
+    return max(layer, chunk + hidden)
 
 
 def layer_work(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
@@ -233,7 +243,7 @@ def _layer_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, size: int) -> int:
     before and after the gate is split off, SwiGLU and its product)."""
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = size * (3 * queries + 3 * keys) + 4 * spec.num_heads
-    angles = 4 * rows.num_tokens * spec.head_dim * size
+    angles = rows.num_tokens * spec.head_dim * size
     inside = rows.total * (attention + size * 5 * spec.ffn_size) // cut.tp_size
     return 2 * _norm_bytes(spec, cut, rows.total, size) + inside + angles
 
@@ -248,10 +258,8 @@ def _gathered_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision)
     return 2 * rows.total * spec.hidden_size * precision.dtype_bytes if cut.sequence_parallel else 0
 
 
-def _chunk(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) -> int:
-    """Logits widened to float32, a piece at a time."""
-    elements = min(CHUNK_ELEMENTS, rows.total * _vocab(model, cut))
-    return elements * (8 if precision.dtype_bytes == 2 else 4)
+def _has_logits(model: SizedModel, cut: Cut, pp_rank: int) -> bool:
+    return model.head == "lm" and pp_rank == cut.pp_size - 1
 
 
 def _vocab(model: SizedModel, cut: Cut) -> int:

@@ -74,7 +74,7 @@ def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict
         }
         if started.tp_size == started.pp_size == 1:
             found["update"] = peak(lambda: model.accumulate(part))
-            found["score"] = peak(lambda: model.evaluate(batch))
+            found["score"] = peak(lambda: model.evaluate(batch, entropy=head == "lm"))
         if head == "lm":
             found |= _decoder_bytes(model)
         return found
