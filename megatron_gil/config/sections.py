@@ -66,10 +66,10 @@ class ModelsSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Which activations are recomputed in the backward pass, to save memory: none, those of attention, or all."""
     offload: Literal["none", "frozen", "rollout", "all"] = "none"
-    """What waits in host memory, pinned on a GPU, while nobody reads it. frozen: the weights of reference and reward
-    model. rollout: these and, while ppo samples and scores, the optimizers' states. all: an optimizer's state at all times
-    but in its own steps. With rollout and all, gradients have memory in their own model's updates alone. The numbers stay
-    the same to the last bit."""
+    """What waits in host memory, pinned for a GPU, while nobody reads it. frozen: weights of reference and reward
+    model. rollout: these and, while ppo samples and scores, the optimizers' states. all: these and, but in its own
+    steps, each optimizer's state. With rollout and all, gradients have memory in their own model's updates alone. The
+    numbers stay the same to the last bit (docs/planning.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 Only the memory behind a tensor goes: its storage becomes empty, and later as large as before. The tensor and every view
 of it stay the objects that they are, so that nobody who holds one need know. megatron-core frees its gradient buffers
-in the same way (`offload_grad_buffers`). Its `offload_to_cpu` for optimizers is of no use here: it takes new host memory
-each time, none of it pinned, and in float32, where the optimizer's parameters are the model's own, the weights as well.
+in the same way (`offload_grad_buffers`, which we use). Its `offload_to_cpu` for optimizers will not do: it takes new
+host memory each time, none of it pinned, and in float32, where the optimizer's parameters are the model's own, it moves
+the weights as well.
 """
 
 from __future__ import annotations

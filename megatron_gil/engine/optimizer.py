@@ -137,7 +137,9 @@ class ModelOptimizer:
         found: list[Tensor] = []
         for part in self._optimizer.chained_optimizers:
             self._create_state(part)
-            for group in part.optimizer.param_groups if part.optimizer is not None else ():
+            if part.optimizer is None:
+                continue
+            for group in part.optimizer.param_groups:
                 for param in group["params"]:
                     found += [param, *(part.optimizer.state[param][key] for key in MOMENTS)]
         return [tensor for tensor in found if tensor.untyped_storage().data_ptr() not in weights]

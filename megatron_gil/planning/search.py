@@ -66,8 +66,8 @@ def advice(plans: Sequence[Plan], memory_bytes: int) -> list[str]:
         return []
     over = best.worst.peak - memory_bytes
     lines = [
-        f"nothing fits, models.offload={best.workload.offload} included: {best.cut} comes nearest and lacks {over / GIB:.1f} GiB "
-        f"(pipeline rank {best.worst_pp_rank}, phase {best.worst.worst_phase})"
+        f"nothing fits, models.offload={best.workload.offload} included: {best.cut} comes nearest and lacks "
+        f"{over / GIB:.1f} GiB (pipeline rank {best.worst_pp_rank}, phase {best.worst.worst_phase})"
     ]
     phases, held = best.worst.phases, best.worst.held_in(best.worst.worst_phase)
     if "rollout" in phases and best.worst.worst_phase == "rollout":
@@ -110,8 +110,8 @@ def offload_lines(plans: Sequence[Plan]) -> list[str]:
     seconds = max(sum(rank.moved.values()) for rank in best.ranks) / HOST_BANDWIDTH
     lines.append(
         f"models.offload={offload}: without it the fullest GPU of {best.cut} needs {peaks['none']:.1f} GiB. It takes "
-        f"{host:.1f} GiB of host memory for each GPU, and {seconds:.1f} s an iteration (within score and update) to move "
-        f"them at {HOST_BANDWIDTH / 1e9:.0f} GB/s"
+        f"{host:.1f} GiB of host memory for each GPU, and {seconds:.1f} s an iteration (within score and update) to "
+        f"move them at {HOST_BANDWIDTH / 1e9:.0f} GB/s"
     )
     return lines
 

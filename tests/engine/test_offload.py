@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_pinned_memory_is_not_rounded_up_to_twice_the_size(num_bytes: int) -> No
 def _parts(model: MegatronModel) -> dict[str, int]:
     """Bytes on the device, each memory once."""
 
-    def size(tensors: list[Tensor]) -> int:
+    def size(tensors: Sequence[Tensor]) -> int:
         return sum({t.untyped_storage()._cdata: _storage_size(t) for t in tensors}.values())
 
     weights = list(model.module.parameters())

@@ -43,6 +43,14 @@ def test_a_checkpoint_resumes_to_the_last_bit(world: Path, whole: Path, tmp_path
     assert compared.returncode == 0, compared.stdout + compared.stderr
 
 
+def test_models_that_wait_on_the_host_change_nothing(world: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "offload"
+    done = start("cuda", "megatron_gil", *ppo_arguments(world, run, "run.deterministic=true", "models.offload=all"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    compared = compare_runs(whole, run)
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+
+
 def test_a_checkpoint_goes_on_on_the_cpu(world: Path, whole: Path, tmp_path: Path) -> None:
     run = _stopped(whole, tmp_path / "on_the_cpu")
     done = start("cpu", "megatron_gil", *ppo_arguments(world, run, "run.deterministic=true"))

@@ -91,7 +91,7 @@ def test_models_that_wait_on_the_host_halve_the_gpus_a_size_needs(size: str, num
     rank, workload = best.worst, best.workload
     count = {model.role: num_parameters(model, best.cut, best.worst_pp_rank) for model in workload.models}
     trained, frozen = count["policy"] + count["critic"], count["ref_policy"] + count["reward_model"]
-    # Of bfloat16 weights, 4 bytes of gradients and 12 of optimizer state: what the host has, and what is there to sample.
+    # bfloat16 weights, 4 bytes of gradients and 12 of optimizer state
     state = 12 * trained // best.cut.dp_size
     assert rank.host == pytest.approx(2 * frozen + state, rel=1e-6)
     assert rank.held_in("rollout") == 2 * trained
