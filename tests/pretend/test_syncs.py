@@ -25,7 +25,9 @@ from tests.pretend.running import Change, run_commands, settings
 Budget = dict[str, dict[str, int]]
 """file:function -> unit -> synchronisations."""
 
+LENGTHS = "engine/packing.py:_read_sizes"  # of all rows at once
 UPDATE: Budget = {
+    LENGTHS: {"update": 1},
     "engine/megatron.py:TrainableModel._reduce": {"update": 1},  # all metrics
     "engine/optimizer.py:ModelOptimizer._gradient_norm": {"update": 1},  # decides whether the step is taken
     "megatron/core/distributed/finalize_model_grads.py:finalize_model_grads": {"update": 1},  # whether there are tokens
@@ -48,10 +50,12 @@ BUDGETS: dict[str, Budget] = {
     },
     "dpo": {
         **SUPERVISED,
+        LENGTHS: {"update": 1, "iteration": 1},  # and of the reference's pass
         "training/row_source.py:to_device": {"iteration": 5},
     },
     "ppo": {
         **UPDATE,
+        LENGTHS: {"update": 1, "iteration": 4},  # and of each model that scores
         "engine/slots.py:Slots.advance": {"look": 1},  # which slots have ended
         "engine/slots.py:Slots._seat": {"fill": 1},
         "engine/slots.py:Slots._prefill": {"row": 1},
