@@ -2,14 +2,17 @@
 
     checkpoints/iter_0000100/
         policy/            config.json, model*.safetensors, tokenizer: what transformers loads, as it is
-        policy.optimizer/  exp_avg.NAME, exp_avg_sq.NAME (and master.NAME in mixed precision), NAME as in policy/
+        policy.optimizer/  exp_avg.NAME, exp_avg_sq.NAME (and master.NAME in mixed precision), NAME as in policy/; slices
+                           of them, as NAME[0:8,0:4], where several ranks write one
         critic/ ...        score.weight is the value head, group_head.weight the group classifier
         state.json         iteration, steps of each optimizer, what the loop and the trainer remember
         manifest.json      size and SHA-256 of every other file; written last: without it there is no checkpoint
     checkpoints/best       a link to the best one, with checkpoint.keep_best
 
-Tensors are stored whole under Hugging Face's names, so that a checkpoint does not know the layout that wrote it. No
-random state is stored because there is none: every draw is a pure function of (seed, position).
+Tensors are stored under Hugging Face's names and places, so that a checkpoint of any layout is read at any other: the
+weights whole, each by one of the ranks that hold it, and the optimizer's state as slices, by the ranks that hold them
+(model_files.py says what that costs). No random state is stored because there is none: every draw is a pure function of
+(seed, position).
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ class CheckpointStore:
         assert self._unfinished is None, "the checkpoint before is not finished"
         beside = self._directory / f".iter_{iteration:07}.tmp"
         self._on_main(iteration, lambda: self._make_directories(beside, models))
-        files, renames = FileWriter(background=self._section.background), Renames()
+        files, renames = FileWriter(background=self._section.background is True), Renames()
         for role, model in models.items():
             renames |= save_model(
                 model, beside / role, self._small_files, files, extra_config=(extra_config or {}).get(role)
