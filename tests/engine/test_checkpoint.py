@@ -24,6 +24,7 @@ from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.model_files import num_bytes_written
 from megatron_gil.engine.protocol import Part
 from megatron_gil.models.slices import SlicedTensors
+from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch, take_rows
@@ -271,6 +272,43 @@ def test_what_a_rank_writes_falls_as_the_world_grows(world: Path, tmp_path: Path
         assert largest[size][0] <= per_stage / 6 + max(whole.values())
     for kind in (0, 1):
         assert largest[8][kind] < largest[4][kind] < largest[2][kind] < largest[1][kind], largest
+
+
+def _choose(layout: dict[str, Any], root: Path, directory: Path) -> list[tuple[Any, bool, list[str]]]:
+    """(checkpoint.background, what came of it, notes) where rank 1's host has just enough memory, and a byte less."""
+    found = []
+    with parallel(layout) as started:
+        models = {"policy": _models(root, started, True, torch.bfloat16)["policy"]}
+        copies = sum(gather_objects(num_bytes_written(models["policy"]), started))
+        for number, (background, short) in enumerate(BACKGROUND):
+            notes: list[str] = []
+            store = _store(directory / str(number), started, root, background=background)
+            free = 2 * copies - short * (started.rank == 1)
+            with patch("megatron_gil.engine.checkpoint.available_host_bytes", lambda free=free: free):
+                store.begin(1, models, {}, note=notes.append)
+            store.finish(wait=True)
+            assert store.find() is not None
+            found.append((background, store.background, notes))
+    return found
+
+
+BACKGROUND: list[tuple[Any, int]] = [("auto", 0), ("auto", 1), (True, 1), (False, 0)]
+
+
+def test_written_in_the_background_where_memory_allows_it(world: Path, tmp_path: Path) -> None:
+    ranks = run_ranks(_choose, 2, DP2, world, tmp_path)
+    for rank, found in enumerate(ranks):
+        assert [(asked, chosen) for asked, chosen, _ in found] == [
+            ("auto", True),
+            ("auto", False),
+            (True, True),
+            (False, False),
+        ]
+        assert [len(notes) for _, _, notes in found] == [0, int(rank == 0), 0, 0]
+    assert "training waits while checkpoints are written" in ranks[0][1][2][0]
+    files = [_files(tmp_path / str(number) / "iter_0000001") for number in range(len(BACKGROUND))]
+    for other in files[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in files[0].items())
 
 
 def _flip_byte(path: Path) -> None:
