@@ -1,4 +1,4 @@
-"""All ranks' rows in one place, to be compared with one rank's."""
+"""All ranks' rows and tensors in one place, to be compared with one rank's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_gil.models.hf import WeightMap
+from megatron_gil.parallel.collectives import concat_over_tp
 from megatron_gil.parallel.layout import ParallelLayout
 
 Rows = TypeVar("Rows")
@@ -24,6 +26,18 @@ def gather_rows(rows: Rows, layout: ParallelLayout) -> Rows:
     batch: Any = rows
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return replace(batch, **{n: v if v is None else _gather_tensor(v, layout) for n, v in values.items()})
+
+
+def full_tensors(weights: WeightMap, param_name: str, local: Tensor) -> dict[str, Tensor]:
+    """Hugging Face's tensors, bit for bit, of one parameter-shaped tensor; all tensor-parallel ranks call it together,
+    and all get the result."""
+    entry, full = weights.entry(param_name), {}
+    parts = weights.split(param_name, local)
+    for (name, part), shape in zip(parts.items(), weights.full_shape(entry), strict=True):
+        dim = entry.weight.shard_dim
+        whole = part if dim is None else concat_over_tp(part.contiguous(), dim, weights.layout)
+        full[name] = whole.contiguous()[: shape[0]]  # without the rows that pad the vocabulary
+    return full
 
 
 def _gather_tensor(tensor: Tensor, layout: ParallelLayout) -> Any:

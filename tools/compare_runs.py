@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.report.runs import Run, config_differences, read_runs
-from megatron_gil.models.hf_files import HfTensors
+from megatron_gil.models.slices import SlicedTensors
 
 SHOWN = 15
 
@@ -107,18 +107,18 @@ def _tensors(directories: Sequence[Path], console: Console) -> Iterator[Differen
         yield Difference(name=name, where=where, largest=math.inf if math.isnan(apart) else apart / (scale or 1.0))
 
 
-def _open(checkpoint: Path) -> dict[str, tuple[HfTensors, str]]:
+def _open(checkpoint: Path) -> dict[str, tuple[SlicedTensors, str]]:
     """Directory and tensor name -> where to read it."""
-    found: dict[str, tuple[HfTensors, str]] = {}
+    found: dict[str, tuple[SlicedTensors, str]] = {}
     for directory in sorted({path.parent for path in checkpoint.rglob("*.safetensors")}):
         stem = "optimizer" if directory.name.endswith(".optimizer") else "model"
-        tensors = HfTensors.open(directory, f"{stem}.safetensors", f"{stem}.safetensors.index.json")
-        found |= {f"{directory.name}/{name}": (tensors, name) for name in tensors.files}
+        tensors = SlicedTensors.open(directory, stem)
+        found |= {f"{directory.name}/{name}": (tensors, name) for name in tensors.slices}
     return found
 
 
-def _read(tensors: HfTensors, name: str) -> Tensor:
-    return tensors.read(name, tuple(slice(None) for _ in tensors.shape(name))).double()
+def _read(tensors: SlicedTensors, name: str) -> Tensor:
+    return tensors.read(name, tuple(slice(0, size) for size in tensors.shape(name))).double()
 
 
 def _table(apart: Sequence[Difference]) -> Table:

@@ -170,7 +170,7 @@ def _accepts(kind: Any, of: Field[Any]) -> str:
         (inner,) = (part for part in parts if part is not type(None))
         return f"{_accepts(inner, of)}, or null"
     if get_origin(kind) is Literal:
-        *most, last = get_args(kind)
+        *most, last = (_as_yaml(choice) for choice in get_args(kind))
         return f"{', '.join(most)} or {last}"
     if kind is str:
         return "path" if IS_PATH in of.metadata else "text"

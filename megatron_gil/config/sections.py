@@ -226,9 +226,10 @@ class CheckpointSection(Section):
     on_error: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written (disk full, read-only, gone): stop with exit code 1, or go on without it. The
     last good one is kept either way, and a run that cannot save its last iteration fails."""
-    background: bool = False
+    background: Literal["auto", True, False] = "auto"
     """Write in a thread while training goes on: the weights are copied to host memory, and the checkpoint counts from
-    the iteration after its files are complete. A stop waits for it."""
+    the iteration after its files are complete. A stop waits for it. auto: where at the first checkpoint every host has
+    twice the memory free that the copies of its ranks take."""
 
     def _check(self) -> None:
         require(

@@ -2,14 +2,17 @@
 
     checkpoints/iter_0000100/
         policy/            config.json, model*.safetensors, tokenizer: what transformers loads, as it is
-        policy.optimizer/  exp_avg.NAME, exp_avg_sq.NAME (and master.NAME in mixed precision), NAME as in policy/
+        policy.optimizer/  exp_avg.NAME, exp_avg_sq.NAME (and master.NAME in mixed precision), NAME as in policy/;
+                           where several ranks hold one of them, its slices, such as exp_avg.NAME[0:8,0:4]
         critic/ ...        score.weight is the value head, group_head.weight the group classifier
         state.json         iteration, steps of each optimizer, what the loop and the trainer remember
         manifest.json      size and SHA-256 of every other file; written last: without it there is no checkpoint
     checkpoints/best       a link to the best one, with checkpoint.keep_best
 
-Tensors are stored whole under Hugging Face's names, so that a checkpoint does not know the layout that wrote it. No
-random state is stored because there is none: every draw is a pure function of (seed, position).
+Tensors are stored under Hugging Face's names and places, so that a checkpoint of any layout is read at any other: the
+weights whole, each by one of the ranks that hold it, and the optimizer's state as slices, by the ranks that hold them
+(model_files.py says what that costs). No random state is stored because there is none: every draw is a pure function of
+(seed, position).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +28,21 @@ from typing import Any
 
 from megatron_gil.config import CheckpointSection
 from megatron_gil.engine.files import FileWriter, digest, read_manifest, reason, sync, write_manifest
+from megatron_gil.engine.host_memory import available_host_bytes
 from megatron_gil.engine.megatron import TrainableModel
-from megatron_gil.engine.model_files import load_optimizer, save_model, save_optimizer, tokenizer_files
+from megatron_gil.engine.model_files import (
+    load_optimizer,
+    num_bytes_written,
+    save_model,
+    save_optimizer,
+    tokenizer_files,
+)
 from megatron_gil.engine.shards import Renames
 from megatron_gil.models.hf import load_weights
 from megatron_gil.parallel.collectives import all_agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
+
+GIB = 1 << 30
 
 
 class CheckpointError(RuntimeError):
@@ -62,7 +75,14 @@ class CheckpointStore:
         """tokenizer_dir: of the tokenizer that goes into every model's directory."""
         self._directory, self._layout, self._section = directory, layout, section
         self._small_files = tokenizer_files(tokenizer_dir) if layout.is_main else {}
+        self._background = None if section.background == "auto" else section.background
         self._unfinished: _Unfinished | None = None
+
+    @property
+    def background(self) -> bool:
+        """Whether checkpoints are written while training goes on; by checkpoint.background=auto known from the first
+        `begin` on."""
+        return bool(self._background)
 
     def save(self, iteration: int, models: Mapping[str, TrainableModel], state: dict[str, Any]) -> None:
         """Write beside, then rename: a checkpoint is there whole or not at all. Then delete what may go."""
@@ -77,18 +97,22 @@ class CheckpointStore:
         *,
         best: int | None = None,
         extra_config: Mapping[str, Mapping[str, Any]] | None = None,
+        note: Callable[[str], object] | None = None,
     ) -> None:
         """Write all files beside; with checkpoint.background only copy to host memory, and leave the rest to a thread.
 
         best: the iteration (this one or an earlier) that is never deleted, and that `best` links to. extra_config: what
-        the config.json of a model says beside its sizes, by role.
+        the config.json of a model says beside its sizes, by role. note: called on rank 0 with a line where
+        checkpoint.background=auto finds too little memory.
 
         CheckpointError where the directory cannot be made; other errors come from `finish`.
         """
         assert self._unfinished is None, "the checkpoint before is not finished"
         beside = self._directory / f".iter_{iteration:07}.tmp"
         self._on_main(iteration, lambda: self._make_directories(beside, models))
-        files, renames = FileWriter(background=self._section.background), Renames()
+        if self._background is None:
+            self._background = self._has_room(models, note)
+        files, renames = FileWriter(background=self._background), Renames()
         for role, model in models.items():
             renames |= save_model(
                 model, beside / role, self._small_files, files, extra_config=(extra_config or {}).get(role)
@@ -152,6 +176,22 @@ class CheckpointStore:
             load_optimizer(model, path / f"{role}.optimizer", content["steps"][role])
             model.offload()
         return LoadedState(content["iteration"], content["state"])
+
+    def _has_room(self, models: Mapping[str, TrainableModel], note: Callable[[str], object] | None) -> bool:
+        """Whether on every host the copies of all its ranks leave as much memory free as they take."""
+        host, size = socket.gethostname(), sum(num_bytes_written(model) for model in models.values())
+        copies: dict[str, int] = {}
+        for name, other in gather_objects((host, size), self._layout):
+            copies[name] = copies.get(name, 0) + other
+        lacking = ""
+        if (free := available_host_bytes()) < 2 * copies[host]:
+            lacking = (
+                f"{host} has {free / GIB:.1f} GiB of memory free, less than twice the {copies[host] / GIB:.1f} GiB"
+            )
+        lacking = next((text for text in gather_objects(lacking, self._layout) if text), "")
+        if lacking and note is not None and self._layout.is_main:
+            note(f"training waits while checkpoints are written: {lacking} that a copy takes (checkpoint.background)")
+        return not lacking
 
     def _on_main(self, iteration: int, act: Callable[[], None]) -> None:
         """Rank 0 acts for all; if the system refuses, every rank raises CheckpointError."""

@@ -4,8 +4,10 @@ weights, and for anything of a parameter's shape, such as gradients and Adam's m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import torch
@@ -15,11 +17,11 @@ from torch import Tensor
 from megatron_gil.models.heads import ScalarHead
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.slices import Index, index_shape
 from megatron_gil.models.weight_table import Shape, Weight, WeightTable
-from megatron_gil.parallel.collectives import concat_over_tp
 from megatron_gil.parallel.layout import ParallelLayout
 
-ReadSlice = Callable[[str, tuple[slice, ...]], Tensor]
+ReadSlice = Callable[[str, Index], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,34 @@ class Entry:
     def is_copy(self) -> bool:
         """The tied embedding's second copy, on the last pipeline rank: read, not written."""
         return self.weight.is_copy
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one run of a flattened local parameter holds of one Hugging Face tensor."""
+
+    hf_name: str
+    index: Index
+    """Where in the whole tensor it lies."""
+    whole: Shape
+    """Of that tensor."""
+    run: slice
+    """Elements of the flattened parameter: whole rows, or a part of one row."""
+    rows: slice | Tensor
+    """[rows of the piece], among the rows of the run."""
+
+    def of(self, flat: Tensor, start: int) -> Tensor:
+        """The piece from `flat`, the elements from `start` on of a flattened parameter; a view of it, or a copy."""
+        return self._rows(flat, start)[self.rows].view(index_shape(self.index))
+
+    def put(self, value: Tensor, flat: Tensor, start: int) -> None:
+        """The other way: write the piece into `flat`."""
+        rows = self._rows(flat, start)
+        rows[self.rows] = value.reshape(-1, rows.shape[1]).to(flat.dtype)
+
+    def _rows(self, flat: Tensor, start: int) -> Tensor:
+        run = flat[self.run.start - start : self.run.stop - start]
+        return run.view(-1, prod(index_shape(self.index)[1:]))
 
 
 class WeightMap:
@@ -55,17 +85,42 @@ class WeightMap:
         """Shapes of the entry's Hugging Face tensors, in the order of `hf_names`."""
         return tuple(part.shape for part in entry.weight.parts)
 
-    def to_full(self, param_name: str, local: Tensor) -> dict[str, Tensor]:
-        """Hugging Face's tensors, bit for bit, of one parameter-shaped tensor; all tensor-parallel ranks call it
-        together, and all get the result."""
+    def entry(self, param_name: str) -> Entry:
+        return self._by_name[param_name]
+
+    def split(self, param_name: str, local: Tensor) -> dict[str, Tensor]:
+        """This rank's parts of the Hugging Face tensors in one parameter-shaped tensor, with the rows that pad the
+        vocabulary."""
         entry = self._by_name[param_name]
-        weight, dim = entry.weight, entry.weight.shard_dim
+        weight = entry.weight
         assert tuple(local.shape) == weight.local_shape(self.layout.tp_size), (param_name, local.shape)
-        full = {}
-        for name, shape, part in zip(entry.hf_names, self.full_shape(entry), self._split(weight, local), strict=True):
-            whole = part.contiguous() if dim is None else concat_over_tp(part.contiguous(), dim, self.layout)
-            full[name] = whole[: shape[0]]  # without the rows that pad the vocabulary
-        return full
+        num_blocks = self._num_blocks(weight)
+        rows = [shape[0] // num_blocks for shape in self._part_shapes(entry)]
+        blocks = local.reshape(num_blocks, sum(rows), *local.shape[1:])
+        parts = [part.flatten(0, 1) for part in blocks.split(rows, dim=1)]
+        return dict(zip(entry.hf_names, parts, strict=True))
+
+    def pieces(self, param_name: str, start: int, end: int) -> Iterator[Piece]:
+        """What the elements [start, end) of a flattened local parameter hold of Hugging Face's tensors: of each at most
+        three rectangles. Rows that pad the vocabulary belong to none."""
+        entry = self._by_name[param_name]
+        weight = entry.weight
+        local = weight.local_shape(self.layout.tp_size)
+        width, block = prod(local[1:]), local[0] // self._num_blocks(weight)
+        for run in _runs(start, end, width):
+            row, column = divmod(run.start, width)
+            num_rows = max(1, (run.stop - run.start) // width)
+            columns = slice(column, column + (run.stop - run.start) // num_rows)
+            offset = 0
+            for name, whole, part in zip(entry.hf_names, self.full_shape(entry), self._part_shapes(entry), strict=True):
+                size = part[0] // self._num_blocks(weight)
+                before, until = (_count_rows(r, block, offset, size) for r in (row, row + num_rows))
+                index = self._whole_index(weight.shard_dim, whole, part, slice(before, until), columns)
+                if index[0].start < index[0].stop:
+                    of_part = torch.arange(before, before + index[0].stop - index[0].start)
+                    rows = of_part // size * block + offset + of_part % size - row
+                    yield Piece(name, index, whole, run, _as_slice(rows))
+                offset += size
 
     def to_local(self, param_name: str, read: ReadSlice) -> Tensor:
         """This rank's part, from `read(hf_name, slices)`; rows that pad the vocabulary are zero."""
@@ -92,11 +147,13 @@ class WeightMap:
         """On this rank."""
         return 1 if weight.num_blocks is None else weight.num_blocks // self.layout.tp_size
 
-    def _split(self, weight: Weight, local: Tensor) -> list[Tensor]:
-        num_blocks = self._num_blocks(weight)
-        rows = [shape[0] // num_blocks for shape in weight.part_shapes(self.layout.tp_size)]
-        blocks = local.reshape(num_blocks, sum(rows), *local.shape[1:])
-        return [part.flatten(0, 1) for part in blocks.split(rows, dim=1)]
+    def _whole_index(self, shard_dim: int | None, whole: Shape, part: Shape, rows: slice, columns: slice) -> Index:
+        """Where rows and columns of this rank's part lie in the whole tensor; without rows that it does not have."""
+        index = []
+        for dim, local in enumerate((rows, columns)[: len(whole)]):
+            first = self.layout.tp_rank * part[dim] if dim == shard_dim else 0
+            index.append(slice(first + local.start, min(first + local.stop, whole[dim])))
+        return tuple(index)
 
     def _fuse(self, weight: Weight, parts: list[Tensor]) -> Tensor:
         num_blocks = self._num_blocks(weight)
@@ -123,6 +180,24 @@ def load_weights(model: GPTModel, spec: LlamaSpec, hf_dir: Path, layout: Paralle
             tensors.check_shape(name, shape)
         params[entry.param_name].copy_(weights.to_local(entry.param_name, tensors.read))
     return absent
+
+
+def _runs(start: int, end: int, width: int) -> list[slice]:
+    """[start, end) cut where whole rows of `width` elements begin and end."""
+    whole = (-(-start // width) * width, end // width * width)
+    cuts = sorted({start, *(cut for cut in whole if start < cut < end), end})
+    return [slice(one, next_one) for one, next_one in pairwise(cuts)]
+
+
+def _count_rows(row: int, block: int, offset: int, size: int) -> int:
+    """How many of the rows before `row` belong to the part that has `size` rows from `offset` on in each block."""
+    return row // block * size + min(max(row % block - offset, 0), size)
+
+
+def _as_slice(rows: Tensor) -> slice | Tensor:
+    """The same rows, as a slice where they follow each other."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 def _weight_table(spec: LlamaSpec, model: GPTModel) -> WeightTable:

@@ -18,20 +18,22 @@ SINGLE_FILE = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class HfTensors:
-    """The tensors of a directory by name; opening reads headers only."""
+    """The tensors of a directory by name. Of several files, each is opened when something of it is read: of the
+    hundreds that a large run writes, a rank needs a few."""
 
-    files: dict[str, Path]  # tensor name -> file that holds it
-    handles: dict[Path, Any]
     directory: Path
+    files: dict[str, Path]  # tensor name -> file that holds it
+    handles: dict[Path, Any]  # those opened so far
 
     @classmethod
     def open(cls, hf_dir: Path, single_file: str = SINGLE_FILE, index_file: str = INDEX_FILE) -> Self:
         directory = Path(hf_dir)
         index = directory / index_file
-        paths = _read_index(index) if index.exists() else [directory / single_file]
-        handles = {path: _open_file(path) for path in paths}
-        files = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118  no dict
-        return cls(files, handles, directory)
+        if index.exists():
+            return cls(directory, _read_index(index), {})
+        path = directory / single_file
+        handle = _open_file(path)
+        return cls(directory, dict.fromkeys(handle.keys(), path), {path: handle})
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -40,7 +42,7 @@ class HfTensors:
         """Raises ConfigError for a name that is not there."""
         if name not in self.files:
             raise ConfigError(f"{self.directory}: no tensor {name} in its safetensors files; is it this kind of model?")
-        return tuple(self.handles[self.files[name]].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
         found = self.shape(name)
@@ -51,13 +53,22 @@ class HfTensors:
 
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """That part of the tensor, in the file's dtype."""
-        return self.handles[self.files[name]].get_slice(name)[index]
+        return self._slice(name)[index]
+
+    def _slice(self, name: str) -> Any:
+        path = self.files[name]
+        if path not in self.handles:
+            self.handles[path] = _open_file(path)
+        try:
+            return self.handles[path].get_slice(name)
+        except SafetensorError:
+            raise ConfigError(f"{path}: no tensor {name}, which the index says it holds") from None
 
 
-def _read_index(path: Path) -> list[Path]:
+def _read_index(path: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return [path.parent / name for name in sorted(set(weight_map.values()))]
+        return {name: path.parent / file for name, file in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ConfigError(f"{path}: must be a JSON object with a weight_map of tensor names to files") from None
 

@@ -103,6 +103,16 @@ def concat_over_tp(part: Tensor, dim: int, layout: ParallelLayout) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def gather_over_tp(part: Tensor, dim: int, tp_rank: int, layout: ParallelLayout) -> Tensor | None:
+    """The tensor-parallel ranks' parts, in their order, along axis 0 or 1: on one of the ranks, None on the others."""
+    if layout.tp_size == 1:
+        return part
+    whole = part.new_empty(layout.tp_size, *part.shape) if layout.tp_rank == tp_rank else None
+    parts = None if whole is None else list(whole)  # views: axis 0 needs no second copy
+    dist.gather(part.contiguous(), parts, group=layout.tp_pg, group_dst=tp_rank)
+    return None if whole is None else whole.movedim(0, dim).flatten(dim, dim + 1)
+
+
 def broadcast_object(obj: Any, layout: ParallelLayout) -> Any:
     """Rank 0's object, on every rank (by pickle)."""
     box = [obj]

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from megatron_gil.config import CheckpointSection, OptimizerSection
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
+from megatron_gil.engine.files import FileWriter
 from megatron_gil.engine.megatron import TrainableModel
+from megatron_gil.engine.model_files import num_bytes_written
 from megatron_gil.engine.protocol import Part
+from megatron_gil.models.slices import SlicedTensors
+from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch, take_rows
@@ -36,9 +43,11 @@ from tests.training.running import (
 )
 
 NUM_ROWS, NUM_GROUPS, SAVED = 8, 3, 3
+ROW_BYTES = 32 * 4 * 3
+"""What padding of the vocabulary and cuts within rows may add: a row of float32 weights for each of three states."""
 STATE = {"num_updates": 7, "ema": [None, 0.1 + 0.2]}
-TP2_DP2 = {**TP2, "world": 4}
-CHAIN = [(ONE, False), (DP2, True), (TP2_PP2, False), (TP2_DP2, True), (ONE, False)]
+TP2_DP2, TP2_PP2_DP2 = {**TP2, "world": 4}, {**TP2_PP2, "world": 8}
+CHAIN = [(ONE, False), (DP2, True), (TP2_PP2_DP2, False), (TP2_PP2_DP2, True), (ONE, False)]
 Weights = dict[str, dict[str, Tensor]]
 
 
@@ -124,12 +133,21 @@ def chain(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return directory, _run_chain(CHAIN, world, directory, torch.float32)
 
 
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def _files(checkpoint: Path) -> dict[str, Tensor]:
-    return {
-        f"{path.parent.name}/{name}": tensor
-        for path in checkpoint.rglob("*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
+    """Every tensor, put together where it is in slices, which no two files may both hold."""
+    found = {}
+    for directory in (path for path in checkpoint.iterdir() if path.is_dir()):
+        keys = [key for path in directory.glob("*.safetensors") for key in load_file(path)]
+        assert len(keys) == len(set(keys)), directory
+        stored = SlicedTensors.open(directory, "optimizer" if directory.suffix == ".optimizer" else "model")
+        for name in stored.slices:
+            whole = tuple(slice(0, size) for size in stored.shape(name))
+            found[f"{directory.name}/{name}"] = stored.read(name, whole)
+    return found
 
 
 def test_every_layout_writes_the_same_tensors(chain: Any, world: Path) -> None:
@@ -159,7 +177,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(chain: Any) -> None:
 
 
 def test_the_policy_is_a_transformers_directory(chain: Any) -> None:
-    path = chain[0] / "2" / f"iter_{SAVED:07}" / "policy"  # written by four ranks
+    path = chain[0] / "2" / f"iter_{SAVED:07}" / "policy"  # written by eight ranks
     assert len(list(path.glob("model-*.safetensors"))) > 1
     model = LlamaForCausalLM.from_pretrained(path).eval()
     ours = LlamaForCausalLM(model.config).eval()
@@ -186,6 +204,111 @@ def test_bfloat16_keeps_its_float32_master_weights(world: Path, tmp_path: Path) 
         assert all(torch.equal(other[name], first[name]) for name in first)
     for role, expected in links[0][1].items():
         assert all(torch.equal(links[2][1][role][name], tensor) for name, tensor in expected.items())
+
+
+@dataclass
+class Traffic:
+    """Bytes of tensors through one rank while it saves."""
+
+    weights: int = 0
+    """Written."""
+    optimizer: int = 0
+    """Written."""
+    gathered: list[int] = field(default_factory=list)
+    """Of each tensor got from other ranks."""
+    others: int = 0
+    """Collectives that carry a tensor in another way."""
+
+
+def _save_and_count(layout: dict[str, Any], distributed: bool, root: Path, directory: Path) -> Traffic:
+    traffic = Traffic()
+    with parallel(layout) as started:
+        models = {"policy": _models(root, started, distributed, torch.bfloat16)["policy"]}
+        expected = num_bytes_written(models["policy"])
+        append, gather = FileWriter.append, dist.gather
+
+        def count_append(files: FileWriter, content: Any) -> None:
+            append(files, content)
+            if isinstance(content, Tensor):
+                traffic.weights += content.nbytes * (content.dtype == torch.bfloat16)
+                traffic.optimizer += content.nbytes * (content.dtype == torch.float32)
+
+        def count_gather(tensor: Tensor, parts: list[Tensor] | None, **options: Any) -> None:
+            gather(tensor, parts, **options)
+            traffic.gathered += [sum(part.nbytes for part in parts)] if parts else []
+
+        def count(tensor: Any, *_: Any, **__: Any) -> None:
+            traffic.others += 1
+
+        with (
+            patch.object(FileWriter, "append", count_append),
+            patch.object(dist, "gather", count_gather),
+            patch.object(dist, "all_gather", count),
+            patch.object(dist, "broadcast", count),
+        ):
+            _store(directory, started, root).save(1, models, {})
+        assert traffic.weights + traffic.optimizer == expected
+    return traffic
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_what_a_rank_writes_falls_as_the_world_grows(world: Path, tmp_path: Path, distributed: bool) -> None:
+    """And nothing is written twice, no optimizer state is sent, no gathered tensor is larger than the largest one."""
+    largest = {}
+    for layout in (ONE, DP2, TP2_DP2, TP2_PP2_DP2):
+        size, directory = world_size(layout), tmp_path / str(world_size(layout))
+        ranks = run_ranks(_save_and_count, size, layout, distributed, world, directory)
+        whole = {name: t.nbytes for name, t in _read_weights(directory / "iter_0000001" / "policy").items()}
+        total = sum(whole.values())
+        assert sum(rank.weights for rank in ranks) == total
+        assert sum(rank.optimizer for rank in ranks) == 6 * total  # three float32 for each bfloat16
+        assert max((b for r in ranks for b in r.gathered), default=0) <= max(whole.values()) + ROW_BYTES
+        assert sum(sum(rank.gathered) for rank in ranks) <= total + ROW_BYTES
+        assert not any(rank.others for rank in ranks)
+        largest[size] = (max(rank.weights for rank in ranks), max(rank.optimizer for rank in ranks))
+        # Pipeline ranks differ: the first holds the embedding, the last the norm that a head reads.
+        per_stage = layout["pipeline_size"] * 6 * total / size
+        assert largest[size][1] <= 1.05 * per_stage + ROW_BYTES
+        assert largest[size][0] <= per_stage / 6 + max(whole.values())
+    for kind in (0, 1):
+        assert largest[8][kind] < largest[4][kind] < largest[2][kind] < largest[1][kind], largest
+
+
+def _choose(layout: dict[str, Any], root: Path, directory: Path) -> list[tuple[Any, bool, list[str]]]:
+    """(checkpoint.background, what came of it, notes) where rank 1's host has just enough memory, and a byte less."""
+    found = []
+    with parallel(layout) as started:
+        models = {"policy": _models(root, started, True, torch.bfloat16)["policy"]}
+        copies = sum(gather_objects(num_bytes_written(models["policy"]), started))
+        for number, (background, short) in enumerate(BACKGROUND):
+            notes: list[str] = []
+            store = _store(directory / str(number), started, root, background=background)
+            free = 2 * copies - short * (started.rank == 1)
+            with patch("megatron_gil.engine.checkpoint.available_host_bytes", lambda free=free: free):
+                store.begin(1, models, {}, note=notes.append)
+            store.finish(wait=True)
+            assert store.find() is not None
+            found.append((background, store.background, notes))
+    return found
+
+
+BACKGROUND: list[tuple[Any, int]] = [("auto", 0), ("auto", 1), (True, 1), (False, 0)]
+
+
+def test_written_in_the_background_where_memory_allows_it(world: Path, tmp_path: Path) -> None:
+    ranks = run_ranks(_choose, 2, DP2, world, tmp_path)
+    for rank, found in enumerate(ranks):
+        assert [(asked, chosen) for asked, chosen, _ in found] == [
+            ("auto", True),
+            ("auto", False),
+            (True, True),
+            (False, False),
+        ]
+        assert [len(notes) for _, _, notes in found] == [0, int(rank == 0), 0, 0]
+    assert "training waits while checkpoints are written" in ranks[0][1][2][0]
+    files = [_files(tmp_path / str(number) / "iter_0000001") for number in range(len(BACKGROUND))]
+    for other in files[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in files[0].items())
 
 
 def _flip_byte(path: Path) -> None:

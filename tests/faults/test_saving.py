@@ -21,7 +21,7 @@ SECOND, LAST = 2, 4
 
 
 def _arguments(world: Path, run: Path, *more: str) -> list[str]:
-    return arguments("sft", world, run, "parallel.timeout_s=120", *more)
+    return arguments("sft", world, run, "parallel.timeout_s=120", "checkpoint.background=false", *more)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,9 @@ def test_saving_in_the_background_changes_nothing(change: Any, whole: Path, worl
     assert len(list((tmp_path / "run" / "checkpoints").glob("iter_*"))) == 2
 
 
-@pytest.mark.parametrize("name", ["engine.files.digest", "training.supervised.trainer.SupervisedTrainer.evaluate"])
+@pytest.mark.parametrize(
+    "name", ["engine.files.FileWriter._end", "training.supervised.trainer.SupervisedTrainer.evaluate"]
+)
 def test_kill_9_while_a_checkpoint_is_written_in_the_background(
     name: str, whole: Path, world: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from transformers import LlamaForSequenceClassification
 
 from megatron_gil.models.hf import WeightMap
 from megatron_gil.parallel.layout import ParallelLayout
+from tests.gathered import full_tensors
 from tests.models.running import LAYOUTS, forward, gradients, layout_name, load_model, parallel, world_size
 from tests.models.tiny import SIZES, VARIANTS, make_llama, sample_tokens
 from tests.ranks import run_ranks
@@ -77,7 +78,7 @@ def _model_gradients(layout: ParallelLayout, hf_dir: Path, head: Any, dtype: tor
     size, offset = (spec.vocab_size, layout.tp_rank * width) if head == "lm" else (1 + NUM_GROUPS, 0)
     grads = gradients(model, sample_tokens(), _direction(size).to(dtype), offset)
     weights = WeightMap(spec, model, layout)
-    return {k: v for name, grad in grads.items() for k, v in weights.to_full(name, grad).items()}
+    return {k: v for name, grad in grads.items() for k, v in full_tensors(weights, name, grad).items()}
 
 
 def _group_weight() -> Tensor:

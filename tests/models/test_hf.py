@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from megatron_gil.models.hf import WeightMap, load_weights
 from megatron_gil.models.hf_files import HfTensors
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.transformer import build_model
+from tests.gathered import full_tensors
 from tests.models.running import LAYOUTS, layout_name, load_model, parallel, world_size
 from tests.models.tiny import make_llama
 from tests.ranks import run_ranks
@@ -48,14 +51,32 @@ def _read_back(spec: LlamaSpec, model: Any, layout: Any) -> dict[str, Tensor]:
     written = {}
     for entry in weights.entries:
         parameter = model.get_parameter(entry.param_name).detach()
-        full = weights.to_full(entry.param_name, parameter)
+        full = full_tensors(weights, entry.param_name, parameter)
         assert tuple(full) == entry.hf_names
         assert tuple(tuple(t.shape) for t in full.values()) == weights.full_shape(entry)
         local = weights.to_local(entry.param_name, lambda name, index, full=full: full[name][index])
         assert torch.equal(local, parameter), entry.param_name
+        _check_pieces(weights, entry.param_name, parameter.flatten(), full)
         if not entry.is_copy:
             written.update(full)
     return written
+
+
+def _check_pieces(weights: WeightMap, name: str, parameter: Tensor, full: dict[str, Tensor]) -> None:
+    """Cut anywhere, within rows and blocks too, the pieces are what the whole tensors hold, and all of it once."""
+    cuts = torch.randint(0, parameter.numel() + 1, (5,), generator=torch.Generator().manual_seed(1)).tolist()
+    found, num_elements = torch.zeros_like(parameter), 0
+    for start, end in pairwise(sorted([0, *cuts, parameter.numel()])):
+        for piece in weights.pieces(name, start, end):
+            value = full[piece.hf_name][piece.index]
+            assert torch.equal(piece.of(parameter[start:end], start), value)
+            assert piece.whole == full[piece.hf_name].shape
+            piece.put(value, found[start:end], start)
+            num_elements += value.numel()
+    assert torch.equal(found, parameter)  # where no piece is, rows that pad, there are zeros
+    share = 1 if weights.entry(name).weight.shard_dim is None else weights.layout.tp_size
+    padding = parameter.numel() * share - sum(tensor.numel() for tensor in full.values())
+    assert parameter.numel() - num_elements in (0, padding)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
@@ -144,4 +165,16 @@ def test_a_missing_or_cut_file_is_named(root: Path, tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=r"model-00001-of-00001\.safetensors: not found"):
-        HfTensors.open(tmp_path)
+        HfTensors.open(tmp_path).shape("a")
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(whole)
+    with pytest.raises(ConfigError, match=r"model-00001-of-00001\.safetensors: no tensor a, which the index says"):
+        HfTensors.open(tmp_path).shape("a")
+
+
+def test_only_files_that_are_read_are_opened(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "untied", tmp_path / "copy")
+    tensors = HfTensors.open(tmp_path / "copy")
+    needed = tensors.files["model.norm.weight"]
+    for path in set(tensors.files.values()) - {needed}:
+        path.unlink()
+    assert tensors.read("model.norm.weight", (slice(3, 7),)).shape == (4,)

@@ -28,6 +28,7 @@ from megatron_gil.training.ppo.iteration import PpoTrainer
 from megatron_gil.training.row_source import PromptSource
 from megatron_gil.training.run.progress import Progress
 from megatron_gil.training.run.signals import StopSignal
+from tests.gathered import full_tensors
 
 ONE = {"tensor_size": 1, "pipeline_size": 1}
 TP2 = {"tensor_size": 2, "pipeline_size": 1}
@@ -98,7 +99,7 @@ def _full(model: MegatronModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return {
         key: full.detach().clone()  # buffers are written again
         for name, tensor in tensors.items()
-        for key, full in weights.to_full(name, tensor).items()
+        for key, full in full_tensors(weights, name, tensor).items()
     }
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gil.config import ConfigError
-from megatron_gil.models.convert.weight_files import StoredTensor, check_dtype, find_files
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+from megatron_gil.models.convert.weight_files import DTYPES, StoredTensor, check_dtype, find_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,7 @@ class BinFile:
             if not isinstance(tensor, torch.Tensor):
                 raise ConfigError(f"{path}: {name} is a {type(tensor).__name__}, expected a tensor")
             dtype = str(tensor.dtype).removeprefix("torch.")
-            tensors[str(name)] = StoredTensor(check_dtype(path, name, _DTYPES.get(dtype, dtype)), tuple(tensor.shape))
+            tensors[str(name)] = StoredTensor(check_dtype(path, name, DTYPES.get(dtype, dtype)), tuple(tensor.shape))
         return cls(path, tensors)
 
     def chunks(self, name: str) -> Iterator[Any]:

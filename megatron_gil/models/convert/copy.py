@@ -14,11 +14,16 @@ from megatron_gil.models.convert.bin_files import read_bin_files
 from megatron_gil.models.convert.check import check_tensors
 from megatron_gil.models.convert.config_json import portable_config, read_tokenizer, score_config, write_small_files
 from megatron_gil.models.convert.locate import Role, find_model
-from megatron_gil.models.convert.weight_files import SafetensorsFile, StoredTensor, WeightFile, read_safetensors
+from megatron_gil.models.convert.weight_files import (
+    DTYPES,
+    SafetensorsFile,
+    StoredTensor,
+    WeightFile,
+    read_safetensors,
+    safetensors_header,
+)
 from megatron_gil.models.llama import Head, LlamaSpec, read_config
 from megatron_gil.models.weight_table import GROUP_HEAD
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,16 +143,8 @@ def _write_weights(plan: Sequence[tuple[WeightFile, dict[str, StoredTensor]]], d
 
 def _write_file(file: WeightFile, tensors: dict[str, StoredTensor], path: Path) -> None:
     """A safetensors file of these tensors of `file`, in pieces; no tensor is ever whole in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.num_bytes
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8 bytes
     with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(safetensors_header(tensors))
         for name, tensor in tensors.items():
             for chunk in _cast(file, name, tensor.dtype):
                 out.write(chunk)

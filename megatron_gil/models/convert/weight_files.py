@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_gil.config import ConfigError
 
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""torch's names -> those of safetensors."""
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 CHUNK_BYTES = 1 << 20
 
@@ -29,6 +31,19 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def safetensors_header(tensors: Mapping[str, StoredTensor]) -> bytes:
+    """What a safetensors file begins with whose tensors follow each other in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.num_bytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 class WeightFile(Protocol):

@@ -240,11 +240,16 @@ class TrainingLoop:
                 raise CheckpointError(f"iteration {self._state.iteration} cannot be saved: {reason}")
             self._saved, best = self._state.iteration, self._state.best and self._state.best.iteration
             self._checkpoints.begin(
-                self._state.iteration, self._models, content, best=best, extra_config=self._trainer.extra_config()
+                self._state.iteration,
+                self._models,
+                content,
+                best=best,
+                extra_config=self._trainer.extra_config(),
+                note=self._log.note,
             )
         except CheckpointError as error:
             self._save_failed(error)
-        if not self._config.checkpoint.background:
+        if not self._checkpoints.background:
             self._finish_save(wait=True)
 
     def _finish_save(self, *, wait: bool) -> None:
