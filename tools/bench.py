@@ -1,7 +1,7 @@
 """Measurements that docs/performance.md quotes; each prints its table in Markdown.
 
 python tools/bench.py convert [--size-gib 2] [--rounds 7] [--directory DIR]
-python tools/bench.py ppo [--rounds 9] [--threads 2]
+python tools/bench.py ppo [--rounds 9] [--threads 2] [--ragged] [--json FILE]
 python tools/bench.py gpu [--resume] [--shapes 160m,1.3b,3b] [--json FILE] [--markdown FILE] [--device cpu]
 python tools/bench.py rollout [--rounds 5] [--threads 2] [--shapes small middle large] [--rows 1 16 64] [--compile]
                               [--json FILE]
@@ -28,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     ppo = benches.add_parser("ppo", help=text, description=text)
     ppo.add_argument("--rounds", type=int, default=9, help="interleaved steps of each (default 9)")
     ppo.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
+    ppo.add_argument("--ragged", action="store_true", help="responses end by themselves, not all at the limit")
+    ppo.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every iteration")
     text = "training, scoring, decoding and PPO-GIL on one GPU, as shares of what the GPU can do"
     gpu = benches.add_parser("gpu", help=text, description=text)
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the script")
@@ -77,9 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(bench_start(rounds=given.rounds, against=given.against, only=given.only, json_file=given.json))
     elif given.bench == "ppo":
-        from bench_ppo import bench_ppo
+        from bench_ppo import Sizes, bench_ppo
 
-        print(bench_ppo(rounds=given.rounds, num_threads=given.threads))
+        sizes = Sizes(ragged=given.ragged)
+        print(bench_ppo(rounds=given.rounds, num_threads=given.threads, sizes=sizes, json_file=given.json))
     else:
         return _gpu(given)
     return 0
