@@ -2,6 +2,8 @@
 
 python tools/bench.py convert [--size-gib 2] [--rounds 7] [--directory DIR]
 python tools/bench.py ppo [--rounds 9] [--threads 2] [--ragged] [--json FILE]
+python tools/bench.py train [--rounds 7] [--threads 2] [--parts engine sft reward dpo] [--shapes small middle wide]
+                            [--json FILE]
 python tools/bench.py gpu [--resume] [--shapes 160m,1.3b,3b] [--json FILE] [--markdown FILE] [--device cpu]
 python tools/bench.py rollout [--rounds 5] [--threads 2] [--shapes small middle large] [--rows 1 16 64] [--compile]
                               [--json FILE]
@@ -14,6 +16,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
+
+
+TRAIN_PARTS = ("engine", "sft", "reward", "dpo")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     ppo.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
     ppo.add_argument("--ragged", action="store_true", help="responses end by themselves, not all at the limit")
     ppo.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every iteration")
+    text = "time and memory of updates against transformers' and TRL's, on small random Llamas, on the CPU"
+    train = benches.add_parser("train", help=text, description=text)
+    train.add_argument("--rounds", type=int, default=7, help="interleaved steps of each (default 7)")
+    train.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
+    train.add_argument("--parts", nargs="+", choices=TRAIN_PARTS, default=list(TRAIN_PARTS), help="default: all")
+    train.add_argument(
+        "--shapes", nargs="+", choices=("small", "middle", "wide", "tiny"), default=["small", "middle", "wide"]
+    )
+    train.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round")
     text = "training, scoring, decoding and PPO-GIL on one GPU, as shares of what the GPU can do"
     gpu = benches.add_parser("gpu", help=text, description=text)
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the script")
@@ -78,6 +92,17 @@ def main(arguments: list[str] | None = None) -> int:
         from bench_start import bench_start
 
         print(bench_start(rounds=given.rounds, against=given.against, only=given.only, json_file=given.json))
+    elif given.bench == "train":
+        from bench_train import bench_train
+
+        table = bench_train(
+            rounds=given.rounds,
+            num_threads=given.threads,
+            parts=given.parts,
+            shapes=given.shapes,
+            json_file=given.json,
+        )
+        print(table)
     elif given.bench == "ppo":
         from bench_ppo import Sizes, bench_ppo
 
