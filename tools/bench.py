@@ -2,8 +2,9 @@
 
 python tools/bench.py convert [--size-gib 2] [--rounds 7] [--directory DIR]
 python tools/bench.py ppo [--rounds 9] [--threads 2] [--ragged] [--json FILE]
-python tools/bench.py train [--rounds 7] [--threads 2] [--parts engine sft reward dpo] [--shapes small middle wide]
-                            [--json FILE]
+python tools/bench.py train [--rounds 7] [--threads 2] [--parts engine sft reward dpo logprobs]
+                            [--shapes small middle wide] [--json FILE]
+python tools/bench.py growth [--rounds 5] [--only AXIS ...] [--json FILE]
 python tools/bench.py gpu [--resume] [--shapes 160m,1.3b,3b] [--json FILE] [--markdown FILE] [--device cpu]
 python tools/bench.py rollout [--rounds 5] [--threads 2] [--shapes small middle large] [--rows 1 16 64] [--compile]
                               [--json FILE]
@@ -18,7 +19,8 @@ import sys
 from pathlib import Path
 
 
-TRAIN_PARTS = ("engine", "sft", "reward", "dpo")
+TRAIN_PARTS = ("engine", "sft", "reward", "dpo", "logprobs")
+GROWTH_AXES = ("rows", "length", "layers", "hidden", "vocabulary", "recompute", "layout")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--shapes", nargs="+", choices=("small", "middle", "wide", "tiny"), default=["small", "middle", "wide"]
     )
     train.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round")
+    text = "time a token and memory a rank of an update, as sizes, recomputation and layout grow, on the CPU"
+    growth = benches.add_parser("growth", help=text, description=text)
+    growth.add_argument("--rounds", type=int, default=5, help="updates of each, interleaved (default 5)")
+    growth.add_argument("--only", nargs="+", choices=GROWTH_AXES, default=list(GROWTH_AXES), help="default: all")
+    growth.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     text = "training, scoring, decoding and PPO-GIL on one GPU, as shares of what the GPU can do"
     gpu = benches.add_parser("gpu", help=text, description=text)
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the script")
@@ -93,16 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(bench_start(rounds=given.rounds, against=given.against, only=given.only, json_file=given.json))
     elif given.bench == "train":
-        from bench_train import bench_train
+        _train(given)
+    elif given.bench == "growth":
+        from bench_growth import bench_growth
 
-        table = bench_train(
-            rounds=given.rounds,
-            num_threads=given.threads,
-            parts=given.parts,
-            shapes=given.shapes,
-            json_file=given.json,
-        )
-        print(table)
+        print(bench_growth(rounds=given.rounds, axes=given.only, json_file=given.json))
     elif given.bench == "ppo":
         from bench_ppo import Sizes, bench_ppo
 
@@ -111,6 +113,17 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         return _gpu(given)
     return 0
+
+
+def _train(given: argparse.Namespace) -> None:
+    from bench_logprobs import bench_logprobs
+    from bench_train import bench_train
+
+    counts = {"rounds": given.rounds, "num_threads": given.threads}
+    if parts := [part for part in given.parts if part != "logprobs"]:
+        print(bench_train(**counts, parts=parts, shapes=given.shapes, json_file=given.json))
+    if "logprobs" in given.parts:
+        print(bench_logprobs(**counts))
 
 
 def _gpu(given: argparse.Namespace) -> int:

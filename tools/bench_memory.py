@@ -12,12 +12,16 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """The most that tensors take at once while `run` runs: those that there are before it, each piece of memory once,
-    and what torch's allocator adds at its peak.
+    and what it adds.
 
-    Not the process's resident memory: on models this small, libraries are most of that. What `run` frees must be its
-    own: the allocator does not count memory that is older.
+    Not the process's resident memory: on models this small, libraries are most of that.
     """
-    before = held_bytes()
+    return held_bytes() + added_bytes(run)
+
+
+def added_bytes(run: Callable[[], Any]) -> int:
+    """The most that torch's allocator has given at once since `run` began. What `run` frees must be its own: memory that
+    is older is not counted when it goes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     profiler: Any = recorded.profiler
@@ -26,7 +30,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         top = max(top, now)
-    return before + top
+    return top
 
 
 def held_bytes() -> int:
