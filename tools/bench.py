@@ -18,7 +18,6 @@ import os
 import sys
 from pathlib import Path
 
-
 TRAIN_PARTS = ("engine", "sft", "reward", "dpo", "logprobs")
 GROWTH_AXES = ("rows", "length", "layers", "hidden", "vocabulary", "recompute", "layout")
 

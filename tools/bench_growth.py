@@ -1,7 +1,7 @@
 """`bench.py growth`: seconds a token and bytes a rank of an update as one size, recomputation or the layout grows.
 
-Everything but what a row of the table names is as in BASE. One thread a rank. What is measured of memory is what torch's
-allocator gives at an update's peak beside weights, gradients and optimizer, and `plan` is asked for the same.
+Everything but what a row of the table names is as in BASE. One thread a rank. Memory is weights, gradients, optimizer
+and what torch's allocator adds at an update's peak; `plan` is asked for the same.
 """
 
 from __future__ import annotations
@@ -226,9 +226,9 @@ def _rows(point: Point, dp_size: int) -> TokenBatch:
 def format_table(wanted: Sequence[tuple[str, Point]], found: dict[Point, list[Found]], rounds: int) -> str:
     base = ", ".join(f"{name} {value}" for name, value in asdict(BASE).items() if name != "layout")
     lines = [
-        f"An update of a language model in float32 on full rows, a quarter of each prompt, four microbatches; one thread a "
-        f"rank; {rounds} interleaved rounds after one of warm-up, median (min to max); CPUs: {os.cpu_count()}. Where not "
-        f"said otherwise: {base}.",
+        "An update of a language model in float32 on full rows, a quarter of each prompt, four microbatches; one "
+        f"thread a rank; {rounds} interleaved rounds after one of warm-up, median (min to max); CPUs: "
+        f"{os.cpu_count()}. Where not said otherwise: {base}.",
         "",
         "| | microseconds a token | of the first of its kind | on CPUs, all ranks | MiB of the fullest rank | plan |",
         "|---" * 6 + "|",

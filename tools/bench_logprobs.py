@@ -1,7 +1,7 @@
 """`bench.py train --parts logprobs`: log-probs with gradient at a vocabulary of 128,256, from hidden states on.
 
-Three ways to the same numbers, in turns on the same rows: ours, the output layer on response positions alone, in chunks;
-ours at an earlier commit, on the logits of all positions; and `log_softmax(logits).gather` on all positions.
+Three ways to the same numbers, in turns on the same rows: ours, the output layer on response positions alone, in
+chunks; ours at an earlier commit, on the logits of all positions; and `log_softmax(logits).gather` on all positions.
 """
 
 from __future__ import annotations
@@ -145,17 +145,15 @@ def bench_logprobs(*, rounds: int, num_threads: int, sizes: Sizes | None = None)
             first, *others = (side.steps[0].notes[note] for side in sides)
             assert all(abs(other - first) <= tolerance * abs(first) for other in others), (note, first, others)
         num_responses = int(at.is_response.sum())
-        cases.append(
-            Case(lengths=lengths, num_positions=at.targets.numel(), num_responses=num_responses, sides=sides)
-        )
+        cases.append(Case(lengths=lengths, num_positions=at.targets.numel(), num_responses=num_responses, sides=sides))
     return format_table(cases, sizes, rounds, num_threads)
 
 
 def format_table(cases: Sequence[Case], sizes: Sizes, rounds: int, num_threads: int) -> str:
     lines = [
         f"Log-probs with gradient at vocabulary {sizes.vocab_size:,}, hidden {sizes.hidden_size}, float32; {rounds} "
-        f"interleaved rounds, median (min to max); threads of each: {num_threads}. Peak: hidden states, weight and their "
-        "gradients included.",
+        f"interleaved rounds, median (min to max); threads of each: {num_threads}. Peak: hidden states, weight and "
+        "their gradients included.",
         "",
         "| lengths | positions, of responses | | seconds | ours of it | on a CPU, likewise | peak, MiB | ours of it |",
         "|---" * 8 + "|",

@@ -20,8 +20,8 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def added_bytes(run: Callable[[], Any]) -> int:
-    """The most that torch's allocator has given at once since `run` began. What `run` frees must be its own: memory that
-    is older is not counted when it goes."""
+    """The most that torch's allocator has given at once since `run` began. What `run` frees must be its own: memory
+    that is older is not counted when it goes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     profiler: Any = recorded.profiler

@@ -152,9 +152,7 @@ def _run_command(turns: Turns, root: Path, sizes: Sizes, num_steps: int, name: s
         commands.run_command("ppo", config, StopSignal())
 
 
-def bench_ppo(
-    *, rounds: int, num_threads: int = 2, sizes: Sizes | None = None, json_file: Path | None = None
-) -> str:
+def bench_ppo(*, rounds: int, num_threads: int = 2, sizes: Sizes | None = None, json_file: Path | None = None) -> str:
     """The table; the figures of every round go to json_file."""
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="bench-ppo-") as place:

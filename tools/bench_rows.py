@@ -15,9 +15,9 @@ from megatron_gil.data.rows.order import RowOrder
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 PROMPT_TOKENS = (6, 16, 22, 42, 67, 94, 124, 158, 209, 292, 375, 476, 568, 1002)
 RESPONSE_TOKENS = (1, 8, 14, 20, 27, 35, 45, 59, 77, 111, 148, 202, 244, 902)
-"""Quantiles, at SHARES, of the prompts and responses of Anthropic's HH-RLHF (both base-test files, 4,666 pairs), at four
-characters a token, which is what Llama's tokenizers make of English. `python tools/bench_rows.py DIR` prints them from
-the two files."""
+"""Quantiles, at SHARES, of the prompts and responses of Anthropic's HH-RLHF (both base-test files, 4,666 pairs), at
+four characters a token, which is what Llama's tokenizers make of English. `python tools/bench_rows.py DIR` prints them
+from the two files."""
 MAX_TOKENS, MAX_PROMPT_TOKENS = 512, 384
 FULL_PROMPT_TOKENS, FULL_RESPONSE_TOKENS = 64, 192
 FIRST_WORD = 1
@@ -74,8 +74,8 @@ def _quantile(quantiles: Sequence[int], share: float) -> float:
 
 
 def write_rows(root: Path, batches: Sequence[Sequence[TextRow]], *, seed: int) -> None:
-    """demonstrations.jsonl and preferences.jsonl, so ordered that a run of ours with this seed reads batch k in update k;
-    and the same in that order, as sequential_*.jsonl."""
+    """demonstrations.jsonl and preferences.jsonl, so ordered that a run of ours with this seed reads batch k in update
+    k; and the same in that order, as sequential_*.jsonl."""
     rows = [row for batch in batches for row in batch]
     order = RowOrder(len(rows), seed=seed, batch_size=len(batches[0]))
     ids = [row_id for number in range(len(batches)) for row_id in order.next(number * len(batches[0])).row_ids]

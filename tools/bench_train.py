@@ -5,13 +5,14 @@ Every row of the table is two sides that take turns on the same rows, in the sam
 - engine: forward, backward and AdamW. Ours is `TrainableModel.update`; theirs a plain training loop over
   LlamaForCausalLM: the batch padded to its longest row, an attention mask, labels on response tokens alone.
 - sft, reward, dpo: whole steps from one to the next, logging included. Ours is the command as it runs; theirs TRL's
-  trainer as its users have it, but for what would only slow it here: no activation checkpointing (its default), and rows
-  are read in the order of the file. Its microbatches have 8 rows, its default.
+  trainer as its users have it, but for what would only slow it here: it has no activation checkpointing, which is its
+  default. It reads rows in the order of the file. Its microbatches have 8 rows, its default.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -220,11 +221,12 @@ def _our_config(place: Place) -> Any:
     kinds = {"sft": c.SftConfig, "reward": c.RewardConfig, "dpo": c.DpoConfig}
     files = {"sft": "demonstrations.jsonl", "reward": "preferences.jsonl", "dpo": "preferences.jsonl"}
     part = "sft" if place.part == "engine" else place.part
-    model = {"reward_model" if part == "reward" else "policy": str(place.root / "policy")}
+    path = str(place.root / "policy")
+    models = c.ModelsSection(reward_model=path) if part == "reward" else c.ModelsSection(policy=path)
     extra = {"reward": c.RewardSection(center_coef=0.0)} if part == "reward" else {}
     return kinds[part](
         run=c.TrainingRunSection(dir=str(place.root / "run"), seed=SEED),
-        models=c.ModelsSection(**model),
+        models=models,
         data=c.DataSection(
             train=str(place.root / files[part]), max_prompt_tokens=MAX_PROMPT_TOKENS, max_tokens=MAX_TOKENS
         ),
@@ -307,9 +309,7 @@ def bench_train(
 def _measure(part: str, name: str, lengths: Lengths, rounds: int, num_threads: int, scale: float) -> Case:
     shape = SHAPES[name]
     num_rows = shape.num_rows if part in ("engine", "sft") else shape.num_rows // 2
-    batches = draw_batches(
-        WARM_UP + rounds + 3, num_rows, vocab_size=shape.vocab_size, lengths=lengths, scale=scale
-    )
+    batches = draw_batches(WARM_UP + rounds + 3, num_rows, vocab_size=shape.vocab_size, lengths=lengths, scale=scale)
     works = (run_engine, run_transformers) if part == "engine" else (run_ours, run_trl)
     with tempfile.TemporaryDirectory(prefix="bench-train-") as directory:
         root = Path(directory)
@@ -338,15 +338,13 @@ def _figures(case: Case) -> dict[str, Any]:
 
 
 def format_table(cases: Sequence[Case], rounds: int, num_threads: int) -> str:
-    import os
-
     lines = [
         f"float32; {rounds} interleaved rounds after {WARM_UP} of warm-up, median (min to max); threads of each: "
         f"{num_threads}, CPUs: {os.cpu_count()}. Full rows have 64 + 192 tokens; chats the lengths of HH-RLHF, up to "
         f"{MAX_TOKENS}. reward and dpo: pairs.",
         "",
-        "| | hidden x layers, vocabulary | lengths | rows | seconds, ours | theirs | ours of theirs | on a CPU, likewise "
-        "| padding, ours | theirs | MiB, ours | theirs | ours of theirs |",
+        "| | hidden x layers, vocabulary | lengths | rows | seconds, ours | theirs | ours of theirs | on a CPU, "
+        "likewise | padding, ours | theirs | MiB, ours | theirs | ours of theirs |",
         "|---" * 13 + "|",
     ]
     return "\n".join([*lines, *map(_row, cases)])

@@ -1,4 +1,4 @@
-"""Programs measured in turns: each is a process of its own that does one step when it is its turn, and waits in between.
+"""Programs measured in turns: each is a process of its own that does a step when it is its turn, and waits in between.
 
 So none is slowed by another's objects or by what another changes in a library, and all meet the same machine: what is
 compared are the steps of one round.
@@ -118,9 +118,7 @@ def _start(side: Side, num_steps: int, num_threads: int) -> tuple[Any, Any]:
     return mine, process
 
 
-def _work(
-    work: Callable[..., None], pipe: Any, arguments: tuple[Any, ...], num_steps: int, num_threads: int
-) -> None:
+def _work(work: Callable[..., None], pipe: Any, arguments: tuple[Any, ...], num_steps: int, num_threads: int) -> None:
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         work(Turns(pipe, num_threads), *arguments, num_steps)
 
