@@ -221,6 +221,8 @@ def _our_config(place: Place) -> Any:
     kinds = {"sft": c.SftConfig, "reward": c.RewardConfig, "dpo": c.DpoConfig}
     files = {"sft": "demonstrations.jsonl", "reward": "preferences.jsonl", "dpo": "preferences.jsonl"}
     part = "sft" if place.part == "engine" else place.part
+    # As many rows at once as the other side takes, so that memory can be compared too.
+    micro_size = place.num_rows if place.part == "engine" else min(TRL_ROWS, place.num_rows)
     path = str(place.root / "policy")
     models = c.ModelsSection(reward_model=path) if part == "reward" else c.ModelsSection(policy=path)
     extra = {"reward": c.RewardSection(center_coef=0.0)} if part == "reward" else {}
@@ -230,7 +232,7 @@ def _our_config(place: Place) -> Any:
         data=c.DataSection(
             train=str(place.root / files[part]), max_prompt_tokens=MAX_PROMPT_TOKENS, max_tokens=MAX_TOKENS
         ),
-        batch=c.BatchSection(global_size=place.num_rows, micro_size=min(TRL_ROWS, place.num_rows)),
+        batch=c.BatchSection(global_size=place.num_rows, micro_size=micro_size),
         optimizer=c.OptimizerSection(lr=LR, schedule="constant", warmup_fraction=0.0),
         checkpoint=c.CheckpointSection(every=10_000),
         train=c.TrainSection(updates=len(place.batches)),
