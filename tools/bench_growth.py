@@ -23,9 +23,7 @@ from bench_turns import spread
 
 from megatron_gil.demo.tiny_llama import llama_config
 from megatron_gil.models.llama import LlamaSpec
-from megatron_gil.planning.memory import OVERHEAD_BYTES, Cut, Precision, SizedModel
-from megatron_gil.planning.rank import rank_memory
-from megatron_gil.planning.workload import Workload
+from megatron_gil.planning.memory import Cut, Precision, Rows, SizedModel, resident, update_peak
 from megatron_gil.types import TokenBatch
 
 _PROCESSES = multiprocessing.get_context("spawn")
@@ -60,7 +58,7 @@ AXES: dict[str, Sequence[Any]] = {
     "length": (32, 128, 512),
     "layers": (2, 4, 8),
     "hidden": (64, 128, 256),
-    "vocabulary": (512, 4096, 32768),
+    "vocabulary": (512, 4096, 32768, 131072),
     "recompute": ("none", "selective", "full"),
     "layout": ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)),
 }
@@ -199,16 +197,18 @@ def _spec(point: Point) -> LlamaSpec:
 def planned_bytes(point: Point, pp_rank: int) -> int:
     """What `plan` says of the point's update on a rank, without its overhead."""
     tp_size, pp_size, dp_size = point.layout
-    workload = Workload(
-        models=(SizedModel(role="policy", spec=_spec(point), head="lm", trained=True),),
-        global_size=point.rows,
-        sequences_per_row=1,
-        micro_size=point.micro_rows // dp_size,
-        num_tokens=point.length,
-        precision=Precision(dtype_bytes=4, recompute=point.recompute),
-    )
+    model = SizedModel(role="policy", spec=_spec(point), head="lm", trained=True)
     cut = Cut(tp_size=tp_size, pp_size=pp_size, dp_size=dp_size)
-    return rank_memory(workload, cut, pp_rank).phase_total("update policy") - OVERHEAD_BYTES
+    precision = Precision(dtype_bytes=4, recompute=point.recompute)
+    rows = Rows(
+        num_rows=point.micro_rows // dp_size,
+        num_tokens=point.length,
+        num_microbatches=4,
+        num_responses=point.length - point.length // 4,
+    )
+    return resident(model, cut, pp_rank, precision).total + sum(
+        update_peak(model, cut, pp_rank, rows, precision).values()
+    )
 
 
 def _rows(point: Point, dp_size: int) -> TokenBatch:
