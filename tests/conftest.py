@@ -24,6 +24,7 @@ SLOW = (
         "gpu/test_sides_on_the_cpu.py",
         "parallel",
         "pretend",
+        "test_bench_cpu.py",
         "test_bench_gpu.py",
         "test_console.py",
         "test_examples.py",

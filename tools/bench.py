@@ -1,7 +1,10 @@
 """Measurements that docs/performance.md quotes; each prints its table in Markdown.
 
 python tools/bench.py convert [--size-gib 2] [--rounds 7] [--directory DIR]
-python tools/bench.py ppo [--rounds 9] [--threads 2]
+python tools/bench.py ppo [--rounds 9] [--threads 2] [--ragged] [--json FILE]
+python tools/bench.py train [--rounds 7] [--threads 2] [--parts engine sft reward dpo logprobs]
+                            [--shapes small middle wide] [--json FILE]
+python tools/bench.py growth [--rounds 5] [--only AXIS ...] [--json FILE]
 python tools/bench.py gpu [--resume] [--shapes 160m,1.3b,3b] [--json FILE] [--markdown FILE] [--device cpu]
 python tools/bench.py rollout [--rounds 5] [--threads 2] [--shapes small middle large] [--rows 1 16 64] [--compile]
                               [--json FILE]
@@ -14,6 +17,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
+
+TRAIN_PARTS = ("engine", "sft", "reward", "dpo", "logprobs")
+GROWTH_AXES = ("rows", "length", "layers", "hidden", "vocabulary", "recompute", "layout")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +34,22 @@ def main(arguments: list[str] | None = None) -> int:
     ppo = benches.add_parser("ppo", help=text, description=text)
     ppo.add_argument("--rounds", type=int, default=9, help="interleaved steps of each (default 9)")
     ppo.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
+    ppo.add_argument("--ragged", action="store_true", help="responses end by themselves, not all at the limit")
+    ppo.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every iteration")
+    text = "time and memory of updates against transformers' and TRL's, on small random Llamas, on the CPU"
+    train = benches.add_parser("train", help=text, description=text)
+    train.add_argument("--rounds", type=int, default=7, help="interleaved steps of each (default 7)")
+    train.add_argument("--threads", type=int, default=2, help="of each side (default 2)")
+    train.add_argument("--parts", nargs="+", choices=TRAIN_PARTS, default=list(TRAIN_PARTS), help="default: all")
+    train.add_argument(
+        "--shapes", nargs="+", choices=("small", "middle", "wide", "tiny"), default=["small", "middle", "wide"]
+    )
+    train.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round")
+    text = "time a token and memory a rank of an update, as sizes, recomputation and layout grow, on the CPU"
+    growth = benches.add_parser("growth", help=text, description=text)
+    growth.add_argument("--rounds", type=int, default=5, help="updates of each, interleaved (default 5)")
+    growth.add_argument("--only", nargs="+", choices=GROWTH_AXES, default=list(GROWTH_AXES), help="default: all")
+    growth.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     text = "training, scoring, decoding and PPO-GIL on one GPU, as shares of what the GPU can do"
     gpu = benches.add_parser("gpu", help=text, description=text)
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the script")
@@ -76,13 +98,31 @@ def main(arguments: list[str] | None = None) -> int:
         from bench_start import bench_start
 
         print(bench_start(rounds=given.rounds, against=given.against, only=given.only, json_file=given.json))
-    elif given.bench == "ppo":
-        from bench_ppo import bench_ppo
+    elif given.bench == "train":
+        _train(given)
+    elif given.bench == "growth":
+        from bench_growth import bench_growth
 
-        print(bench_ppo(rounds=given.rounds, num_threads=given.threads))
+        print(bench_growth(rounds=given.rounds, axes=given.only, json_file=given.json))
+    elif given.bench == "ppo":
+        from bench_ppo import Sizes, bench_ppo
+
+        sizes = Sizes(ragged=given.ragged)
+        print(bench_ppo(rounds=given.rounds, num_threads=given.threads, sizes=sizes, json_file=given.json))
     else:
         return _gpu(given)
     return 0
+
+
+def _train(given: argparse.Namespace) -> None:
+    from bench_logprobs import bench_logprobs
+    from bench_train import bench_train
+
+    counts = {"rounds": given.rounds, "num_threads": given.threads}
+    if parts := [part for part in given.parts if part != "logprobs"]:
+        print(bench_train(**counts, parts=parts, shapes=given.shapes, json_file=given.json))
+    if "logprobs" in given.parts:
+        print(bench_logprobs(**counts))
 
 
 def _gpu(given: argparse.Namespace) -> int:

@@ -1,38 +1,34 @@
-"""`bench.py ppo`: whole PPO iterations of this project and of TRL's PPOTrainer, interleaved, on a small random Llama.
+"""`bench.py ppo`: whole PPO iterations of this project and of TRL's PPOTrainer, in turns, on a small random Llama.
 
-Each side is a process of its own that does one iteration when it is its turn, and waits in between: neither is slowed
-by the other's objects (TRL calls Python's garbage collector in every iteration) or by what the other changes in a
-library. A step is a whole iteration as the side's own loop does it, from one to the next, logging included:
-`megatron-gil ppo` as the command runs it, and `PPOTrainer.train`. No end of sequence can be sampled, so that all
-responses have their full length.
+A step is a whole iteration as the side's own loop does it, from one to the next, logging included: `megatron-gil ppo`
+as the command runs it, and `PPOTrainer.train` (which calls Python's garbage collector in every iteration). Either no
+end of sequence can be sampled, so that all responses have their full length; or (`ragged`) the model ends them itself:
+lengths are geometric with about a third of the limit as their mean, on both sides alike, for both have its weights.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
+import math
 import os
 import random
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from bench_turns import WARM_UP, Side, Turns, ratios, spread, take_turns
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_gil.demo.tiny_llama import llama_config, llama_weights
 from megatron_gil.jsonl import iter_jsonl
 
-WARM_UP = 3  # first iterations, left out
 LR, KL_COEF = 1e-6, 0.05
-_PROCESSES = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,45 +41,9 @@ class Sizes:
     num_rows: int = 32
     prompt_tokens: int = 32
     response_tokens: int = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One iteration: its wall-clock seconds, whole and by part; parts that a side does not tell of are absent."""
-
-    seconds: float
-    cpu_seconds: float  # of all threads of the process
-    parts: dict[str, float]  # rollout, score, update
-    response_tokens: float  # mean of the batch
-    num_threads: int
-
-
-class Turns:
-    """A side's end of the agreement: `wait` reports the step since the last call and returns when it is its turn."""
-
-    def __init__(self, pipe: Any, num_threads: int) -> None:
-        self._pipe, self._start = pipe, _clocks()
-        torch.set_num_threads(num_threads)
-
-    def wait(self, parts: dict[str, float], response_tokens: float) -> None:
-        seconds, cpu_seconds = (now - start for now, start in zip(_clocks(), self._start, strict=True))
-        step = Step(
-            seconds=seconds,
-            cpu_seconds=cpu_seconds,
-            parts=parts,
-            response_tokens=response_tokens,
-            num_threads=torch.get_num_threads(),
-        )
-        self._pipe.send(step)
-        self._pipe.recv()
-        self._start = _clocks()
-
-
-def _clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-Work = Callable[[Turns, Path, Sizes, int], None]
+    ragged: bool = False
+    """Responses end by themselves."""
+    max_positions: int = 128
 
 
 def run_trl(turns: Turns, root: Path, sizes: Sizes, num_steps: int) -> None:
@@ -99,12 +59,15 @@ def run_trl(turns: Turns, root: Path, sizes: Sizes, num_steps: int) -> None:
     def batch_generation(model: Any, queries: Any, *others: Any) -> Any:
         start = time.perf_counter()
         tokens, logits = own_generation(model, queries, *others)
-        rollout.update(seconds=time.perf_counter() - start, tokens=tokens.shape[1] - queries.shape[1])
+        rollout.update(rollout=time.perf_counter() - start)
+        # An end counts as part of its response, as it does on our side.
+        ends = (tokens[:, queries.shape[1] :] == tokenizer.eos_token_id).cumsum(1)
+        rollout.update(response_tokens=float((ends.cumsum(1) <= 1).sum(1).float().mean()))
         return tokens, logits
 
     class Pace(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            turns.wait({"rollout": rollout["seconds"]}, rollout["tokens"])
+            turns.wait(dict(rollout))
 
     args = PPOConfig(
         output_dir=str(root / "trl"),
@@ -162,9 +125,8 @@ def _run_command(turns: Turns, root: Path, sizes: Sizes, num_steps: int, name: s
     class Paced(commands.PpoTrainer):
         def iterate(self, iteration: int) -> Any:
             if iteration:
-                turns.wait(
-                    {part: done[f"time/{part}_s"] for part in ("rollout", "score", "update")}, done["response/tokens"]
-                )
+                parts = {part: done[f"time/{part}_s"] for part in ("rollout", "score", "update")}
+                turns.wait({**parts, "response_tokens": done["response/tokens"]})
             done.update(super().iterate(iteration))
             return dict(done)
 
@@ -177,8 +139,10 @@ def _run_command(turns: Turns, root: Path, sizes: Sizes, num_steps: int, name: s
         batch=c.BatchSection(global_size=sizes.num_rows, micro_size=sizes.num_rows),
         optimizer=optimizer,
         critic_optimizer=optimizer,
-        sampling=c.SamplingSection(  # TRL's samples have no end either
-            max_new_tokens=sizes.response_tokens, min_new_tokens=sizes.response_tokens, micro_size=sizes.num_rows
+        sampling=c.SamplingSection(
+            max_new_tokens=sizes.response_tokens,
+            min_new_tokens=1 if sizes.ragged else sizes.response_tokens,  # TRL's whole samples have no end either
+            micro_size=sizes.num_rows,
         ),
         ppo=c.PpoSection(iterations=num_steps, prompts=sizes.num_rows, kl_coef=KL_COEF),
         gil=c.GilSection(**gil),
@@ -188,108 +152,54 @@ def _run_command(turns: Turns, root: Path, sizes: Sizes, num_steps: int, name: s
         commands.run_command("ppo", config, StopSignal())
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    name: str
-    work: Work
-    steps: list[Step] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> list[float]:
-        return [step.seconds for step in self.steps]
-
-    @property
-    def cpu_seconds(self) -> list[float]:
-        return [step.cpu_seconds for step in self.steps]
-
-
-def bench_ppo(*, rounds: int, num_threads: int = 2, sizes: Sizes | None = None) -> str:
-    """The table."""
+def bench_ppo(*, rounds: int, num_threads: int = 2, sizes: Sizes | None = None, json_file: Path | None = None) -> str:
+    """The table; the figures of every round go to json_file."""
     sizes = sizes or Sizes()
-    os.environ |= {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin would measure whatever else runs on the machine
-    sides = [Side("TRL 1.12.0", run_trl), Side("PPO", run_plain), Side("PPO-GIL", run_gil)]
     with tempfile.TemporaryDirectory(prefix="bench-ppo-") as place:
-        write_inputs(Path(place), sizes)
-        pipes, processes = zip(
-            *(_start(side.work, Path(place), sizes, rounds, num_threads) for side in sides), strict=True
-        )
-        try:
-            _take_turns(sides, pipes, rounds)
-        finally:
-            for process in processes:
-                process.kill()  # each still waits for a turn that does not come
-                process.join()
-    for step in (step for side in sides for step in side.steps):
-        assert step.response_tokens == sizes.response_tokens, "a response ended early"
-        assert step.num_threads == num_threads, "a side changed the number of threads"
+        root = Path(place)
+        write_inputs(root, sizes)
+        works = {"TRL 1.12.0": run_trl, "PPO": run_plain, "PPO-GIL": run_gil}
+        sides = [Side(name, work, (root, sizes)) for name, work in works.items()]
+        take_turns(sides, rounds=rounds, num_threads=num_threads)
+    if not sizes.ragged:
+        for step in (step for side in sides for step in side.steps):
+            assert step.notes["response_tokens"] == sizes.response_tokens, "a response ended early"
+    if json_file is not None:
+        json_file.write_text(json.dumps({side.name: [asdict(step) for step in side.steps] for side in sides}, indent=1))
     return format_table(sides, sizes, num_threads)
-
-
-def _start(work: Work, root: Path, sizes: Sizes, rounds: int, num_threads: int) -> tuple[Any, Any]:
-    mine, its = _PROCESSES.Pipe()
-    last = WARM_UP + rounds + 1  # not reached: it may also save
-    process = _PROCESSES.Process(target=_work, args=(work, its, root, sizes, last, num_threads), daemon=True)
-    process.start()
-    its.close()
-    return mine, process
-
-
-def _work(work: Work, pipe: Any, root: Path, sizes: Sizes, num_steps: int, num_threads: int) -> None:
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        work(Turns(pipe, num_threads), root, sizes, num_steps)
-
-
-def _take_turns(sides: Sequence[Side], pipes: Sequence[Any], rounds: int) -> None:
-    """Every side's first step comes with its start; once all have started, one at a time, in a new order each round."""
-    for pipe in pipes:
-        pipe.recv()
-    order = random.Random(1)
-    for number in range(1, WARM_UP + rounds):
-        for side, pipe in order.sample(list(zip(sides, pipes, strict=True)), len(sides)):
-            pipe.send(None)
-            step = pipe.recv()
-            if number >= WARM_UP:
-                side.steps.append(step)
 
 
 def format_table(sides: Sequence[Side], sizes: Sizes, num_threads: int) -> str:
     trl = sides[0]
+    length = f"up to {sizes.response_tokens}" if sizes.ragged else str(sizes.response_tokens)
     lines = [
         f"Llama of {sizes.num_layers} layers, hidden {sizes.hidden_size}, MLP {3 * sizes.hidden_size}, 4 heads, 2 "
         f"key-value heads, vocabulary {sizes.vocab_size}, float32; {sizes.num_rows} prompts of "
-        f"{sizes.prompt_tokens} tokens + {sizes.response_tokens} new ones, one update; {len(trl.steps)} interleaved "
+        f"{sizes.prompt_tokens} tokens + {length} new ones, one update; {len(trl.steps)} interleaved "
         f"rounds after {WARM_UP} of warm-up, median (min to max); threads of each: {num_threads}, CPUs: "
         f"{os.cpu_count()}.",
         "",
         "| | seconds a step | times TRL's, of the same round | seconds on a CPU | times TRL's, likewise | rollout | "
-        "scoring, shaping | updates |",
-        "|---|---|---|---|---|---|---|---|",
+        "scoring, shaping | updates | response tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for side in sides:
         columns = [
             side.name,
-            _spread(side.seconds),
-            _spread(_ratios(side.seconds, trl.seconds)),
-            _spread(side.cpu_seconds),
-            _spread(_ratios(side.cpu_seconds, trl.cpu_seconds)),
+            spread(side.seconds),
+            spread(ratios(side.seconds, trl.seconds)),
+            spread(side.cpu_seconds),
+            spread(ratios(side.cpu_seconds, trl.cpu_seconds)),
             *(_part(side, part) for part in ("rollout", "score", "update")),
+            f"{side.note('response_tokens'):.0f}",
         ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-def _ratios(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(mine, theirs, strict=True)]
-
-
 def _part(side: Side, part: str) -> str:
-    found = [step.parts[part] for step in side.steps if part in step.parts]
-    return f"{statistics.median(found):.2f}" if found else ""
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    found = side.note(part)
+    return "" if found is None else f"{found:.2f}"
 
 
 def write_inputs(root: Path, sizes: Sizes) -> None:
@@ -304,7 +214,10 @@ def write_inputs(root: Path, sizes: Sizes) -> None:
         num_layers=sizes.num_layers,
     )
     config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config |= {"max_position_embeddings": sizes.max_positions}
     policy = llama_weights(config, seed=1)
+    if sizes.ragged:
+        end_by_themselves(policy, end_id=sizes.vocab_size - 2, mean_length=sizes.response_tokens / 3)
     reward_model = {name: tensor for name, tensor in policy.items() if name != "lm_head.weight"}
     reward_model["score.weight"] = policy["lm_head.weight"][:1].clone()
     heads = {"num_labels": 1, "architectures": ["LlamaForSequenceClassification"]}
@@ -314,6 +227,23 @@ def write_inputs(root: Path, sizes: Sizes) -> None:
     words = [f"w{i}" for i in range(sizes.vocab_size - 2)]
     prompts = [" ".join(draw.choices(words, k=sizes.prompt_tokens)) for _ in range(8 * sizes.num_rows)]
     (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+
+def end_by_themselves(weights: dict[str, torch.Tensor], *, end_id: int, mean_length: float) -> None:
+    """Make the end of a response about as likely everywhere as one token in `mean_length`.
+
+    A Llama has no bias. So the first of the hidden dimensions is the same number for every token, no layer writes into
+    it, and only the end's row of the output layer reads it. The number is so large that the last norm leaves about the
+    square root of the hidden size of it.
+    """
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    embedding[:, 0] = 32.0
+    for name, tensor in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor[0] = 0.0
+    head[:, 0] = 0.0
+    head[end_id] = 0.0
+    head[end_id, 0] = math.log(len(head) / mean_length) / embedding.shape[1] ** 0.5
 
 
 def _write_model(directory: Path, config: dict[str, object], weights: dict[str, torch.Tensor]) -> None:
