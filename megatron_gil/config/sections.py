@@ -61,8 +61,8 @@ class ModelsSection(Section):
     layer: Literal["auto", "local", "transformer_engine"] = "auto"
     """Transformer layer: auto takes Transformer Engine where it imports and the device is a GPU."""
     fusions: Literal["auto", "off"] = "auto"
-    """On a GPU, auto takes megatron-core's fused kernels, each where its library imports: rotary embedding (Transformer
-    Engine), SwiGLU (Triton), gradient accumulation (Apex). The first lines of a run say which."""
+    """On a GPU, auto takes megatron-core's fused kernels, each where its library imports: SwiGLU (Triton), gradient
+    accumulation (Apex). The first lines of a run say which."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Which activations are recomputed in the backward pass, to save memory: none, those of attention, or all."""
     offload: Literal["none", "frozen", "rollout", "all"] = "none"

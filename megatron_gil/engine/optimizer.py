@@ -71,11 +71,10 @@ class ModelOptimizer:
         self._optimizer: Any = get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)  # ChainedOptimizer
         self._device = next(ddp.parameters()).device
         self._host_copies: HostCopies | None = None
-        if self._device.type == "cuda":
-            self._fuse()
+        self._fuse()
 
     def _fuse(self) -> None:
-        """Let torch's AdamW update with fused kernels and count its steps on the GPU. The Adam of Transformer Engine or
+        """Let torch's AdamW update with fused kernels and count its steps on the device. The Adam of Transformer Engine or
         Apex, which megatron-core takes where it finds one, is fused already."""
         for part in self._optimizer.chained_optimizers:
             if isinstance(part.optimizer, torch.optim.AdamW):
