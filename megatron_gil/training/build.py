@@ -69,7 +69,9 @@ def build_model(
         if isinstance(config, PpoConfig) and use.head == "critic"
         else config.optimizer,
         distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap=_overlaps(config.parallel, layout),
+        # Where communication overlaps, megatron-core waits for the gradient of every parameter; the value head of a
+        # classifier of its own gets none.
+        overlap=_overlaps(config.parallel, layout) and use.role != "classifier",
         **common,
     )
     absent = _load(model, model_path(config, use))

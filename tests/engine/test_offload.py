@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_gil.engine import megatron as engine
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.offload import SMALLEST_PIECE, HostCopies, _host_memory
@@ -147,7 +148,10 @@ def _all_models(trainer: PpoTrainer) -> dict[str, MegatronModel]:
 def _run(layout: dict[str, Any], gil: dict[str, Any], dtype: torch.dtype, distributed: bool, root: Path) -> Any:
     """For each setting: metrics, weights, Adam's state, and what was on the device in each phase."""
     config = ppo_config(gil=gil, ppo={"epochs": 2})
-    config = replace(config, parallel=replace(config.parallel, distributed_optimizer=distributed))
+    overlap = "on" if distributed else "off"  # as on GPUs
+    parallel_section = replace(config.parallel, distributed_optimizer=distributed, overlap=overlap)
+    config = replace(config, parallel=parallel_section)
+    engine.BUCKET_SIZE = 2000  # several sums under way at once; of this process alone
     found = {}
     with parallel(layout) as started:
         for offload in OFFLOADS:
