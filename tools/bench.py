@@ -5,6 +5,7 @@ python tools/bench.py ppo [--rounds 9] [--threads 2] [--ragged] [--json FILE]
 python tools/bench.py train [--rounds 7] [--threads 2] [--parts engine sft reward dpo logprobs]
                             [--shapes small middle wide] [--json FILE]
 python tools/bench.py growth [--rounds 5] [--only AXIS ...] [--json FILE]
+python tools/bench.py checkpoint [--rounds 3] [--against DIR] [--directory DIR]
 python tools/bench.py gpu [--resume] [--shapes 160m,1.3b,3b] [--json FILE] [--markdown FILE] [--device cpu]
 python tools/bench.py rollout [--rounds 5] [--threads 2] [--shapes small middle large] [--rows 1 16 64] [--compile]
                               [--json FILE]
@@ -30,6 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     convert.add_argument("--size-gib", type=float, default=2.0)
     convert.add_argument("--rounds", type=int, default=7, help="interleaved runs of each (default 7)")
     convert.add_argument("--directory", type=Path, help="on the disk to measure (default: the temporary directory)")
+    text = "time of a checkpoint and bytes through each rank, on 1 to 8 processes and modelled for 1,024 GPUs"
+    checkpoint = benches.add_parser("checkpoint", help=text, description=text)
+    checkpoint.add_argument("--rounds", type=int, default=3, help="interleaved saves of each (default 3)")
+    checkpoint.add_argument("--against", type=Path, metavar="DIR", help="another checkout, in turns with this one")
+    checkpoint.add_argument("--directory", type=Path, help="on the disk to measure (default: the temporary directory)")
     text = "time of a PPO step against TRL 1.12.0's on a small random Llama, on the CPU"
     ppo = benches.add_parser("ppo", help=text, description=text)
     ppo.add_argument("--rounds", type=int, default=9, help="interleaved steps of each (default 9)")
@@ -80,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
         from bench_convert import bench_convert
 
         print(bench_convert(size=int(given.size_gib * 2**30), rounds=given.rounds, directory=given.directory))
+    elif given.bench == "checkpoint":
+        from bench_checkpoint import bench_checkpoint
+
+        print(bench_checkpoint(rounds=given.rounds, against=given.against, directory=given.directory))
     elif given.bench == "rollout":
         # Before torch: threads that spin would measure whatever else runs on the machine.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -117,23 +117,25 @@ def _own_entries(weights: WeightMap) -> list[Entry]:
     return [entry for entry in weights.entries if not entry.is_copy]
 
 
+def choose_writers(sizes: Mapping[str, int], *, dp_size: int, tp_size: int) -> dict[str, tuple[int, int]]:
+    """Tensor of one pipeline stage -> (data-, tensor-parallel rank) that writes it. The largest come first, each to the
+    rank with the fewest bytes so far; equal ones go round the data-parallel ranks, which are on more hosts."""
+    ranks, writers = [(0, number) for number in range(dp_size * tp_size)], {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        size, number = ranks[0]
+        heapreplace(ranks, (size + sizes[name], number))
+        writers[name] = number % dp_size, number // dp_size
+    return writers
+
+
 def _writers(model: TrainableModel) -> dict[str, tuple[int, int]]:
-    """Hugging Face tensor -> (data-, tensor-parallel rank) that writes it. The largest come first, each to the rank of
-    its pipeline stage with the fewest bytes so far; equal ones go round the data-parallel ranks, which are on more
-    hosts."""
     weights, layout = _weight_map(model), model.layout
     sizes = {
         name: prod(shape)
         for entry in _own_entries(weights)
         for name, shape in zip(entry.hf_names, weights.full_shape(entry), strict=True)
     }
-    ranks = [(0, number) for number in range(layout.dp_size * layout.tp_size)]
-    writers = {}
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        size, number = ranks[0]
-        heapreplace(ranks, (size + sizes[name], number))
-        writers[name] = number % layout.dp_size, number // layout.dp_size
-    return writers
+    return choose_writers(sizes, dp_size=layout.dp_size, tp_size=layout.tp_size)
 
 
 def _planned_weights(model: TrainableModel) -> dict[str, StoredTensor]:

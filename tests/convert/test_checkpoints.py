@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from megatron_gil.config import CheckpointSection, ConfigError, OptimizerSection
 from megatron_gil.engine.checkpoint import CheckpointStore
+from megatron_gil.engine.files import digest, write_manifest
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.convert.copy import export_model, import_model
 from megatron_gil.models.llama import LlamaSpec
@@ -108,14 +110,15 @@ def test_an_exported_reward_model_is_imported_again(trained: tuple[Path, Tensor]
     assert_equal_bits(read_tensors(tmp_path / "again"), read_tensors(tmp_path / "out"))
 
 
-def _flip_a_byte(path: Path) -> None:
+def _flip_a_byte(path: Path, where: int = -1) -> None:
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[where] ^= 1
     path.write_bytes(content)
 
 
 DAMAGE: dict[str, Any] = {
     "a byte": (lambda d: _flip_a_byte(next(d.glob("policy/*2.safetensors"))), "of-00002.safetensors differs"),
+    "a header": (lambda d: _flip_a_byte(next(d.glob("policy/*00001-of*")), 9), "00001-of-00002.safetensors differs"),
     "a length": (lambda d: (d / "policy/config.json").write_text("{}"), "policy/config.json is missing or not of"),
     "a file": (lambda d: (d / "policy/tokenizer.model").unlink(), "policy/tokenizer.model is missing"),
     "the manifest": (lambda d: (d / "manifest.json").unlink(), "manifest.json is missing or unreadable"),
@@ -124,16 +127,17 @@ DAMAGE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, None) for name in DAMAGE), ("a byte", "float32")])
 def test_a_damaged_checkpoint_is_passed_over_and_named(
-    world: Path, trained: tuple[Path, Tensor], tmp_path: Path, name: str
+    world: Path, trained: tuple[Path, Tensor], tmp_path: Path, name: str, dtype: str | None
 ) -> None:
+    """What is damaged in the weights is found while they are copied, and leaves nothing."""
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
     damage, part = DAMAGE[name]
     damage(run / "checkpoints/iter_0000002")
     notes: list[str] = []
-    export_model(run, tmp_path / "out", role="policy", note=notes.append)
+    export_model(run, tmp_path / "out", role="policy", dtype=dtype, note=notes.append)
     assert_equal_bits(read_tensors(tmp_path / "out"), read_tensors(world / "policy"))
     assert [part in note and "iter_0000002" in note for note in notes] == [True]
     with pytest.raises(ConfigError, match=r"iter_0000002: .*; take another checkpoint"):
@@ -141,6 +145,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     shutil.rmtree(run / "checkpoints/iter_0000001")
     with pytest.raises(ConfigError, match=r"none of its 1 checkpoint\(s\) is whole"):
         export_model(run, tmp_path / "other", role="policy", note=notes.append)
+    assert files_under(tmp_path) == ["out", "run"]
+
+
+def test_a_file_without_tensors_to_copy_is_proven_too(trained: tuple[Path, Tensor], tmp_path: Path) -> None:
+    """Of the critic's files the one that holds nothing but the group classifier, which stays behind."""
+    checkpoint = tmp_path / "iter_0000002"
+    shutil.copytree(trained[0] / "checkpoints/iter_0000002", checkpoint)
+    path = checkpoint / "critic/model-00003-of-00003.safetensors"
+    save_file({"group_head.weight": read_tensors(checkpoint / "critic")["group_head.weight"]}, path)
+    for held in sorted(checkpoint.glob("critic/model-*-of-00002.safetensors")):
+        tensors = {name: tensor for name, tensor in load_file(held).items() if name != "group_head.weight"}
+        save_file(tensors, held.with_name(held.name.replace("of-00002", "of-00003")), metadata={"format": "pt"})
+        held.unlink()
+    (checkpoint / "critic/model.safetensors.index.json").unlink()
+    manifest = {str(p.relative_to(checkpoint)): digest(p) for p in checkpoint.glob("critic/*")}
+    write_manifest(checkpoint, manifest)
+    export_model(checkpoint, tmp_path / "out", role="critic", note=pytest.fail)
+    _flip_a_byte(path)
+    with pytest.raises(ConfigError, match=r"critic/model-00003-of-00003.safetensors differs from its checksum"):
+        export_model(checkpoint, tmp_path / "other", role="critic", note=pytest.fail)
     assert not (tmp_path / "other").exists()
 
 

@@ -1,10 +1,13 @@
-"""A checked copy of a model directory: everything is verified before a byte is written, and written beside first."""
+"""A checked copy of a model directory: headers, names and sizes are verified before a byte is written, checksums while
+it is; written beside first."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.models.convert.bin_files import read_bin_files
 from megatron_gil.models.convert.check import check_tensors
 from megatron_gil.models.convert.config_json import portable_config, read_tokenizer, score_config, write_small_files
-from megatron_gil.models.convert.locate import Role, find_model
+from megatron_gil.models.convert.locate import Digests, Role, check_digest, check_digests, use_model
 from megatron_gil.models.convert.weight_files import (
     DTYPES,
     SafetensorsFile,
@@ -24,6 +27,9 @@ from megatron_gil.models.convert.weight_files import (
 )
 from megatron_gil.models.llama import Head, LlamaSpec, read_config
 from megatron_gil.models.weight_table import GROUP_HEAD
+
+COPIED_BYTES = 1 << 18
+"""Read, digested and written at a time: fits the cache of a core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,7 @@ class Written:
 
 def import_model(hf_dir: Path, ckpt_dir: Path, *, allow_bin: bool = False, dtype: str | None = None) -> Written:
     """A Hugging Face directory as one that training loads at any layout. dtype: None keeps every bit."""
-    return _write(ModelDirectory.read(hf_dir, allow_bin=allow_bin), ckpt_dir, dtype)
+    return _write(ModelDirectory.read(hf_dir, allow_bin=allow_bin), ckpt_dir, dtype, digests={})
 
 
 def export_model(
@@ -71,7 +77,13 @@ def export_model(
 ) -> Written:
     """One model of an imported directory, checkpoint or run as a directory that transformers and vLLM load. The
     critic goes without its group classifier, which no other program reads."""
-    return _write(ModelDirectory.read(find_model(ckpt_dir, role, note), role=role), hf_dir, dtype)
+    _check_new(hf_dir)
+    return use_model(
+        ckpt_dir,
+        role,
+        note,
+        lambda path, digests: _write(ModelDirectory.read(path, role=role), hf_dir, dtype, digests),
+    )
 
 
 def _head(config: dict[str, Any], spec: LlamaSpec, path: Path, role: Role | None) -> Head:
@@ -82,10 +94,17 @@ def _head(config: dict[str, Any], spec: LlamaSpec, path: Path, role: Role | None
     return "score" if is_score else "lm"
 
 
-def _write(source: ModelDirectory, target: Path, dtype: str | None) -> Written:
-    """Write beside, then rename: `target` is there whole or not at all. What a killed run left is removed first."""
+def _check_new(target: Path) -> None:
     if target.exists():
         raise ConfigError(f"{target} exists already; nothing is overwritten, choose another name")
+
+
+def _write(source: ModelDirectory, target: Path, dtype: str | None, digests: Digests) -> Written:
+    """Write beside, then rename: `target` is there whole or not at all. What a killed run left is removed first.
+
+    Damaged where a weight file turns out not to have the digest that is expected of it.
+    """
+    _check_new(target)
     cast = None if dtype is None else DTYPES[dtype]
     tokenizer = read_tokenizer(source.path)
     config = portable_config(source.config, source.spec, source.head, cast)
@@ -100,7 +119,7 @@ def _write(source: ModelDirectory, target: Path, dtype: str | None) -> Written:
     beside.mkdir()
     try:
         write_small_files(config, source.head, tokenizer, source.path, beside)
-        _write_weights(plan, beside, num_bytes)
+        _write_weights(plan, beside, num_bytes, digests)
         beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -124,21 +143,51 @@ def _check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def _write_weights(plan: Sequence[tuple[WeightFile, dict[str, StoredTensor]]], directory: Path, num_bytes: int) -> None:
-    """The files under Hugging Face's names, as many as there were, and their index if there are several."""
-    weight_map = {}
-    for i, (file, tensors) in enumerate(plan, start=1):
-        name = "model.safetensors" if len(plan) == 1 else f"model-{i:05}-of-{len(plan):05}.safetensors"
-        is_as_it_was = isinstance(file, SafetensorsFile) and file.tensors == tensors and "format" in file.metadata
-        if is_as_it_was:
-            shutil.copyfile(file.path, directory / name)
-        else:
-            _write_file(file, tensors, directory / name)
-        weight_map |= dict.fromkeys(tensors, name)
+Plan = Sequence[tuple[WeightFile, dict[str, StoredTensor]]]
+"""Each file that is written: the file that it comes from, and what it will hold."""
+
+
+def _write_weights(plan: Plan, directory: Path, num_bytes: int, digests: Digests) -> None:
+    """The files under Hugging Face's names, as many as there were, and their index if there are several. Several are
+    written at a time: a digest takes a CPU longer than a copy does."""
+    names = [f"model-{i:05}-of-{len(plan):05}.safetensors" for i in range(1, len(plan) + 1)]
+    if len(plan) == 1:
+        names = ["model.safetensors"]
+    unwritten = digests.keys() - {file.path for file, _ in plan}
+    with ThreadPoolExecutor() as threads:
+        works = [threads.submit(check_digests, {file: digests[file] for file in unwritten})]
+        for name, (file, tensors) in zip(names, plan, strict=True):
+            expected = digests.get(file.path)
+            if isinstance(file, SafetensorsFile) and file.tensors == tensors and "format" in file.metadata:
+                works.append(threads.submit(_copy_file, file.path, directory / name, expected))
+            else:
+                works.append(threads.submit(_write_file, file, tensors, directory / name))
+                works.append(threads.submit(check_digests, {file.path: expected} if expected else {}))
+        try:
+            for work in as_completed(works):
+                work.result()
+        except BaseException:
+            threads.shutdown(cancel_futures=True)  # what is being written is deleted next
+            raise
+    weight_map = {tensor: name for name, (_, tensors) in zip(names, plan, strict=True) for tensor in tensors}
     if len(plan) > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         path = directory / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _copy_file(source: Path, target: Path, expected: str | None) -> None:
+    """The same bytes: by the kernel, or where a digest is expected through a small buffer that is digested before it is
+    written, so that the file is read once. Damaged where the digest is another."""
+    if expected is None:
+        shutil.copyfile(source, target)
+        return
+    sha256, buffer = hashlib.sha256(), memoryview(bytearray(COPIED_BYTES))
+    with source.open("rb", buffering=0) as read, target.open("wb") as written:
+        while size := read.readinto(buffer):
+            sha256.update(buffer[:size])
+            written.write(buffer[:size])
+    check_digest(source, sha256.hexdigest(), expected)
 
 
 def _write_file(file: WeightFile, tensors: dict[str, StoredTensor], path: Path) -> None:
