@@ -69,12 +69,18 @@ class Rows:
 
     num_rows: int
     num_tokens: int
-    """The length of a row, padding included."""
+    """The length of a row."""
     num_microbatches: int = 1
+    num_responses: int | None = None
+    """Tokens of a row that the output layer reads; None: all."""
 
     @property
     def total(self) -> int:
         return self.num_rows * self.num_tokens
+
+    @property
+    def num_read(self) -> int:
+        return self.num_rows * (self.num_tokens if self.num_responses is None else self.num_responses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,58 +146,89 @@ def waiting(model: SizedModel, held: Resident, offload: str, phase: str) -> Resi
     )
 
 
-def saved_activations(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
-    """What the forward pass keeps for the backward pass, of all microbatches that are under way at once."""
-    spec, size, tokens = model.spec, precision.dtype_bytes, rows.total
-    layers = len(spec.layers_of(pp_rank, cut.pp_size))
-    layer = _layer_bytes(spec, cut, rows, size)
-    hidden = tokens * spec.hidden_size * size // (cut.tp_size if cut.sequence_parallel else 1)
-    held = layers * hidden + layer if precision.recompute == "full" else layers * layer
-    if pp_rank == cut.pp_size - 1 and precision.recompute != "full":  # else it is freed before a layer is recomputed
-        held += _norm_bytes(spec, cut, tokens, size)
-    passing = 0
+def most_saved(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """The most that autograd keeps at once for backward passes."""
+    layers = _saved_layers(model, cut, pp_rank, rows, precision)
+    return layers + max(
+        _saved_end(model, cut, pp_rank, rows, precision) + _saved_logits(model, cut, pp_rank, rows, precision),
+        _recomputed_layer(model, cut, rows, precision),
+    )
+
+
+def update_peak(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> dict[str, int]:
+    """Activations and logits at the fullest moment of a forward and backward pass: when the output layer's backward
+    pass begins, or when a layer's does, by when what came behind the layers is gone."""
+    layers = _saved_layers(model, cut, pp_rank, rows, precision)
+    at_end = layers + _saved_end(model, cut, pp_rank, rows, precision)
+    logits = _head_work(model, cut, pp_rank, rows, precision)
+    inside = 2 * rows.total * model.spec.ffn_size // cut.tp_size * precision.dtype_bytes
+    inside += _recomputed_layer(model, cut, rows, precision) + _gathered_bytes(model.spec, cut, rows, precision)
+    if at_end + logits > layers + inside:
+        return {"activations": at_end, "logits": logits}
+    return {"activations": layers + inside, "logits": 0}
+
+
+def forward_work(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """The most that a pass without gradient has at once: the inside of a layer, or a chunk of logits."""
+    layer = layer_work(model.spec, cut, rows, precision)
+    if model.head != "lm" or pp_rank < cut.pp_size - 1:
+        return layer
+    hidden = (rows.total + rows.num_read) * model.spec.hidden_size * precision.dtype_bytes  # all; those that are read
+    count = min(CHUNK_ELEMENTS, rows.num_read * _vocab(model, cut))
+    return max(layer, hidden + (8 + precision.dtype_bytes) * count)  # and in float32, shifted and its exponential
+
+
+def _saved_layers(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """Of all microbatches that are under way at once."""
+    spec, size = model.spec, precision.dtype_bytes
+    hidden = rows.total * spec.hidden_size * size // (cut.tp_size if cut.sequence_parallel else 1)
+    layer = hidden if precision.recompute == "full" else _layer_bytes(spec, cut, rows, size)
+    held, passing = len(spec.layers_of(pp_rank, cut.pp_size)) * layer, 0
     if cut.pp_size > 1:  # the schedule keeps what came from the rank before and what went to the next
         held += hidden * ((pp_rank > 0) + (pp_rank < cut.pp_size - 1))
         passing = 2 * hidden  # and one gradient each way
     return held * min(cut.pp_size - pp_rank, rows.num_microbatches) + passing
 
 
-def saved_logits(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
-    """What the output layer keeps of one microbatch for the backward pass: the hidden states that it reads, at most of
-    all positions, and their logits if they are one chunk; none but on the last pipeline rank."""
-    if not _has_logits(model, cut, pp_rank):
+def _recomputed_layer(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) -> int:
+    """The inside of the layer whose backward pass is under way, where it is not kept."""
+    return _layer_bytes(model.spec, cut, rows, precision.dtype_bytes) if precision.recompute == "full" else 0
+
+
+def _saved_end(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """Behind the last layer: the norm, without its product, and the hidden states that the output layer reads."""
+    if pp_rank < cut.pp_size - 1:
         return 0
-    logits = rows.total * _vocab(model, cut)
-    kept = logits if logits <= CHUNK_ELEMENTS else 0
-    return (rows.total * model.spec.hidden_size + kept) * precision.dtype_bytes
+    spec, size = model.spec, precision.dtype_bytes
+    product = rows.total * spec.hidden_size * size // (cut.tp_size if cut.sequence_parallel else 1)
+    read = 0 if model.head == "score" else rows.num_read * spec.hidden_size * size
+    return _norm_bytes(spec, cut, rows.total, size) - product + read
 
 
-def backward_work(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
-    """The most that the backward pass has beside what was saved: gradients of the output layer, or of a layer's
-    inside."""
-    layer = 2 * rows.total * model.spec.ffn_size // cut.tp_size * precision.dtype_bytes
-    gathered = _gathered_bytes(model.spec, cut, rows, precision)
-    if not _has_logits(model, cut, pp_rank):
-        return layer + gathered
-    logits, hidden = rows.total * _vocab(model, cut), model.spec.hidden_size
-    weight = _vocab(model, cut) * hidden
-    gradients = 4 * weight + 2 * rows.total * hidden * precision.dtype_bytes
-    chunk = min(CHUNK_ELEMENTS, logits) * (8 if precision.dtype_bytes == 2 else 4)  # in float32, and widened before
-    if logits > CHUNK_ELEMENTS:  # the logits are computed again
-        chunk += CHUNK_ELEMENTS * precision.dtype_bytes
-        gradients += 2 * weight if precision.dtype_bytes == 2 else 0  # of one chunk, before it is added
-    return max(chunk + gradients, layer) + gathered
+def _saved_logits(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """Of one microbatch; none where they are so many that the backward pass computes them again, a chunk at a time."""
+    if model.head != "lm" or pp_rank < cut.pp_size - 1:
+        return 0
+    count = rows.num_read * _vocab(model, cut)
+    return count * precision.dtype_bytes if count <= CHUNK_ELEMENTS else 0
 
 
-def forward_work(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
-    """The most that a pass without gradient has at once: the inside of a layer, or the logits of a chunk."""
-    layer = layer_work(model.spec, cut, rows, precision)
-    if not _has_logits(model, cut, pp_rank):
-        return layer
-    logits = rows.total * _vocab(model, cut)
-    hidden = 2 * rows.total * model.spec.hidden_size * precision.dtype_bytes  # all, and those that are read
-    chunk = min(CHUNK_ELEMENTS, logits) * (8 + precision.dtype_bytes)  # and in float32, shifted and its exponential
-    return max(layer, chunk + hidden)
+def _head_work(model: SizedModel, cut: Cut, pp_rank: int, rows: Rows, precision: Precision) -> int:
+    """Of the output layer's backward pass: logits with what is made of them, and the gradients of its weight and of the
+    hidden states that it read."""
+    if model.head != "lm" or pp_rank < cut.pp_size - 1:
+        return 0
+    size, hidden_size = precision.dtype_bytes, model.spec.hidden_size
+    in_chunks = not _saved_logits(model, cut, pp_rank, rows, precision)
+    weight = (4 if in_chunks else size) + (size if in_chunks and size < 4 else 0)  # summed over chunks in float32
+    gradients = _vocab(model, cut) * hidden_size * weight + rows.num_read * hidden_size * size
+    return _logits_work(model, cut, rows, precision) + gradients
+
+
+def _logits_work(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) -> int:
+    """Logits, of a chunk where they are many; the same in float32, and less their peak."""
+    count, size = min(CHUNK_ELEMENTS, rows.num_read * _vocab(model, cut)), precision.dtype_bytes
+    return count * (8 if size == 4 else 8 + size)
 
 
 def layer_work(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
@@ -256,10 +293,6 @@ def _norm_bytes(spec: LlamaSpec, cut: Cut, tokens: int, size: int) -> int:
 def _gathered_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
     """Under sequence parallelism, a linear layer's whole input and its gradient, for as long as it runs."""
     return 2 * rows.total * spec.hidden_size * precision.dtype_bytes if cut.sequence_parallel else 0
-
-
-def _has_logits(model: SizedModel, cut: Cut, pp_rank: int) -> bool:
-    return model.head == "lm" and pp_rank == cut.pp_size - 1
 
 
 def _vocab(model: SizedModel, cut: Cut) -> int:

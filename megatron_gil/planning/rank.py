@@ -76,11 +76,7 @@ def rank_memory(workload: Workload, cut: m.Cut, pp_rank: int) -> RankMemory:
         phases["score"], waiting["score"] = {"activations": work[worst]}, wait(f"score {worst}")
     for model in workload.models:
         if model.trained:
-            phases[f"update {model.role}"] = {
-                "activations": m.saved_activations(model, cut, pp_rank, rows, precision)
-                + m.backward_work(model, cut, pp_rank, rows, precision),
-                "logits": m.saved_logits(model, cut, pp_rank, rows, precision),
-            }
+            phases[f"update {model.role}"] = m.update_peak(model, cut, pp_rank, rows, precision)
             phases[f"step {model.role}"] = {"optimizer": m.step_work(model, cut, pp_rank)}
             waiting |= {f"{act} {model.role}": wait(f"{act} {model.role}") for act in ("update", "step")}
     return RankMemory(resident=resident, phases=phases, waiting=waiting, **_host(workload, resident))

@@ -55,6 +55,7 @@ class Workload:
             num_rows=self.micro_size * self.sequences_per_row,
             num_tokens=self.num_tokens,
             num_microbatches=self.num_microbatches(cut),
+            num_responses=self.rollout.new_tokens if self.rollout else None,
         )
 
     def decoded_rows(self, cut: Cut) -> Rows:

@@ -18,6 +18,7 @@ from megatron_gil.engine.generation import num_columns
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
 from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.parallel import vocab
 from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch
 from tests.training.running import parallel
@@ -46,6 +47,7 @@ PROMPT_TOKENS, NEW_TOKENS = 12, 20
 def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict[str, int]:
     """On one rank, bytes of each part and the most that autograd holds. Where no other rank's pace moves it, also what
     an update and a pass without gradient add at their peaks."""
+    vocab._CHUNK_ELEMENTS = settings.get("chunk_elements", vocab._CHUNK_ELEMENTS)  # of this process alone
     with parallel(layout) as started:
         torch.manual_seed(started.rank)
         model = TrainableModel(
