@@ -126,11 +126,11 @@ class BatchSection(Section):
     """Rows (pairs for reward and dpo) of one update, over all ranks; in ppo the rows of one minibatch of the rollout,
     which has ppo.prompts x ppo.responses_per_prompt rows."""
     micro_size: int = integer(8, least=1)
-    """Rows of one forward pass on one rank."""
+    """Rows of one forward pass on one rank: of an update's rows, those of like length together. No layer computes
+    padding; attention goes as far as the longest row of the pass."""
     micro_tokens: int | None = integer(None, least=1)
-    """Tokens of one forward pass on one rank, in the place of micro_size: rows are sorted by length, and as many go
-    together as have at most this many; a longer row goes by itself. Passes of like size need like memory. No layer
-    computes padding either way."""
+    """Tokens of one forward pass on one rank, in the place of micro_size: as many rows go together as have at most this
+    many; a longer row goes by itself. Passes of like size need like memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

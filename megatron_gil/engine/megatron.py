@@ -39,7 +39,6 @@ BUCKET_SIZE: int | None = None
 """Parameters whose gradients are summed together where communication overlaps; None: megatron-core's number."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-RowIndex = Tensor | slice
 Reader = Callable[[Tensor, Microbatch], Any]
 """(output of the last stage, the microbatch) -> what is read of it."""
 Work = tuple[Microbatch, Reader]
@@ -199,7 +198,7 @@ class MegatronModel:
         parts = self.layout.tp_size if self.layout.sequence_parallel else 1
         return math.lcm(parts, CUDA_TOKENS_MULTIPLE) if self.layout.device.type == "cuda" else parts
 
-    def _share(self, row_index: list[RowIndex], readouts: list[Readout], batch: Any, entropy: bool) -> Readout:
+    def _share(self, row_index: list[Tensor], readouts: list[Readout], batch: Any, entropy: bool) -> Readout:
         """The last pipeline rank's readouts as one, on every rank."""
         leading, width = batch.tokens.shape[:-1], batch.tokens.shape[-1] - 1
         shapes: dict[str, tuple[int, ...]] = {
@@ -309,7 +308,7 @@ class TrainableModel(MegatronModel):
         self._module.zero_grad(set_to_none=True)
         scales = self._scales(parts)
         losses: list[PartLoss] = []
-        numbers: list[tuple[RowIndex, Tensor]] = []
+        numbers: list[tuple[Tensor, Tensor]] = []
 
         def reader(together: list[int]) -> Reader:
             def read(output: Tensor, microbatch: Microbatch) -> Any:
@@ -360,7 +359,7 @@ class TrainableModel(MegatronModel):
         ratios = [p.weight * counts[0] / count.clamp(min=1) for p, count in zip(parts, counts, strict=True)]
         return [parts[0].weight, *ratios[1:]]
 
-    def _share_numbers(self, part: Part, numbers: list[tuple[RowIndex, Tensor]]) -> Tensor | None:
+    def _share_numbers(self, part: Part, numbers: list[tuple[Tensor, Tensor]]) -> Tensor | None:
         if part.row_numbers is None:
             return None
         shape = (len(part.batch.tokens), len(part.row_numbers.names))

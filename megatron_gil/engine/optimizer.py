@@ -74,8 +74,8 @@ class ModelOptimizer:
         self._fuse()
 
     def _fuse(self) -> None:
-        """Let torch's AdamW update with fused kernels and count its steps on the device. The Adam of Transformer Engine or
-        Apex, which megatron-core takes where it finds one, is fused already."""
+        """Let torch's AdamW update with fused kernels and count its steps on the device. The Adam of Transformer Engine
+        or Apex, which megatron-core takes where it finds one, is fused already."""
         for part in self._optimizer.chained_optimizers:
             if isinstance(part.optimizer, torch.optim.AdamW):
                 for group in part.optimizer.param_groups:

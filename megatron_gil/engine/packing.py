@@ -24,7 +24,7 @@ class Microbatch:
 
     rows: Any
     """The batch's rows, padded to the longest of them."""
-    row_index: Tensor | slice
+    row_index: Tensor
     """Which rows of the batch they are."""
     tokens: Tensor
     """[1, N] the real tokens, row after row; the last row goes on into its padding where N is rounded up."""
@@ -52,24 +52,21 @@ class Microbatch:
 
 
 def cut(batch: Any, *, micro_size: int, micro_tokens: int | None, multiple: int) -> list[Microbatch]:
-    """The batch in microbatches of `micro_size` rows as they come; or, sorted by length, of as many rows as have at
-    most `micro_tokens` tokens, a longer row by itself. multiple: N of each is rounded up to it."""
-    sizes = _read_sizes(batch)
+    """The batch in microbatches, the longest rows first: attention lays rows out as wide as the longest beside them.
+
+    Each has `micro_size` rows, or as many as have at most `micro_tokens` tokens, a longer row by itself. multiple: N of
+    each is rounded up to it.
+    """
+    row_tokens = batch.lengths.flatten(1).sum(1) if batch.lengths.dim() > 1 else batch.lengths
+    row_index = row_tokens.argsort(descending=True, stable=True)
+    sizes = sorted(_read_sizes(batch), key=lambda size: -size.num_tokens)  # in the same order
     if micro_tokens is None:
-        order = list(range(len(sizes)))
         ends = [*range(micro_size, len(sizes), micro_size), len(sizes)]
-        row_index: Tensor | None = None
     else:
-        order = sorted(range(len(sizes)), key=lambda row: -sizes[row].num_tokens)
-        ends = list(_fill([sizes[row].num_tokens for row in order], micro_tokens))
-        row_index = torch.tensor(order, device=batch.tokens.device)
-        batch = take_rows(batch, row_index)
-    found = []
-    for start, end in zip([0, *ends], ends, strict=False):
-        some = slice(start, end)
-        index = some if row_index is None else row_index[some]
-        found.append(_pack(take_rows(batch, some), [sizes[row] for row in order[some]], index, multiple))
-    return found
+        ends = list(_fill([size.num_tokens for size in sizes], micro_tokens))
+    batch = take_rows(batch, row_index)
+    cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [_pack(take_rows(batch, some), sizes[some], row_index[some], multiple) for some in cuts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +98,7 @@ def _fill(num_tokens: list[int], most: int) -> Iterator[int]:
     yield len(num_tokens)
 
 
-def _pack(rows: Any, sizes: list[_Size], row_index: Tensor | slice, multiple: int) -> Microbatch:
+def _pack(rows: Any, sizes: list[_Size], row_index: Tensor, multiple: int) -> Microbatch:
     host_lengths = [length for size in sizes for length in size.lengths]
     longest, num_tokens = max(host_lengths), sum(host_lengths)
     rows = trim(rows, longest)

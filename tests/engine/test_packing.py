@@ -67,8 +67,8 @@ def test_every_row_is_packed_once(lengths: list[int], micro_size: int, micro_tok
             assert len(rows) <= micro_size
         else:
             assert microbatch.num_tokens <= micro_tokens or len(rows) == 1
-    if micro_tokens is None:
-        assert [row for rows in found for row in rows] == list(range(len(lengths))), "rows as they come"
+    in_order = [lengths[row] for rows in found for row in rows]
+    assert in_order == sorted(lengths, reverse=True), "rows of like length do not go together"
 
 
 def test_both_responses_of_a_pair_stay_together() -> None:
