@@ -171,8 +171,8 @@ def _count(shape: Sequence[int]) -> int:
 
 
 def _large_before() -> Traffic:
-    """One rank after the other wrote a whole parameter, 2 + 12 bytes an element. All tensor-parallel ranks beside it got
-    it whole; Adam's three numbers were summed over all data-parallel ranks first."""
+    """One rank after the other wrote a whole parameter, 2 + 12 bytes an element. The tensor-parallel ranks beside it
+    got it whole; Adam's three numbers were summed over all data-parallel ranks first."""
     tp_size, dp_size, worst = LARGE["tp_size"], LARGE["dp_size"], Traffic()
     for parameters in _pipeline_ranks():
         written, received = Counter[int](), Counter[int]()

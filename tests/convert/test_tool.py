@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gil.engine.files import digest, write_manifest
 from tests.convert.directories import assert_equal_bits, copy_as, edit_config, files_under, read_tensors
 from tests.ranks import PATIENCE_S
 
@@ -63,13 +65,18 @@ def copyfile(source, target):
     print("copying", flush=True)
     time.sleep(3600)
 
-copy.shutil.copyfile = copyfile
+def read_slowly(source, target, expected, stopped):
+    target.write_bytes(b"half a file")
+    print("copying", flush=True)
+    stopped.wait()
+
+copy.shutil.copyfile, copy._copy_proven = copyfile, read_slowly
 sys.exit(main(["convert", *sys.argv[1:]]))
 """
 
 
-def _interrupt(world: Path, tmp_path: Path, number: int) -> int:
-    command = [sys.executable, "-c", SLOW, "import", str(world / "policy"), str(tmp_path / "imported")]
+def _interrupt(source: Path, tmp_path: Path, number: int, action: str = "import") -> int:
+    command = [sys.executable, "-c", SLOW, action, str(source), str(tmp_path / "imported")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "copying\n"
@@ -81,12 +88,22 @@ def _interrupt(world: Path, tmp_path: Path, number: int) -> int:
 
 def test_a_stopped_conversion_leaves_nothing(world: Path, tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        assert _interrupt(world, tmp_path, number) != 0
+        assert _interrupt(world / "policy", tmp_path, number) != 0
         assert files_under(tmp_path) == []
 
 
+def test_a_stopped_export_of_a_checkpoint_leaves_nothing(world: Path, tmp_path: Path) -> None:
+    """Whose files are copied by threads."""
+    checkpoint = tmp_path / "run/iter_0000001"
+    shutil.copytree(world / "policy", checkpoint / "policy")
+    write_manifest(checkpoint, {str(p.relative_to(checkpoint)): digest(p) for p in checkpoint.glob("policy/*")})
+    for number in (signal.SIGTERM, signal.SIGINT):
+        assert _interrupt(checkpoint, tmp_path, number, "export") != 0
+        assert files_under(tmp_path) == ["run"]
+
+
 def test_after_a_kill_nothing_has_the_name_and_the_next_one_clears_up(world: Path, tmp_path: Path) -> None:
-    assert _interrupt(world, tmp_path, signal.SIGKILL) == -signal.SIGKILL
+    assert _interrupt(world / "policy", tmp_path, signal.SIGKILL) == -signal.SIGKILL
     assert files_under(tmp_path) == [".imported.tmp"]
     assert _run("import", world / "policy", tmp_path / "imported").returncode == 0
     assert files_under(tmp_path) == ["imported"]

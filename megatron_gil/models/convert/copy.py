@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from megatron_gil.config import ConfigError
 from megatron_gil.models.convert.bin_files import read_bin_files
 from megatron_gil.models.convert.check import check_tensors
 from megatron_gil.models.convert.config_json import portable_config, read_tokenizer, score_config, write_small_files
-from megatron_gil.models.convert.locate import Digests, Role, check_digest, check_digests, use_model
+from megatron_gil.models.convert.locate import Digests, Role, check_digest, use_model
 from megatron_gil.models.convert.weight_files import (
     DTYPES,
     SafetensorsFile,
@@ -148,26 +150,33 @@ Plan = Sequence[tuple[WeightFile, dict[str, StoredTensor]]]
 
 
 def _write_weights(plan: Plan, directory: Path, num_bytes: int, digests: Digests) -> None:
-    """The files under Hugging Face's names, as many as there were, and their index if there are several. Several are
-    written at a time: a digest takes a CPU longer than a copy does."""
+    """The files under Hugging Face's names, as many as there were, and their index if there are several. Where digests
+    are expected, several files are read at a time: a digest takes a CPU longer than a copy does."""
     names = [f"model-{i:05}-of-{len(plan):05}.safetensors" for i in range(1, len(plan) + 1)]
     if len(plan) == 1:
         names = ["model.safetensors"]
-    unwritten = digests.keys() - {file.path for file, _ in plan}
+    as_they_were = {
+        file.path: directory / name
+        for name, (file, tensors) in zip(names, plan, strict=True)
+        if isinstance(file, SafetensorsFile) and file.tensors == tensors and "format" in file.metadata
+    }
+    stopped = Event()
     with ThreadPoolExecutor() as threads:
-        works = [threads.submit(check_digests, {file: digests[file] for file in unwritten})]
-        for name, (file, tensors) in zip(names, plan, strict=True):
-            expected = digests.get(file.path)
-            if isinstance(file, SafetensorsFile) and file.tensors == tensors and "format" in file.metadata:
-                works.append(threads.submit(_copy_file, file.path, directory / name, expected))
-            else:
-                works.append(threads.submit(_write_file, file, tensors, directory / name))
-                works.append(threads.submit(check_digests, {file.path: expected} if expected else {}))
         try:
-            for work in as_completed(works):
-                work.result()
-        except BaseException:
-            threads.shutdown(cancel_futures=True)  # what is being written is deleted next
+            proofs = [
+                threads.submit(_copy_proven, file, as_they_were.get(file, Path(os.devnull)), digest, stopped)
+                for file, digest in digests.items()
+            ]
+            for name, (file, tensors) in zip(names, plan, strict=True):
+                if file.path not in as_they_were:
+                    _write_file(file, tensors, directory / name)
+                elif file.path not in digests:
+                    shutil.copyfile(file.path, directory / name)
+            for proof in as_completed(proofs):
+                proof.result()
+        except BaseException:  # a Ctrl-C too, which does not wait for the threads to end their files
+            stopped.set()
+            threads.shutdown(cancel_futures=True)
             raise
     weight_map = {tensor: name for name, (_, tensors) in zip(names, plan, strict=True) for tensor in tensors}
     if len(plan) > 1:
@@ -176,18 +185,18 @@ def _write_weights(plan: Plan, directory: Path, num_bytes: int, digests: Digests
         path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _copy_file(source: Path, target: Path, expected: str | None) -> None:
-    """The same bytes: by the kernel, or where a digest is expected through a small buffer that is digested before it is
-    written, so that the file is read once. Damaged where the digest is another."""
-    if expected is None:
-        shutil.copyfile(source, target)
-        return
+def _copy_proven(source: Path, target: Path, expected: str, stopped: Event) -> None:
+    """Copy through a small buffer that is digested before it is written, so that the file is read once. Damaged where
+    the digest is another. stopped: set to end before the file does."""
     sha256, buffer = hashlib.sha256(), memoryview(bytearray(COPIED_BYTES))
-    with source.open("rb", buffering=0) as read, target.open("wb") as written:
-        while size := read.readinto(buffer):
+    with source.open("rb", buffering=0) as read, target.open("wb", buffering=0) as written:
+        while (size := read.readinto(buffer)) and not stopped.is_set():
             sha256.update(buffer[:size])
-            written.write(buffer[:size])
-    check_digest(source, sha256.hexdigest(), expected)
+            rest = buffer[:size]
+            while rest:
+                rest = rest[written.write(rest) :]
+    if not stopped.is_set():
+        check_digest(source, sha256.hexdigest(), expected)
 
 
 def _write_file(file: WeightFile, tensors: dict[str, StoredTensor], path: Path) -> None:

@@ -71,9 +71,9 @@ def check_digests(digests: Digests) -> None:
         check_digest(file, digest, expected)
 
 
-def check_digest(file: Path, found: str, expected: str | None) -> None:
-    """Damaged unless they are the same, or none is expected."""
-    if expected not in (None, found):
+def check_digest(file: Path, found: str, expected: str) -> None:
+    """Damaged unless they are the same."""
+    if found != expected:
         raise Damaged(f"{file.parent.name}/{file.name} differs from its checksum")
 
 
