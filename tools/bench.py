@@ -2,7 +2,7 @@
 
 python tools/bench.py convert [--size-gib 2] [--rounds 7] [--directory DIR]
 python tools/bench.py ppo [--rounds 9] [--threads 2] [--ragged] [--json FILE]
-python tools/bench.py train [--rounds 7] [--threads 2] [--parts engine sft reward dpo logprobs]
+python tools/bench.py train [--rounds 7] [--threads 2] [--parts engine one-pass sft reward dpo logprobs]
                             [--shapes small middle wide] [--json FILE]
 python tools/bench.py growth [--rounds 5] [--only AXIS ...] [--json FILE]
 python tools/bench.py checkpoint [--rounds 3] [--against DIR] [--directory DIR]
@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-TRAIN_PARTS = ("engine", "sft", "reward", "dpo", "logprobs")
+TRAIN_PARTS = ("engine", "one-pass", "sft", "reward", "dpo", "logprobs")
 GROWTH_AXES = ("rows", "length", "layers", "hidden", "vocabulary", "recompute", "layout")
 
 

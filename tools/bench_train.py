@@ -2,8 +2,10 @@
 
 Every row of the table is two sides that take turns on the same rows, in the same order (bench_turns.py).
 
-- engine: forward, backward and AdamW. Ours is `TrainableModel.update`; theirs a plain training loop over
-  LlamaForCausalLM: the batch padded to its longest row, an attention mask, labels on response tokens alone.
+- engine: forward, backward and AdamW. Ours is `TrainableModel.update` in its default microbatches of 8 rows; theirs a
+  plain training loop over LlamaForCausalLM: the batch padded to its longest row, an attention mask, labels on response
+  tokens alone.
+- one-pass: the same, but ours takes the whole batch at once too.
 - sft, reward, dpo: whole steps from one to the next, logging included. Ours is the command as it runs; theirs TRL's
   trainer as its users have it, but for what would only slow it here: it has no activation checkpointing, which is its
   default. It reads rows in the order of the file. Its microbatches have 8 rows, its default.
@@ -30,7 +32,8 @@ from bench_turns import WARM_UP, Side, Step, Turns, ratios, spread, take_turns
 SEED, LR = 1, 1e-5
 TRL_ROWS = 8
 """Rows of a microbatch: the default of TRL's per_device_train_batch_size."""
-PARTS = ("engine", "sft", "reward", "dpo")
+ENGINE_PARTS = ("engine", "one-pass")
+PARTS = (*ENGINE_PARTS, "sft", "reward", "dpo")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,9 +223,8 @@ def _our_config(place: Place) -> Any:
 
     kinds = {"sft": c.SftConfig, "reward": c.RewardConfig, "dpo": c.DpoConfig}
     files = {"sft": "demonstrations.jsonl", "reward": "preferences.jsonl", "dpo": "preferences.jsonl"}
-    part = "sft" if place.part == "engine" else place.part
-    # As many rows at once as the other side takes, so that memory can be compared too.
-    micro_size = place.num_rows if place.part == "engine" else min(TRL_ROWS, place.num_rows)
+    part = "sft" if place.part in ENGINE_PARTS else place.part
+    micro_size = place.num_rows if place.part == "one-pass" else min(TRL_ROWS, place.num_rows)
     path = str(place.root / "policy")
     models = c.ModelsSection(reward_model=path) if part == "reward" else c.ModelsSection(policy=path)
     extra = {"reward": c.RewardSection(center_coef=0.0)} if part == "reward" else {}
@@ -298,7 +300,7 @@ def bench_train(
     """The table; the figures of every round go to json_file. scale: of all lengths (trials)."""
     cases = []
     for name in shapes:
-        wanted: list[tuple[str, Lengths]] = [("engine", "full")] if "engine" in parts else []
+        wanted: list[tuple[str, Lengths]] = [(part, "full") for part in ENGINE_PARTS if part in parts]
         for part, lengths in [*wanted, *((part, "chat") for part in PARTS if part in parts)]:
             case = _measure(part, name, lengths, rounds, num_threads, scale)
             print(_row(case), flush=True)
@@ -310,9 +312,9 @@ def bench_train(
 
 def _measure(part: str, name: str, lengths: Lengths, rounds: int, num_threads: int, scale: float) -> Case:
     shape = SHAPES[name]
-    num_rows = shape.num_rows if part in ("engine", "sft") else shape.num_rows // 2
+    num_rows = shape.num_rows // (2 if part in ("reward", "dpo") else 1)
     batches = draw_batches(WARM_UP + rounds + 3, num_rows, vocab_size=shape.vocab_size, lengths=lengths, scale=scale)
-    works = (run_engine, run_transformers) if part == "engine" else (run_ours, run_trl)
+    works = (run_engine, run_transformers) if part in ENGINE_PARTS else (run_ours, run_trl)
     with tempfile.TemporaryDirectory(prefix="bench-train-") as directory:
         root = Path(directory)
         sizes = Sizes(
@@ -326,7 +328,7 @@ def _measure(part: str, name: str, lengths: Lengths, rounds: int, num_threads: i
         write_rows(root, batches, seed=SEED)
         place = Place(root=root, part=part, batches=batches, vocab_size=shape.vocab_size)
         ours, theirs = (Side(name, work, (place,)) for name, work in zip(("ours", "theirs"), works, strict=True))
-        take_turns([ours, theirs], rounds=rounds, num_threads=num_threads, memory=part == "engine")
+        take_turns([ours, theirs], rounds=rounds, num_threads=num_threads, memory=part in ENGINE_PARTS)
     return Case(part=part, shape=name, lengths=lengths, num_rows=num_rows, ours=ours, theirs=theirs)
 
 
