@@ -38,6 +38,7 @@ FORBIDDEN_NAMES = ("utils", "util", "helpers", "helper", "misc", "common")
 CUT_MESSAGES = (
     "config/files",
     "config/section",
+    "engine/host_memory",  # of the kernel's control groups
     "evaluation/llm_judge",
     "evaluation/report/page",
     "models/convert/bin_files",

@@ -26,6 +26,7 @@ from megatron_gil.engine.optimizer import ModelOptimizer
 from megatron_gil.engine.packing import Microbatch, cut
 from megatron_gil.engine.protocol import Part, Update
 from megatron_gil.engine.readout import read_output
+from megatron_gil.engine.skipped import SkippedUpdate
 from megatron_gil.models.hf import load_weights
 from megatron_gil.models.llama import Head, LlamaSpec
 from megatron_gil.models.transformer import build_model
@@ -42,22 +43,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Reader = Callable[[Tensor, Microbatch], Any]
 """(output of the last stage, the microbatch) -> what is read of it."""
 Work = tuple[Microbatch, Reader]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkippedUpdate:
-    """Why no rank took an update: what one rank saw that is not finite."""
-
-    rank: int
-    gradient_norm: float
-    microbatch: int | None  # None: every loss of this rank was finite
-    row_ids: tuple[int, ...]
-    parameters: tuple[str, ...]
-
-    def __str__(self) -> str:
-        where = "" if self.microbatch is None else f", loss of microbatch {self.microbatch} (rows {list(self.row_ids)})"
-        names = f", gradient of {', '.join(self.parameters)}" if self.parameters else ""
-        return f"rank {self.rank}: gradient norm {self.gradient_norm}{where}{names}"
 
 
 @dataclass(frozen=True, slots=True)

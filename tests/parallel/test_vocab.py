@@ -113,9 +113,11 @@ def _gradcheck(chunk_elements: int) -> bool:
     layout = start_parallel(ParallelSection(), seed=1)
     hidden, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 7))
     targets = torch.randint(0, 5, (6,))
-    return torch.autograd.gradcheck(
-        lambda *x: vocab_parallel_log_probs(*x, targets, layout.tp_pg, vocab_size=5, temperature=0.7), (hidden, weight)
-    )
+
+    def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
+        return vocab_parallel_log_probs(hidden, weight, targets, layout.tp_pg, vocab_size=5, temperature=0.7)
+
+    return torch.autograd.gradcheck(log_probs, (hidden, weight))
 
 
 @pytest.mark.parametrize("chunk_elements", [14, 1 << 22], ids=["two positions a chunk", "one chunk"])
