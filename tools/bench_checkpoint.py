@@ -70,6 +70,7 @@ def bench_checkpoint(*, rounds: int, against: Path | None, directory: Path | Non
         for number in range(rounds):
             for case in cases:
                 case.rounds.append(_run(case, root / f"{number}-{case.tree.name}-{case.world}", root / "tokenizer"))
+                print(f"{case.tree.name}, {case.world} processes: {case.rounds[-1]}", file=sys.stderr)
     return "\n".join([*_table(cases, trees), "", *_large_table()])
 
 
