@@ -179,7 +179,10 @@ class CheckpointStore:
 
     def _has_room(self, models: Mapping[str, TrainableModel], note: Callable[[str], object] | None) -> bool:
         """Whether on every host the copies of all its ranks leave as much memory free as they take."""
-        host, size = socket.gethostname(), sum(num_bytes_written(model) for model in models.values())
+        host, size = socket.gethostname(), 0
+        for model in models.values():
+            size += num_bytes_written(model)
+            model.offload()  # counting brought its states back
         copies: dict[str, int] = {}
         for name, other in gather_objects((host, size), self._layout):
             copies[name] = copies.get(name, 0) + other
