@@ -75,8 +75,10 @@ def fill_ref_log_probs(batch: PreferenceBatch, ref_policy: FrozenEngine) -> Pref
 
 
 def response_log_probs(readout: Readout, rows: PreferenceBatch) -> torch.Tensor:
-    """[B, 2] log-prob of each response, summed over its tokens."""
-    return torch.where(rows.response_mask, readout.log_probs, 0).sum(-1)
+    """[B, 2] log-prob of each response, summed over its tokens: in float64, so that the sum does not depend on how far
+    rows are padded, and a policy that equals its reference has margin 0."""
+    log_probs = torch.where(rows.response_mask, readout.log_probs, 0)
+    return log_probs.double().sum(-1).to(log_probs.dtype)
 
 
 def _nats_a_token(readout: Readout, rows: TokenBatch) -> torch.Tensor:
