@@ -67,10 +67,13 @@ def _models(root: Path, layout: ParallelLayout, distributed: bool, dtype: torch.
 
 def _update(models: dict[str, TrainableModel], update: int) -> None:
     generator = torch.Generator().manual_seed(update)
+    tokens = torch.randint(4, 61, (NUM_ROWS, 11), generator=generator)
+    lengths = torch.randint(5, 11, (NUM_ROWS,), generator=generator)
+    is_response = torch.rand(NUM_ROWS, 10, generator=generator) < 0.7
     batch = TokenBatch(
-        tokens=torch.randint(4, 61, (NUM_ROWS, 11), generator=generator),
-        lengths=torch.randint(5, 11, (NUM_ROWS,), generator=generator),
-        response_mask=torch.rand(NUM_ROWS, 10, generator=generator) < 0.7,
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=is_response & (torch.arange(1, 11) < lengths[:, None]),
         row_ids=torch.arange(NUM_ROWS),
     )
     layout = models["policy"].layout
