@@ -121,7 +121,9 @@ def ppo(
     with parallel(ONE) as layout:
         rollout = as_rollout(tokens, num_prompt_columns)
         trainer = _trainer(root, layout, len(tokens), lr, temperature, settings)
-        scores = trainer.score(rollout)
+        scores, longer = trainer.score(rollout), _with_state_after_end(rollout)
+        assert trainer.models.critic is not None
+        with_after = replace(scores, values=trainer.models.critic.evaluate(longer).values)
         experience, metrics = trainer.shape(rollout, scores)
         num_tokens = float(rollout.response_mask.sum())
         corrected = replace(experience, advantages=experience.advantages * ((num_tokens - 1) / num_tokens) ** 0.5)
@@ -129,7 +131,7 @@ def ppo(
         critic = trainer.models.critic
         if state_after_end:
             other = _trainer(root, layout, len(tokens), lr, temperature, settings)
-            others = other.optimize(_with_state_after_end(corrected, rollout, scores))
+            others = other.optimize(_learn_state_after_end(corrected, longer, with_after))
             metrics |= {name: value for name, value in others.items() if name.startswith("critic/")}
             critic = other.models.critic
         assert isinstance(trainer.models.policy, DescendingModel)
@@ -139,7 +141,7 @@ def ppo(
             policy=trainer.models.policy.steps,
             critic=critic.steps,
             metrics=metrics,
-            scores=_columns(scores, ("log_probs", "ref_log_probs", "values"), columns),
+            scores=_columns(with_after, ("log_probs", "ref_log_probs", "values"), columns),
             experience=_columns(experience, ("response_mask", "values", "advantages", "returns"), columns),
         )
 
@@ -184,13 +186,21 @@ def as_rollout(tokens: Tensor, num_prompt_columns: int) -> Rollout:
     )
 
 
-def _with_state_after_end(experience: Experience, rollout: Rollout, scores: Scores) -> Experience:
-    """One more value per ended response, that of the state after its end; its return is the score."""
-    column = torch.arange(experience.values.shape[1])
+def _with_state_after_end(rollout: Rollout) -> Rollout:
+    """Each ended response goes on by a padding token, so that the critic is asked for the state after its end."""
+    column = torch.arange(rollout.response_mask.shape[1])
     after = (column == rollout.lengths[:, None] - 1) & rollout.finished[:, None]
+    return replace(rollout, lengths=rollout.lengths + after.any(1), response_mask=rollout.response_mask | after)
+
+
+def _learn_state_after_end(experience: Experience, longer: Rollout, scores: Scores) -> Experience:
+    """The return of the state after the end is the score."""
+    after = longer.response_mask & ~experience.response_mask
     return replace(
         experience,
-        response_mask=experience.response_mask | after,
+        lengths=longer.lengths,
+        response_mask=longer.response_mask,
+        values=scores.values,
         returns=torch.where(after, scores.scores[:, None], experience.returns),
     )
 
