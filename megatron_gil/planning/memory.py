@@ -269,11 +269,6 @@ def prefill_work(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) 
     return layer_work(model.spec, whole, Rows(num_rows=num_rows, num_tokens=rows.num_tokens), precision)
 
 
-def step_work(model: SizedModel, cut: Cut, pp_rank: int) -> int:
-    """What torch's Adam makes for a moment: square roots of all second moments. (TE's and Apex' fused ones do not.)"""
-    return 4 * num_parameters(model, cut, pp_rank) // (cut.dp_size if cut.distributed_optimizer else 1)
-
-
 def _layer_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, size: int) -> int:
     """Saved in one layer: two norms with the input of the linear layer after each; queries and keys before and after
     the rotation, values, attention's output and its log-sum-exp; five vectors of the feed-forward size (gate and value

@@ -153,8 +153,8 @@ def limits(plan: Plan, assume: Assumptions) -> list[str]:
         (
             seconds / 100 / time.total,
             f"a checkpoint is {size / 1e9:,.0f} GB: {seconds:,.0f} s at {assume.storage_bandwidth / 1e9:.0f} GB/s, "
-            "while every GPU waits; with checkpoint.every=100 "
-            f"{seconds / 100 / time.total:.0%} of the time",
+            "while GPUs wait where a host lacks the memory to copy it first (checkpoint.background); with "
+            f"checkpoint.every=100 {seconds / 100 / time.total:.0%} of the time",
         )
     )
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
