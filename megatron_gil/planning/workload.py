@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megatron_gil.config import CommandConfig, DpoConfig, PpoConfig, RewardConfig
+from megatron_gil.config import BatchSection, CommandConfig, DpoConfig, PpoConfig, RewardConfig
 from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.uses import model_uses
 from megatron_gil.planning.memory import Cut, Precision, Rows, SizedModel
@@ -90,16 +90,23 @@ def read_workload(config: CommandConfig, spec_of: Callable[[str], LlamaSpec]) ->
         for use in model_uses(config)
     )
     rollout = _read_rollout(config) if isinstance(config, PpoConfig) else None
+    num_tokens = config.data.max_tokens if rollout is None else rollout.prompt_tokens + rollout.new_tokens
+    sequences_per_row = 2 if isinstance(config, RewardConfig | DpoConfig) else 1
     return Workload(
         models=models,
         global_size=config.batch.global_size,
-        micro_size=config.batch.micro_size,
+        micro_size=_full_rows(config.batch, num_tokens * sequences_per_row),
         precision=Precision(dtype_bytes=BYTES[config.models.dtype], recompute=config.models.recompute),
-        num_tokens=config.data.max_tokens if rollout is None else rollout.prompt_tokens + rollout.new_tokens,
-        sequences_per_row=2 if isinstance(config, RewardConfig | DpoConfig) else 1,
+        num_tokens=num_tokens,
+        sequences_per_row=sequences_per_row,
         rollout=rollout,
         offload=config.models.offload,
     )
+
+
+def _full_rows(batch: BatchSection, row_tokens: int) -> int:
+    """Rows of full length that have at least as many tokens as a microbatch."""
+    return batch.micro_size if batch.micro_tokens is None else -(-batch.micro_tokens // row_tokens)
 
 
 def _read_rollout(config: PpoConfig) -> RolloutShape:

@@ -42,6 +42,18 @@ def test_every_rank_and_model_is_shown(world: Path, capsys: pytest.CaptureFixtur
     assert not (world / "never").exists()
 
 
+def test_a_token_budget_counts_as_so_many_full_rows(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of up to 40 + 8 tokens: 96 are two of them."""
+
+    def peak(*settings: str) -> str:
+        assert main(ppo(world, *settings, "--dry-run")) == 0
+        shown = capsys.readouterr().out
+        assert ("microbatches of at most 96 tokens" in shown) == ("batch.micro_tokens=96" in settings)
+        return next(line for line in shown.splitlines() if "update policy" in line)
+
+    assert peak("batch.micro_tokens=96") == peak("batch.micro_size=2")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
