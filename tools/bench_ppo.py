@@ -163,7 +163,8 @@ def bench_ppo(*, rounds: int, num_threads: int = 2, sizes: Sizes | None = None, 
         take_turns(sides, rounds=rounds, num_threads=num_threads)
     if not sizes.ragged:
         for step in (step for side in sides for step in side.steps):
-            assert step.notes["response_tokens"] == sizes.response_tokens, "a response ended early"
+            # TRL may sample the end by chance, and computes all columns all the same.
+            assert step.notes["response_tokens"] > 0.9 * sizes.response_tokens, "responses ended early"
     if json_file is not None:
         json_file.write_text(json.dumps({side.name: [asdict(step) for step in side.steps] for side in sides}, indent=1))
     return format_table(sides, sizes, num_threads)

@@ -16,6 +16,7 @@ from megatron_gil.engine.decoder import Decoder
 from megatron_gil.engine.decoder_weights import collect_weights
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.slots import STEPS, Answers, Slots
+from megatron_gil.models.heads import output_weight
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.types import PromptBatch
 from tests.models.tiny import SIZES, VARIANTS, make_llama, sample_tokens
@@ -36,7 +37,9 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _whole(root: Path, name: str, layout: ParallelLayout, dtype: torch.dtype) -> Tensor:
     """The trainer's logits [4, 15, V]."""
     model, tokens = build(root / name, layout, "lm", dtype=dtype).module.eval(), sample_tokens(4, 15)
-    return model(tokens, torch.arange(15).expand(4, -1), None)[..., : SIZES["vocab_size"]]
+    packed = tokens.reshape(1, -1)
+    hidden = model(packed, packed, torch.arange(tokens.numel()).view(tokens.shape))
+    return (hidden @ output_weight(model).T)[0, :, : SIZES["vocab_size"]].unflatten(0, tokens.shape)
 
 
 def _decode(root: Path, name: str, layout: ParallelLayout, dtype: torch.dtype) -> Tensor:

@@ -134,7 +134,7 @@ class HangUnderNccl:
 
 def test_a_rank_that_hangs_is_named_where_collectives_do_not_raise(world: Path, tmp_path: Path) -> None:
     run = arguments("ppo", world, tmp_path / "run", "parallel.timeout_s=10")
-    ranks = Ranks(run, world, tmp_path / "log", change=HangUnderNccl("training.ppo.iteration.PpoTrainer.sample"))
+    ranks = Ranks(run, world, tmp_path / "log", change=HangUnderNccl("training.ppo.iteration.PpoTrainer.iterate"))
     ranks.processes[0].join(PATIENCE_S)
     ranks.kill([1])
     assert ranks.wait()[0] == 1

@@ -48,7 +48,8 @@ Microbatches = tuple[int, int | None]  # batch.micro_size, batch.micro_tokens
 Found = dict[Any, tuple[Gradients, Any]]  # (dtype, microbatches) -> gradients, what the experience settled
 NUM_ROWS = 16
 MICROBATCHES: tuple[Microbatches, ...] = ((4, None), (1, None), (4, 100))
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-11}  # of ||a - b|| / ||b||: sums in another order
+# Of ||a - b|| / ||b||: sums in another order. 1.2e-6 is the most that was seen of a tensor in float32.
+TOLERANCE = {torch.float32: 1.5e-6, torch.float64: 1e-11}
 UNUSED = ("own_model classifier", "score.weight")  # the value head of a critic-shaped model that only classifies
 PPO = {
     "ppo": {"num_groups": 1},
@@ -176,8 +177,6 @@ def _check(
     (gradients, settled), (expected_gradients, expected_settled) = found[dtype, cut], expected[dtype, expected_cut]
     worst = _worst(gradients, expected_gradients)
     print(f"{dtype}, microbatches of {cut}:", {name: f"{error:.1e}" for name, error in worst.items()})
-    # DPO's gradient, the difference of two large ones, has been seen to differ by 1.2e-6 in float32.
-    assert worst.pop("dpo") <= 1.5 * TOLERANCE[dtype]
     assert max(worst.values()) <= TOLERANCE[dtype], worst
     for method, numbers in expected_settled.items():
         for name, number in numbers.items():
@@ -224,7 +223,7 @@ def test_pipeline_cuts_are_bitwise(
 
 def test_both_clips_bind_and_the_groups_weigh(one_rank: Found) -> None:
     """The comparisons above would say little of a loss whose clips never bind or whose omega is 1."""
-    settled = one_rank[torch.float64, 4][1]["gil"]
+    settled = one_rank[torch.float64, MICROBATCHES[0]][1]["gil"]
     assert settled["omega"].std() > 0.05
     assert settled["c"].abs().max() > 0
     assert abs(float(settled["omega"].mean()) - 1) < 1e-12
