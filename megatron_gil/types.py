@@ -85,8 +85,8 @@ _ABSENT: Any = None  # not Optional in the type: a loss that reads a field its m
 class Readout:
     """What one model says of a batch; a model fills the fields it has, the others are None.
 
-    The same on every tensor- and pipeline-parallel rank. Leading axes are the batch's: [B], or [B, 2] for pairs. Columns
-    that are not of a response are not computed: they hold 0.
+    The same on every tensor- and pipeline-parallel rank. Leading axes are the batch's: [B], or [B, 2] for pairs.
+    Columns that are not of a response are not computed: they hold 0.
     """
 
     log_probs: Tensor = _ABSENT  # [B, S] log pi(tokens[:, t+1] | tokens[:, :t+1]), temperature 1
