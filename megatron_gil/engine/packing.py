@@ -57,9 +57,9 @@ def cut(batch: Any, *, micro_size: int, micro_tokens: int | None, multiple: int)
     Each has `micro_size` rows, or as many as have at most `micro_tokens` tokens, a longer row by itself. multiple: N of
     each is rounded up to it.
     """
-    row_tokens = batch.lengths.flatten(1).sum(1) if batch.lengths.dim() > 1 else batch.lengths
-    row_index = row_tokens.argsort(descending=True, stable=True)
-    sizes = sorted(_read_sizes(batch), key=lambda size: -size.num_tokens)  # in the same order
+    lengths = batch.lengths.reshape(len(batch.lengths), -1)  # [B, 1], or [B, 2] of pairs
+    row_index = lengths.sum(1).argsort(descending=True, stable=True)
+    sizes = sorted(_read_sizes(lengths, batch.response_mask), key=lambda size: -size.num_tokens)  # in the same order
     if micro_tokens is None:
         ends = [*range(micro_size, len(sizes), micro_size), len(sizes)]
     else:
@@ -81,9 +81,8 @@ class _Size:
         return sum(self.lengths)
 
 
-def _read_sizes(batch: Any) -> list[_Size]:
-    lengths = batch.lengths.flatten(1) if batch.lengths.dim() > 1 else batch.lengths[:, None]
-    responses = batch.response_mask.flatten(1).sum(1, keepdim=True)
+def _read_sizes(lengths: Tensor, response_mask: Tensor) -> list[_Size]:
+    responses = response_mask.flatten(1).sum(1, keepdim=True)
     return [_Size(tuple(row[:-1]), row[-1]) for row in torch.cat([lengths, responses], dim=1).tolist()]
 
 
