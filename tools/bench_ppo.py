@@ -28,6 +28,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from megatron_gil.demo.tiny_llama import llama_config, llama_weights
 from megatron_gil.jsonl import iter_jsonl
 
+ON_THE_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Settings of any of TRL's trainers: float32 on the CPU, without what would only slow it here."""
 LR, KL_COEF = 1e-6, 0.05
 
 
@@ -71,13 +81,7 @@ def run_trl(turns: Turns, root: Path, sizes: Sizes, num_steps: int) -> None:
 
     args = PPOConfig(
         output_dir=str(root / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **ON_THE_CPU,
         num_sample_generations=0,
         stop_token="eos",
         per_device_train_batch_size=sizes.num_rows,

@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 from bench_memory import peak_bytes
-from bench_ppo import Sizes, write_inputs
+from bench_ppo import ON_THE_CPU, Sizes, write_inputs
 from bench_rows import MAX_PROMPT_TOKENS, MAX_TOKENS, Lengths, TextRow, draw_batches, write_rows
 from bench_turns import WARM_UP, Side, Step, Turns, ratios, spread, take_turns
 
@@ -259,13 +259,7 @@ def run_trl(turns: Turns, place: Place, num_steps: int) -> None:
     micro_size = min(TRL_ROWS, place.num_rows)
     args = getattr(trl, f"{name}Config")(
         output_dir=str(place.root / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **ON_THE_CPU,
         train_sampling_strategy="sequential",
         per_device_train_batch_size=micro_size,
         gradient_accumulation_steps=place.num_rows // micro_size,

@@ -3,13 +3,18 @@ allocation."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from bench_memory import added_bytes
 
 from megatron_gil import config as c
 from megatron_gil.engine.decoder import Decoder
@@ -75,8 +80,8 @@ def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict
             "saved": most_saved(model, lambda: model.accumulate(part)),
         }
         if started.tp_size == started.pp_size == 1:
-            found["update"] = peak(lambda: model.accumulate(part))
-            found["score"] = peak(lambda: model.evaluate(batch, entropy=head == "lm"))
+            found["update"] = added_bytes(lambda: model.accumulate(part))
+            found["score"] = added_bytes(lambda: model.evaluate(batch, entropy=head == "lm"))
         if head == "lm":
             found |= _decoder_bytes(model)
         return found
@@ -104,19 +109,6 @@ def most_saved(model: TrainableModel, run: Callable[[], Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
         run()
-    return top
-
-
-def peak(run: Callable[[], Any]) -> int:
-    """The most that was allocated at once above what there was before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    profiler: Any = recorded.profiler
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = top = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        top = max(top, now)
     return top
 
 
