@@ -12,6 +12,25 @@ from torch import Tensor
 from megatron_gil.models.kernels import expands_kv_heads
 
 
+class RowLayout:
+    """What every layer of a model needs of the places of a microbatch: derived by the first one that asks."""
+
+    def __init__(self, frequencies: Tensor) -> None:
+        """frequencies: [D / 2] radians per position, of models/rope.py."""
+        self._frequencies = frequencies
+        self._places: Tensor | None = None
+        self._found: tuple[Tensor | None, Tensor, Tensor]
+
+    def of(self, places: Tensor, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(which of the places holds each packed token, None where every place holds one; cos, sin [W, 1, D / 2])."""
+        if places is not self._places:
+            order = None if places.numel() == num_tokens else packed_order(places, num_tokens)
+            angles = torch.outer(torch.arange(places.shape[1], device=places.device), self._frequencies)
+            cos, sin = (part[:, None].to(dtype) for part in (angles.cos(), angles.sin()))
+            self._places, self._found = places, (order, cos, sin)
+        return self._found
+
+
 class RowAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(D)) v, causal, for every row of its own.
 
@@ -20,12 +39,12 @@ class RowAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, frequencies: Tensor, softmax_scale: float | None = None, **_: Any
+        self, config: TransformerConfig, *, layout: RowLayout, softmax_scale: float | None = None, **_: Any
     ) -> None:
-        """frequencies: [D / 2] radians per position, of models/rope.py."""
+        """layout: of all layers of the model."""
         super().__init__()
         self.softmax_scale = softmax_scale
-        self.frequencies = frequencies
+        self._layout = layout
 
     def forward(
         self,
@@ -36,11 +55,9 @@ class RowAttention(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         """[N, 1, heads * D]."""
-        places, num_tokens = attention_mask, len(query)
-        order = None if places.numel() == num_tokens else packed_order(places, num_tokens)
+        places = attention_mask
+        order, cos, sin = self._layout.of(places, len(query), query.dtype)
         query, key, value = (_Lay.apply(x.squeeze(1), places, order) for x in (query, key, value))
-        angles = torch.outer(torch.arange(places.shape[1], device=query.device), self.frequencies)
-        cos, sin = (part[:, None].to(query.dtype) for part in (angles.cos(), angles.sin()))  # [W, 1, D / 2]
         query, key = (_Rotate.apply(x, cos, sin) for x in (query, key))
         groups = query.shape[2] // key.shape[2]
         if key.device.type == "cuda" and expands_kv_heads(key.dtype, query.shape[2], key.shape[2]):

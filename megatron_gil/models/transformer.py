@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from megatron_gil.config import ModelsSection
-from megatron_gil.models.attention import RowAttention
+from megatron_gil.models.attention import RowAttention, RowLayout
 from megatron_gil.models.heads import ScalarHead, hand_on
 from megatron_gil.models.hf import WeightMap
 from megatron_gil.models.kernels import Kernels
@@ -147,7 +147,8 @@ def _layer_specs(kernels: Kernels, llama: LlamaSpec, layout: ParallelLayout) -> 
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = ModuleSpec(module=RowAttention, params={"frequencies": rope_frequencies(llama, layout.device)})
+    rows = RowLayout(rope_frequencies(llama, layout.device))
+    attention = ModuleSpec(module=RowAttention, params={"layout": rows})
     spec.submodules.self_attention.submodules.core_attention = attention
     num_layers = len(llama.layers_of(layout.pp_rank, layout.pp_size))
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=ModuleSpec(module=RMSNorm))

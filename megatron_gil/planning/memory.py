@@ -275,9 +275,8 @@ def _layer_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, size: int) -> int:
     before and after the gate is split off, SwiGLU and its product)."""
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = size * (3 * queries + 3 * keys) + 4 * spec.num_heads
-    angles = rows.num_tokens * spec.head_dim * size
     inside = rows.total * (attention + size * 5 * spec.ffn_size) // cut.tp_size
-    return 2 * _norm_bytes(spec, cut, rows.total, size) + inside + angles
+    return 2 * _norm_bytes(spec, cut, rows.total, size) + inside
 
 
 def _norm_bytes(spec: LlamaSpec, cut: Cut, tokens: int, size: int) -> int:

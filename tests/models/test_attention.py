@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from megatron_gil.models.attention import RowAttention
+from megatron_gil.models.attention import RowAttention, RowLayout
 from megatron_gil.models.norm import RMSNorm
 from tests.models.running import LAYOUTS, load_model, parallel
 from tests.models.tiny import make_llama
@@ -32,7 +32,7 @@ def _compare_attention(hf_dir: Path, dtype: torch.dtype, lengths: tuple[int, ...
     with parallel(LAYOUTS[0]) as layout:
         config = load_model(hf_dir, layout, dtype=dtype)[1].config
         ours, theirs = (
-            RowAttention(config, frequencies=FREQUENCIES),
+            RowAttention(config, layout=RowLayout(FREQUENCIES)),
             DotProductAttention(config, 1, AttnMaskType.causal, "self"),
         )
         generator = torch.Generator().manual_seed(11)
@@ -80,7 +80,7 @@ def test_rows_attend_as_megatrons_do(dtype: torch.dtype, lengths: tuple[int, ...
 
 def test_a_token_sees_no_other_row_and_nothing_after_it() -> None:
     config: Any = None
-    attention = RowAttention(config, frequencies=FREQUENCIES)
+    attention = RowAttention(config, layout=RowLayout(FREQUENCIES))
     places = torch.tensor([[0, 1, -1], [2, 3, 4]])
     base = [torch.randn(5, 1, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
     before = attention(*base, places)
