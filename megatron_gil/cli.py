@@ -32,7 +32,7 @@ COMMANDS = {
 }
 TRAINING = ("sft", "reward", "dpo", "ppo")
 CONFIGURED = (*TRAINING, "generate", "score")
-OWN_OPTIONS = ("prepare-data", "convert")
+OWN_OPTIONS = ("evaluate", "prepare-data", "convert")
 """Commands that read their arguments themselves: the choices among them take imports."""
 
 
@@ -93,19 +93,6 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
             command.add_argument("--help-config", action="store_true", help="print every key, its default and meaning")
             _add_dry_run(command, trains=name in TRAINING)
-        elif name == "evaluate":
-            command.add_argument(
-                "ours", type=expand_user, metavar="OURS.jsonl", help="responses: {prompt, response} lines"
-            )
-            command.add_argument(
-                "theirs", type=expand_user, nargs="+", metavar="THEIRS.jsonl", help="opponents, same prompts"
-            )
-            command.add_argument("--judge", choices=("score", "gold", "llm"), default="score", help="who decides")
-            command.add_argument("--tie-margin", type=float, default=0.0, help="score difference that is a tie")
-            command.add_argument("--model", help="llm: the judge's model name")
-            command.add_argument("--base-url", help="llm: an OpenAI-compatible server")
-            command.add_argument("--criterion", choices=("helpful", "harmless", "summary"), default="helpful")
-            command.add_argument("--output", type=expand_user, metavar="FILE.json", help="also write the table there")
         elif name == "report":
             command.add_argument("runs", type=expand_user, nargs="+", metavar="RUN", help="run directories")
             command.add_argument("--output", type=expand_user, default=Path("report.html"), metavar="FILE.html")
@@ -138,7 +125,6 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     ranges = {
         "gpus": Range(low=1, high=1_000_000),
         "gpu_memory": Range(low=0, high=math.inf, with_low=False),
-        "tie_margin": Range(low=0, high=math.inf),
         "seed": Range(low=0, high=LARGEST_SEED),
     }
     for name, bounds in ranges.items():
@@ -171,9 +157,9 @@ def _run(arguments: argparse.Namespace) -> int:
         from megatron_gil.commands.evaluate import evaluate
         from megatron_gil.demo.gold import gold_score
 
-        return evaluate(arguments, gold_score=gold_score)
+        return evaluate(arguments.arguments, gold_score=gold_score)
     if arguments.command == "report":
-        from megatron_gil.commands.evaluate import report
+        from megatron_gil.commands.report import report
 
         return report(arguments)
     if arguments.command == "plan":

@@ -8,6 +8,7 @@ from statistics import fmean
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 from megatron_gil.demo.gold import gold_score
 from megatron_gil.demo.results import TIE_MARGIN
+from megatron_gil.evaluation.comparisons import pair_rows
 from megatron_gil.evaluation.judge import ScoreJudge
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json
@@ -156,7 +157,7 @@ def win_rows(replies: Mapping[tuple[str, int], Sequence[Json]]) -> list[Json]:
     for ours, opponent in pairs:
         for seed in sorted({seed for _, seed in replies}):
             if (ours, seed) in replies and (opponent, seed) in replies:
-                found = verdicts(judge, replies[ours, seed], replies[opponent, seed])
+                found = verdicts(judge, pair_rows(replies[ours, seed], replies[opponent, seed], opponent))
                 shares = {v: found.count(v) / len(found) for v in ("win", "tie", "lose")}
                 rows.append({"seed": seed, "ours": ours, "opponent": opponent, **shares})
     return rows

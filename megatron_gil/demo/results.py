@@ -14,6 +14,7 @@ from rich.table import Table as ConsoleTable
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 from megatron_gil.demo.gold import gold_score
+from megatron_gil.evaluation.comparisons import pair_rows
 from megatron_gil.evaluation.judge import ScoreJudge
 from megatron_gil.evaluation.report.figures import FrontierPoint, bars, colors, frontier, score_distributions, to_svg
 from megatron_gil.evaluation.report.page import Picture, Table
@@ -137,7 +138,7 @@ def win_rates(results: Results) -> dict[str, WinRate]:
         m: [{"prompt": r.prompt, "response": r.response} for r in responses]
         for m, responses in results.responses.items()
     }
-    return {m: win_rate(verdicts(judge, texts[OURS], texts[m])) for m in METHODS if m != OURS}
+    return {m: win_rate(verdicts(judge, pair_rows(texts[OURS], texts[m], m))) for m in METHODS if m != OURS}
 
 
 def win_table(rates: Mapping[str, WinRate]) -> Table:

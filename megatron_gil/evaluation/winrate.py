@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_gil.config import ConfigError
+from megatron_gil.evaluation.comparisons import Comparison
 from megatron_gil.evaluation.judge import Judge, Verdict
 from megatron_gil.evaluation.statistics import Estimate, bootstrap
-
-Row = Mapping[str, str]
-"""{"prompt", "response"}."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,21 +22,9 @@ class WinRate:
     """win - lose; its interval holds 0 where neither side is shown to be better."""
 
 
-def verdicts(judge: Judge, ours: Sequence[Row], theirs: Sequence[Row]) -> list[Verdict]:
-    """One verdict per prompt, as seen from ours. Row i of both files must answer the same prompt, else ConfigError."""
-    if len(ours) != len(theirs):
-        raise ConfigError(
-            f"{len(ours)} responses cannot be paired with {len(theirs)}; generate both from one prompt file"
-        )
-    found: list[Verdict] = []
-    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), start=1):
-        if mine["prompt"] != other["prompt"]:
-            raise ConfigError(
-                f"row {number}: the prompts differ ({mine['prompt'][:40]!r}, {other['prompt'][:40]!r}); "
-                "generate both from one prompt file"
-            )
-        found.append(judge.compare(mine["prompt"], mine["response"], other["response"]))
-    return found
+def verdicts(judge: Judge, comparisons: Iterable[Comparison]) -> list[Verdict]:
+    """One verdict a comparison, as seen from ours."""
+    return [judge.compare(c.prompt, c.ours, c.theirs) for c in comparisons]
 
 
 def win_rate(found: Sequence[Verdict], *, seed: int = 0) -> WinRate:

@@ -9,8 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from megatron_gil.config import ConfigError
+from megatron_gil.evaluation.comparisons import pair_rows
 from megatron_gil.evaluation.judge import ScoreJudge, SwappedOrders, Verdict, opposite, recorded_scores
 from megatron_gil.evaluation.llm_judge import LlmJudge, read_verdict
+from megatron_gil.evaluation.rubrics import read_rubric
 from megatron_gil.evaluation.winrate import HEADER, table_rows, verdicts, win_rate
 
 
@@ -51,9 +53,9 @@ def _rows(*responses: str) -> list[dict[str, str]]:
 
 def test_win_rate_counts_and_swaps() -> None:
     ours, theirs = _rows("aaa", "a", "aa", "aaaa"), _rows("a", "aa", "bb", "a")
-    found = verdicts(length_judge(), ours, theirs)
+    found = verdicts(length_judge(), pair_rows(ours, theirs, "files"))
     assert found == ["win", "lose", "tie", "win"]
-    assert [opposite(v) for v in found] == verdicts(length_judge(), theirs, ours)
+    assert [opposite(v) for v in found] == verdicts(length_judge(), pair_rows(theirs, ours, "files"))
     rate = win_rate(found)
     assert (rate.win.value, rate.tie.value, rate.lose.value, rate.margin.value) == (0.5, 0.25, 0.25, 0.25)
     assert rate.margin.low < 0.25 < rate.margin.high
@@ -73,9 +75,9 @@ def test_win_rate_interval_is_binomial() -> None:
 
 def test_responses_to_other_prompts_are_refused() -> None:
     with pytest.raises(ConfigError, match="row 2: the prompts differ"):
-        verdicts(length_judge(), _rows("a", "b"), [_rows("a")[0], {"prompt": "q", "response": "b"}])
+        pair_rows(_rows("a", "b"), [_rows("a")[0], {"prompt": "q", "response": "b"}], "a.jsonl and b.jsonl")
     with pytest.raises(ConfigError, match="2 responses cannot be paired with 1"):
-        verdicts(length_judge(), _rows("a", "b"), _rows("a"))
+        pair_rows(_rows("a", "b"), _rows("a"), "a.jsonl and b.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -143,10 +145,10 @@ def prefer_longer(request: dict) -> tuple[int, str]:
     return 200, "Because it is.\nVERDICT: " + ("TIE" if len(first) == len(second) else "AB"[len(first) < len(second)])
 
 
-@pytest.mark.parametrize("criterion", ["helpful", "harmless", "summary"])
-def test_language_model_judge_asks_in_both_orders(criterion) -> None:
+@pytest.mark.parametrize("rubric", ["helpful", "harmless", "summary"])
+def test_language_model_judge_asks_in_both_orders(rubric) -> None:
     with chat_server(prefer_longer) as (url, requests):
-        judge = LlmJudge(model="judge-1", criterion=criterion, base_url=url, api_key="none")
+        judge = LlmJudge(model="judge-1", rubric=read_rubric(rubric), base_url=url, api_key="none")
         assert judge.compare("say it", "much longer", "short") == "win"
         assert judge.compare("say it", "short", "much longer") == "lose"
         assert judge.compare("say it", "same", "size") == "tie"
@@ -158,19 +160,25 @@ def test_language_model_judge_asks_in_both_orders(criterion) -> None:
 
 def test_position_bias_of_the_model_becomes_a_tie() -> None:
     with chat_server(lambda request: (200, "VERDICT: A")) as (url, _):
-        assert LlmJudge(model="m", criterion="helpful", base_url=url, api_key="none").compare("p", "a", "b") == "tie"
+        assert (
+            LlmJudge(model="m", rubric=read_rubric("helpful"), base_url=url, api_key="none").compare("p", "a", "b")
+            == "tie"
+        )
 
 
 def test_a_busy_server_and_a_malformed_answer_are_tried_again() -> None:
     answers = iter([(429, "busy"), (503, "gone"), (200, "I like both"), (200, "VERDICT: A"), (200, "VERDICT: B")])
     with chat_server(lambda request: next(answers)) as (url, requests):
-        assert LlmJudge(model="m", criterion="helpful", base_url=url, api_key="none").compare("p", "a", "b") == "win"
+        assert (
+            LlmJudge(model="m", rubric=read_rubric("helpful"), base_url=url, api_key="none").compare("p", "a", "b")
+            == "win"
+        )
     assert [r["temperature"] for r in requests] == [0.0, 0.0, 0.0, 0.7, 0.0]
 
 
 def test_a_model_that_never_gives_a_verdict_is_named() -> None:
     with chat_server(lambda request: (200, "hm")) as (url, requests):
-        judge = LlmJudge(model="chatty", criterion="helpful", base_url=url, api_key="none")
+        judge = LlmJudge(model="chatty", rubric=read_rubric("helpful"), base_url=url, api_key="none")
         with pytest.raises(ConfigError, match="judge model chatty: 3 answers without a last line VERDICT"):
             judge.compare("p", "a", "b")
     assert len(requests) == 3
@@ -178,7 +186,7 @@ def test_a_model_that_never_gives_a_verdict_is_named() -> None:
 
 def test_a_server_that_refuses_is_named_in_one_line() -> None:
     with chat_server(lambda request: (401, "no such key")) as (url, _):
-        judge = LlmJudge(model="m", criterion="helpful", base_url=url, api_key="wrong")
+        judge = LlmJudge(model="m", rubric=read_rubric("helpful"), base_url=url, api_key="wrong")
         with pytest.raises(ConfigError, match=f"judge model m at {url}.*no such key") as error:
             judge.compare("p", "a", "b")
     assert "\n" not in str(error.value)

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from megatron_gil.commands.evaluate import evaluate, report
+from megatron_gil.commands.report import report
 from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunSection
 from megatron_gil.config.files import dump_config
 from megatron_gil.evaluation.report import figures
@@ -163,56 +163,6 @@ def test_running_mean() -> None:
     values = np.random.default_rng(1).normal(size=25).tolist()
     by_hand = [float(np.mean(values[max(0, i - 3) : i + 1])) for i in range(25)]
     assert figures.running_mean(values, 4) == pytest.approx(by_hand)
-
-
-def _responses(path: Path, *responses: str) -> Path:
-    rows = [{"prompt": f"p{i}", "response": r, "score": float(len(r))} for i, r in enumerate(responses)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def _arguments(**changes: object) -> argparse.Namespace:
-    defaults = {
-        "judge": "score",
-        "tie_margin": 0.0,
-        "model": None,
-        "base_url": None,
-        "criterion": "helpful",
-        "output": None,
-    }
-    return argparse.Namespace(**{**defaults, **changes})
-
-
-def test_evaluate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ours = _responses(tmp_path / "ours.jsonl", "aaa", "a", "bb", "bbb")
-    theirs = _responses(tmp_path / "sft.jsonl", "a", "aa", "cc", "c")
-    table = tmp_path / "table.json"
-    assert evaluate(_arguments(ours=ours, theirs=[theirs], output=table), gold_score=lambda p, r: 0.0) == 0
-    assert "sft" in capsys.readouterr().out
-    written = json.loads(table.read_text())["opponents"]["sft"]
-    assert [written[key]["value"] for key in ("win", "tie", "lose")] == [0.5, 0.25, 0.25]
-    gold = _arguments(ours=ours, theirs=[theirs], judge="gold", output=tmp_path / "gold.json")
-    evaluate(gold, gold_score=lambda p, r: -float(len(r)))
-    assert json.loads((tmp_path / "gold.json").read_text())["opponents"]["sft"]["lose"]["value"] == 0.5
-    with pytest.raises(ConfigError, match="exists already"):
-        evaluate(gold, gold_score=lambda p, r: 0.0)
-
-
-def test_evaluate_names_file_line_and_field(tmp_path: Path) -> None:
-    ours = _responses(tmp_path / "ours.jsonl", "a")
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "p0"}\n')
-    with pytest.raises(ConfigError, match=r'bad\.jsonl:1: no text "response"'):
-        evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
-    for value in ("NaN", "Infinity", "-Infinity", "1e999"):
-        bad.write_text(f'{{"prompt": "p0", "response": "r", "score": {value}}}\n')
-        with pytest.raises(ConfigError, match=r"bad\.jsonl:1: the score -?(nan|inf) cannot be compared"):
-            evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
-    bad.write_bytes(b'{"prompt": "p0", "response": "r"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(ConfigError, match=r"bad\.jsonl:2: not UTF-8"):
-        evaluate(_arguments(ours=ours, theirs=[bad]), gold_score=lambda p, r: 0.0)
-    with pytest.raises(ConfigError, match=r"absent\.jsonl: cannot be read"):
-        evaluate(_arguments(ours=ours, theirs=[tmp_path / "absent.jsonl"]), gold_score=lambda p, r: 0.0)
 
 
 def test_report_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

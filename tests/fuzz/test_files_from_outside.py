@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_gil.commands.evaluate import read_responses
 from megatron_gil.config import ConfigError, PpoConfig
 from megatron_gil.config.files import load_config
 from megatron_gil.config.ranges import RANGE
@@ -27,6 +26,7 @@ from megatron_gil.data.rows.fields import check_record
 from megatron_gil.data.rows.records import iter_parquet
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.files import read_manifest
+from megatron_gil.evaluation.comparisons import read_responses
 from megatron_gil.evaluation.report.runs import read_run
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.hf_files import HfTensors

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from megatron_gil.config import ConfigError
+from megatron_gil.evaluation.comparisons import pair_rows
 from megatron_gil.evaluation.judge import ScoreJudge, recorded_scores
 from megatron_gil.evaluation.report.figures import (
     PARTS_PALETTE,
@@ -221,7 +222,7 @@ def _wins(runs: Sequence[Run]) -> list[str]:
         rows = [(a, b) for a, b in rows if a.get("score") is not None and b.get("score") is not None]
         if rows:
             judge = ScoreJudge("score", recorded_scores((row for pair in rows for row in pair), "samples.jsonl"))
-            rates[run.name] = win_rate(verdicts(judge, [a for a, _ in rows], [b for _, b in rows]))
+            rates[run.name] = win_rate(verdicts(judge, pair_rows(*zip(*rows, strict=True), run.name)))
     if not rates:
         return []
     note = "By the score in samples.jsonl, of each run's own reward model, which training drives up: compare with a "
