@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "answer the prompts of a file",
     "score": "reward-model scores of a file of responses",
     "evaluate": "win/tie/lose of response files against one another",
+    "win-rates": "verdicts of several judges and tasks as the paper's tables",
     "report": "run directories as one HTML page with pictures",
     "plan": "memory and time of a model on so many GPUs, for every layout",
     "prepare-data": "a public data set to training files",
@@ -32,7 +33,7 @@ COMMANDS = {
 }
 TRAINING = ("sft", "reward", "dpo", "ppo")
 CONFIGURED = (*TRAINING, "generate", "score")
-OWN_OPTIONS = ("evaluate", "prepare-data", "convert")
+OWN_OPTIONS = ("evaluate", "win-rates", "prepare-data", "convert")
 """Commands that read their arguments themselves: the choices among them take imports."""
 
 
@@ -158,6 +159,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from megatron_gil.demo.gold import gold_score
 
         return evaluate(arguments.arguments, gold_score=gold_score)
+    if arguments.command == "win-rates":
+        from megatron_gil.commands.win_rates import win_rates
+
+        return win_rates(arguments.arguments)
     if arguments.command == "report":
         from megatron_gil.commands.report import report
 

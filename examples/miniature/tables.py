@@ -13,7 +13,7 @@ from megatron_gil.evaluation.judge import ScoreJudge
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.evaluation.statistics import Estimate, bootstrap
-from megatron_gil.evaluation.winrate import verdicts
+from megatron_gil.evaluation.winrate import judge_all
 
 Numbers = Mapping[str, Mapping[str, Mapping[int, float]]]
 """method -> metric -> seed -> value."""
@@ -157,7 +157,8 @@ def win_rows(replies: Mapping[tuple[str, int], Sequence[Json]]) -> list[Json]:
     for ours, opponent in pairs:
         for seed in sorted({seed for _, seed in replies}):
             if (ours, seed) in replies and (opponent, seed) in replies:
-                found = verdicts(judge, pair_rows(replies[ours, seed], replies[opponent, seed], opponent))
+                comparisons = pair_rows(replies[ours, seed], replies[opponent, seed], opponent)
+                found = [judgment.outcome for judgment in judge_all(judge, comparisons)]
                 shares = {v: found.count(v) / len(found) for v in ("win", "tie", "lose")}
                 rows.append({"seed": seed, "ours": ours, "opponent": opponent, **shares})
     return rows

@@ -21,7 +21,7 @@ from megatron_gil.evaluation.report.page import Picture, Table
 from megatron_gil.evaluation.report.report import write_report
 from megatron_gil.evaluation.report.runs import Run, read_run
 from megatron_gil.evaluation.statistics import bootstrap
-from megatron_gil.evaluation.winrate import HEADER, WinRate, table_rows, verdicts, win_rate
+from megatron_gil.evaluation.winrate import HEADER, WinRate, judge_all, table_rows, win_rate
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.paths import write_whole
 
@@ -138,7 +138,7 @@ def win_rates(results: Results) -> dict[str, WinRate]:
         m: [{"prompt": r.prompt, "response": r.response} for r in responses]
         for m, responses in results.responses.items()
     }
-    return {m: win_rate(verdicts(judge, pair_rows(texts[OURS], texts[m], m))) for m in METHODS if m != OURS}
+    return {m: win_rate(judge_all(judge, pair_rows(texts[OURS], texts[m], m))) for m in METHODS if m != OURS}
 
 
 def win_table(rates: Mapping[str, WinRate]) -> Table:

@@ -41,6 +41,8 @@ class Judgment:
     judge: str
     rater: str
     """One of the people, or the judge again."""
+    policy: str
+    """The name of the file or model that gave our response."""
     opponent: str
     prompt: str
     ours: str
@@ -116,13 +118,13 @@ def read_judgments(path: Path) -> list[Judgment]:
     for number, row in iter_jsonl(path):
         if not isinstance(row, dict):
             raise ConfigError(f"{path}:{number}: not an object; `megatron-gil evaluate` writes judgments")
-        for field in ("task", "judge", "rater", "opponent", "prompt", "ours", "theirs"):
+        for field in ("task", "judge", "rater", "policy", "opponent", "prompt", "ours", "theirs"):
             if not isinstance(row.get(field), str):
                 raise ConfigError(f'{path}:{number}: no text "{field}"; `megatron-gil evaluate` writes judgments')
         for field, allowed in verdicts.items():
             if row.get(field) not in allowed:
                 raise ConfigError(f'{path}:{number}: "{field}" is {row.get(field)!r}, not one of {allowed}')
-        found.append(Judgment(**{field: row.get(field) for field in Judgment.__slots__}))
+        found.append(Judgment(**{field: row.get(field) for field in Judgment.__slots__}))  # type: ignore[arg-type]
     if not found:
         raise ConfigError(f"{path}: holds no judgments")
     return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-_BLOCK = 2_000_000  # numbers resampled at a time: 16 MB
+BLOCK = 2_000_000
+"""Numbers resampled at a time: 16 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,19 +33,48 @@ def bootstrap(
 ) -> Estimate:
     """Percentile bootstrap (Efron 1979) of the mean of independent values.
 
-    A single value has no spread to resample: its interval has width 0, which does not mean that it is certain.
+    A single value has no spread to resample: its interval has width 0, which does not mean that it is certain. Of no
+    values all three are NaN.
     """
     sample = np.asarray(values, dtype=np.float64)
     assert sample.ndim == 1, sample.shape
-    assert sample.size, "no values"
+    if not sample.size:
+        return Estimate(value=math.nan, low=math.nan, high=math.nan)
     rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // sample.size)
+    block = max(1, BLOCK // sample.size)
     resampled = [
         sample[rng.integers(sample.size, size=(min(block, draws - start), sample.size))].mean(-1)
         for start in range(0, draws, block)
     ]
-    low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value=float(sample.mean()), low=float(low), high=float(high))
+    return interval(float(sample.mean()), np.concatenate(resampled), level=level)
+
+
+def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Estimate:
+    """The percentile interval of a statistic whose value in each bootstrap draw is given; draws that have none, NaN,
+    are left out. All NaN where there is no value at all."""
+    found = resampled[np.isfinite(resampled)]
+    if not (math.isfinite(value) and found.size):
+        return Estimate(value=math.nan, low=math.nan, high=math.nan)
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value=float(value), low=float(low), high=float(high))
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided exact p-value of so uneven a split if either side were as likely (Dixon and Mood 1946).
+
+    Ties are left out beforehand. 1 where nothing was decided.
+    """
+    trials, term, tail = wins + losses, 1, 0
+    for k in range(min(wins, losses) + 1):  # term: the binomial coefficient of k
+        tail += term
+        term = term * (trials - k) // (k + 1)
+    return min(1.0, _ratio(2 * tail, trials))
+
+
+def _ratio(count: int, bits: int) -> float:
+    """count / 2^bits, where neither may fit a float."""
+    shift = max(0, count.bit_length() - 64)
+    return math.ldexp(count >> shift, shift - bits)
 
 
 def skewness(values: Sequence[float]) -> float:

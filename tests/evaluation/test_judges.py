@@ -9,11 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from megatron_gil.config import ConfigError
-from megatron_gil.evaluation.comparisons import pair_rows
-from megatron_gil.evaluation.judge import ScoreJudge, SwappedOrders, Verdict, opposite, recorded_scores
+from megatron_gil.evaluation.judge import ScoreJudge, SwappedOrders, recorded_scores
 from megatron_gil.evaluation.llm_judge import LlmJudge, read_verdict
 from megatron_gil.evaluation.rubrics import read_rubric
-from megatron_gil.evaluation.winrate import HEADER, table_rows, verdicts, win_rate
 
 
 def length_judge(tie_margin: float = 0.0) -> ScoreJudge:
@@ -45,39 +43,6 @@ def test_recorded_scores() -> None:
         score("p", "other")
     with pytest.raises(ConfigError, match='row 1 has no number "score"'):
         recorded_scores([{"prompt": "p", "response": "r"}], "f.jsonl")
-
-
-def _rows(*responses: str) -> list[dict[str, str]]:
-    return [{"prompt": f"p{i}", "response": response} for i, response in enumerate(responses)]
-
-
-def test_win_rate_counts_and_swaps() -> None:
-    ours, theirs = _rows("aaa", "a", "aa", "aaaa"), _rows("a", "aa", "bb", "a")
-    found = verdicts(length_judge(), pair_rows(ours, theirs, "files"))
-    assert found == ["win", "lose", "tie", "win"]
-    assert [opposite(v) for v in found] == verdicts(length_judge(), pair_rows(theirs, ours, "files"))
-    rate = win_rate(found)
-    assert (rate.win.value, rate.tie.value, rate.lose.value, rate.margin.value) == (0.5, 0.25, 0.25, 0.25)
-    assert rate.margin.low < 0.25 < rate.margin.high
-    (row,) = table_rows({"them": rate})
-    assert len(row) == len(HEADER)
-    assert row[:5] == ("them", "4", "50.0", "25.0", "25.0")
-
-
-def test_win_rate_interval_is_binomial() -> None:
-    """60 wins in 100: 1.96 sqrt(0.6 * 0.4 / 100) = 0.096 to either side."""
-    won: list[Verdict] = ["win"] * 60
-    lost: list[Verdict] = ["lose"] * 40
-    win = win_rate(won + lost).win
-    assert win.low == pytest.approx(0.6 - 0.096, abs=0.015)
-    assert win.high == pytest.approx(0.6 + 0.096, abs=0.015)
-
-
-def test_responses_to_other_prompts_are_refused() -> None:
-    with pytest.raises(ConfigError, match="row 2: the prompts differ"):
-        pair_rows(_rows("a", "b"), [_rows("a")[0], {"prompt": "q", "response": "b"}], "a.jsonl and b.jsonl")
-    with pytest.raises(ConfigError, match="2 responses cannot be paired with 1"):
-        pair_rows(_rows("a", "b"), _rows("a"), "a.jsonl and b.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_report_is_one_file_with_everything_in_it(runs: list[Path], tmp_path: Pa
     # the given picture, the score's curve, known labels of each run, what gil inferred (returns), scores
     assert text.count("<img ") == 6
     assert "ppo against the others" in text
-    assert "<td>gil</td><td>2</td><td>0.0</td><td>100.0</td>" in text  # both scored 1.25 on both of their prompts
+    assert "<td>gil</td><td>1</td><td>0.0</td><td>100.0</td>" in text  # both scored 1.25 on their prompt, each time
     assert not re.search(r"(src|href)=(?!\"data:|\"#)", text), "something would be fetched"
     assert "<script" not in text
 

@@ -28,7 +28,7 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
 def test_a_seed_gives_the_same_interval_however_it_is_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = list(np.random.default_rng(3).normal(size=30))
     whole = bootstrap(values, draws=1000)
-    monkeypatch.setattr("megatron_gil.evaluation.statistics._BLOCK", 30 * 7)
+    monkeypatch.setattr("megatron_gil.evaluation.statistics.BLOCK", 30 * 7)
     assert bootstrap(values, draws=1000) == whole
 
 

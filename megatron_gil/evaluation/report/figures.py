@@ -59,7 +59,7 @@ _NO_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 Drawing = TypeVar("Drawing", bound=Callable[..., Any])
 
 
-def _styled(function: Drawing) -> Drawing:
+def styled(function: Drawing) -> Drawing:
     """Makes a function run with our style and without a display. matplotlib is not imported before it runs."""
 
     @functools.wraps(function)
@@ -90,7 +90,7 @@ def colors(names: Sequence[str], palette: Sequence[str] = PALETTE) -> dict[str, 
     return {name: palette[i % len(palette)] for i, name in enumerate(names)}
 
 
-@_styled
+@styled
 def curve_grid(
     panels: Mapping[str, Mapping[str, Series]],
     *,
@@ -126,7 +126,7 @@ def curve_grid(
     return figure
 
 
-@_styled
+@styled
 def score_distributions(
     scores: Mapping[str, Sequence[float]], *, label: str = "reward-model score", color: Mapping[str, str] | None = None
 ) -> Figure:
@@ -154,7 +154,7 @@ def score_distributions(
     return figure
 
 
-@_styled
+@styled
 def frontier(methods: Mapping[str, Sequence[FrontierPoint]], *, color: Mapping[str, str] | None = None) -> Figure:
     """Proxy score, and gold where all points have one, against sqrt(KL), the axis on which Gao et al. (arXiv
     2210.10760) fit both. A method's points are joined in the order given, the last one is filled."""
@@ -179,7 +179,7 @@ def frontier(methods: Mapping[str, Sequence[FrontierPoint]], *, color: Mapping[s
     return figure
 
 
-@_styled
+@styled
 def bars(
     values: Mapping[str, Mapping[str, float]],
     *,
@@ -207,7 +207,7 @@ def bars(
     return figure
 
 
-@_styled
+@styled
 def to_svg(figure: Figure) -> str:
     """The figure as SVG text, the same bytes for the same figure; the figure is closed."""
     from matplotlib import pyplot
@@ -218,7 +218,7 @@ def to_svg(figure: Figure) -> str:
     return _NO_XML.sub("?", text.getvalue())
 
 
-@_styled
+@styled
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG of 256 colours, a few tens of kB however many points it has; the figure is closed."""
     from matplotlib import pyplot

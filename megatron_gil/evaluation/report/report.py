@@ -35,7 +35,7 @@ from megatron_gil.evaluation.report.page import (
     table,
 )
 from megatron_gil.evaluation.report.runs import Json, Run, config_differences, read_runs
-from megatron_gil.evaluation.winrate import HEADER, table_rows, verdicts, win_rate
+from megatron_gil.evaluation.winrate import HEADER, judge_all, table_rows, win_rate
 from megatron_gil.paths import write_whole
 
 T = TypeVar("T")
@@ -222,7 +222,9 @@ def _wins(runs: Sequence[Run]) -> list[str]:
         rows = [(a, b) for a, b in rows if a.get("score") is not None and b.get("score") is not None]
         if rows:
             judge = ScoreJudge("score", recorded_scores((row for pair in rows for row in pair), "samples.jsonl"))
-            rates[run.name] = win_rate(verdicts(judge, pair_rows(*zip(*rows, strict=True), run.name)))
+            rates[run.name] = win_rate(
+                judge_all(judge, pair_rows([a for a, _ in rows], [b for _, b in rows], run.name))
+            )
     if not rates:
         return []
     note = "By the score in samples.jsonl, of each run's own reward model, which training drives up: compare with a "
