@@ -96,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
             _add_dry_run(command, trains=name in TRAINING)
         elif name == "report":
             command.add_argument("runs", type=expand_user, nargs="+", metavar="RUN", help="run directories")
+            command.add_argument(
+                "--judgments",
+                type=expand_user,
+                nargs="+",
+                default=[],
+                metavar="FILE.jsonl",
+                help="of evaluate --output",
+            )
             command.add_argument("--output", type=expand_user, default=Path("report.html"), metavar="FILE.html")
         elif name == "plan":
             command.add_argument(

@@ -84,7 +84,7 @@ def write_tables(
 ) -> None:
     """content: of the file that `output` names, which is written last. judgments: None where they lie in files."""
     from megatron_gil.evaluation.report.figures import to_svg  # matplotlib
-    from megatron_gil.evaluation.report.win_bars import win_bars
+    from megatron_gil.evaluation.report.judged import win_bars
 
     paths = output_files(output)
     texts = {

@@ -41,6 +41,7 @@ class LengthBin:
     shortest: int
     longest: int
     """The smallest and largest difference, characters."""
+    median: float
     num_prompts: int
     win_rate: Estimate
     """Wins and half of the ties."""
@@ -163,6 +164,7 @@ def _bins(differences: np.ndarray, won: np.ndarray, prompt_idx: np.ndarray) -> t
             LengthBin(
                 shortest=int(differences[here].min()),
                 longest=int(differences[here].max()),
+                median=float(np.median(differences[here])),
                 num_prompts=len(values),
                 win_rate=bootstrap([float(value) for value in values]),
             )

@@ -17,11 +17,13 @@ from PIL import Image
 from megatron_gil.commands.report import report
 from megatron_gil.config import ConfigError, GilSection, PpoConfig, TrainingRunSection
 from megatron_gil.config.files import dump_config
+from megatron_gil.evaluation.comparisons import judgment_rows
 from megatron_gil.evaluation.report import figures
 from megatron_gil.evaluation.report.overview import ALARMS, overview
 from megatron_gil.evaluation.report.page import Picture, Table
 from megatron_gil.evaluation.report.report import CURVES, write_report
 from megatron_gil.evaluation.report.runs import config_differences, read_run, read_runs
+from tests.evaluation.judged import judged
 
 
 def make_run(directory: Path, *, num_groups: int, iterations: int = 30) -> Path:
@@ -167,9 +169,22 @@ def test_running_mean() -> None:
 
 def test_report_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "page.html"
-    assert report(argparse.Namespace(runs=runs, output=output)) == 0
+    assert report(argparse.Namespace(runs=runs, judgments=[], output=output)) == 0
     assert capsys.readouterr().out.strip() == str(output)
     assert output.stat().st_size > 10_000
+
+
+def test_report_shows_what_judges_said(runs: list[Path], tmp_path: Path) -> None:
+    rows = [judged("win" if i % 3 else "lose", str(i), ours="x" * i, opponent="<dpo>") for i in range(30)]
+    judgments, output = tmp_path / "judgments.jsonl", tmp_path / "page.html"
+    judgments.write_text("".join(json.dumps(row) + "\n" for row in judgment_rows([*rows, judged("refused", "r")])))
+    plain = tmp_path / "plain.html"
+    report(argparse.Namespace(runs=runs, judgments=[], output=plain))
+    report(argparse.Namespace(runs=runs, judgments=[judgments], output=output))
+    text = output.read_text()
+    assert text.count("<img ") == plain.read_text().count("<img ") + 2
+    assert "win / tie / lose of us on t by j" in text
+    assert "<td>&lt;dpo&gt;</td><td>30</td><td>66.7</td><td>0.0</td><td>33.3</td>" in text
 
 
 ODD = [

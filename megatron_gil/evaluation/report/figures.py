@@ -122,7 +122,7 @@ def curve_grid(
     for ax in axes[-columns:]:
         ax.set_xlabel("iteration")
     if len(names) > 1 and legend:
-        _legend(figure, {name: color[name] for name in names})
+        draw_legend(figure, {name: color[name] for name in names})
     return figure
 
 
@@ -175,7 +175,7 @@ def frontier(methods: Mapping[str, Sequence[FrontierPoint]], *, color: Mapping[s
             ax.plot(x[-1], y[-1], "o", color=color[name], markersize=7)
         ax.set_title(title)
         ax.set_xlabel("sqrt(KL from the reference), nats$^{1/2}$", parse_math=True)
-    _legend(figure, color)
+    draw_legend(figure, color)
     return figure
 
 
@@ -203,7 +203,7 @@ def bars(
     ax.set_xticks(range(len(categories)), categories)
     ax.set_ylabel(label)
     ax.grid(False, axis="x")
-    _legend(figure, color)
+    draw_legend(figure, color)
     return figure
 
 
@@ -292,7 +292,7 @@ def _shade(ax: Axes, spans: Spans, color: str, place: int) -> None:
         ax.axvspan(left, right, ymin=0.045 * place, ymax=0.045 * place + 0.035, color=color, alpha=0.9, linewidth=0)
 
 
-def _legend(figure: Figure, color: Mapping[str, str]) -> None:
+def draw_legend(figure: Figure, color: Mapping[str, str]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=c, linewidth=3, label=name) for name, c in color.items()]

@@ -1,11 +1,11 @@
-"""The picture of an evaluation: a bar per opponent, cut into win, tie and lose."""
+"""The pictures of an evaluation: a bar per opponent, cut into win, tie and lose; win rate against length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_gil.evaluation.report.figures import styled
+from megatron_gil.evaluation.report.figures import colors, draw_legend, styled
 from megatron_gil.evaluation.tables import Cell
 
 if TYPE_CHECKING:
@@ -24,11 +24,7 @@ def win_bars(cells: Sequence[Cell]) -> Figure:
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    panels: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if cell.rate.num_prompts:
-            words = (cell.policy and f"{cell.policy} against", cell.task and f"on {cell.task}", f"by {cell.judge}")
-            panels.setdefault(" ".join(filter(None, words)), []).append(cell)
+    panels = _panels(cells)
     heights = [len(found) for found in panels.values()] or [1]
     figure, axes = pyplot.subplots(
         len(heights),
@@ -46,6 +42,47 @@ def win_bars(cells: Sequence[Cell]) -> Figure:
         handles=[Patch(color=color, label=name) for name, color in COLORS.items()], loc="outside upper left", ncols=3
     )
     return figure
+
+
+@styled
+def length_curves(cells: Sequence[Cell]) -> Figure:
+    """The same panels with a line per opponent: wins and half of the ties over our length less theirs, at the median of
+    each bin, with 95 % intervals."""
+    from matplotlib import pyplot
+
+    panels = _panels(cells)
+    color = colors(list(dict.fromkeys(cell.opponent for cell in cells)))
+    columns = min(2, max(1, len(panels)))
+    rows = -(-max(1, len(panels)) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, squeeze=False, sharey=True, figsize=(8.2, 2.5 * rows + 0.4), layout="constrained"
+    )
+    for ax in axes.ravel()[len(panels) :]:
+        ax.remove()
+    for ax, (title, found) in zip(axes.ravel(), panels.items(), strict=False):
+        ax.set_title(title)
+        ax.axhline(0.5, color="#8a8f98", linewidth=0.8, linestyle=(0, (3, 2)))
+        for cell in found:
+            bins = cell.length.bins if cell.length is not None else ()
+            middles = [part.median for part in bins]
+            ax.plot(middles, [p.win_rate.value for p in bins], "-o", color=color[cell.opponent], markersize=4)
+            ax.vlines(
+                middles, [p.win_rate.low for p in bins], [p.win_rate.high for p in bins], color=color[cell.opponent]
+            )
+        ax.set_ylim(0, 1)
+        ax.set_xlabel("our length less theirs, characters")
+    draw_legend(figure, color)
+    return figure
+
+
+def _panels(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Title -> its cells; those without a verdict are left out."""
+    panels: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.rate.num_prompts:
+            words = (cell.policy, cell.task and f"on {cell.task}", f"by {cell.judge}")
+            panels.setdefault(" ".join(filter(None, words)), []).append(cell)
+    return panels
 
 
 def _draw(ax: Axes, cells: Sequence[Cell]) -> None:
