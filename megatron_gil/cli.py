@@ -25,6 +25,7 @@ COMMANDS = {
     "score": "reward-model scores of a file of responses",
     "evaluate": "win/tie/lose of response files against one another",
     "win-rates": "verdicts of several judges and tasks as the paper's tables",
+    "blind-pairs": "preferences as two files of responses, to check a judge against them",
     "report": "run directories as one HTML page with pictures",
     "plan": "memory and time of a model on so many GPUs, for every layout",
     "prepare-data": "a public data set to training files",
@@ -33,7 +34,7 @@ COMMANDS = {
 }
 TRAINING = ("sft", "reward", "dpo", "ppo")
 CONFIGURED = (*TRAINING, "generate", "score")
-OWN_OPTIONS = ("evaluate", "win-rates", "prepare-data", "convert")
+OWN_OPTIONS = ("evaluate", "win-rates", "blind-pairs", "prepare-data", "convert")
 """Commands that read their arguments themselves: the choices among them take imports."""
 
 
@@ -171,6 +172,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from megatron_gil.commands.win_rates import win_rates
 
         return win_rates(arguments.arguments)
+    if arguments.command == "blind-pairs":
+        from megatron_gil.commands.blind_pairs import blind_pairs
+
+        return blind_pairs(arguments.arguments)
     if arguments.command == "report":
         from megatron_gil.commands.report import report
 

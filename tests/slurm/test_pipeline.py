@@ -52,7 +52,8 @@ def finish(slurm: SlurmTestbed, out: Path) -> dict[str, set[str]]:
 
 def test_the_whole_chain(slurm: SlurmTestbed, miniature: World, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    slurm.run(*pipeline(miniature, data, out))
+    other = f"other={data / 'eval'},summary"
+    slurm.run(*pipeline(miniature, data, out, "--task", other, "generate.other:sampling.max_new_tokens=4"))
     states = finish(slurm, out)
     log = (out / "pipeline.log").read_text()
     assert set.union(*states.values()) == {"COMPLETED"}, f"{states}\n{log}"
@@ -61,18 +62,28 @@ def test_the_whole_chain(slurm: SlurmTestbed, miniature: World, data: Path, tmp_
         assert iterations(out / run) == list(range(count)), run
         assert (out / run / "final").is_symlink()
     for method in ("sft", "dpo", *METHODS):
-        scores = [row["score"] for _, row in iter_jsonl(out / "scores" / f"{method}.jsonl")]
-        assert len(scores) == 16, method
+        for task in (".", "other"):
+            rows = [row for _, row in iter_jsonl(out / "scores" / task / f"{method}.jsonl")]
+            assert len(rows) == 16, method
+            assert all(isinstance(row["score"], float) for row in rows)
+        assert all(len(row["response"].split()) <= 4 for row in rows)
     assert (out / "policy_hf" / "config.json").exists()
-    assert set(json.loads((out / "win_rates.json").read_text())["opponents"]) == {"sft", "dpo", "ppo"}
+    tables = json.loads((out / "win_rates.json").read_text())["tables"]
+    assert [(t["judge"], t["task"], t["ours"]) for t in tables] == [
+        ("reward model", "main", "ppo_gil"),
+        ("reward model", "other", "ppo_gil"),
+    ]
+    assert all(set(table["opponents"]) == {"sft", "dpo", "ppo"} for table in tables)
+    assert "ppo_gil on other by reward model" not in (out / "report.html").read_text()  # one table holds both tasks
+    assert "<td>other</td>" in (out / "report.html").read_text()
     assert (out / "report.html").stat().st_size > 10_000
     assert log.count("2 node(s) n[1-2], 2 task(s)") == 5
     assert "FAILED" not in log
 
-    slurm.run(*pipeline(miniature, data, out, "--no-check"))  # again: what is done stays, and says so
+    slurm.run(*pipeline(miniature, data, out, "--task", other, "--no-check"))  # again: what is done stays, and says so
     assert set.union(*finish(slurm, out).values()) == {"COMPLETED"}
     said = (out / "pipeline.log").read_text().removeprefix(log).splitlines()
-    assert len(said) == 17
+    assert len(said) == 27
     assert all("done before" in line for line in said)
 
 
