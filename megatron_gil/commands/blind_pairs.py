@@ -51,10 +51,10 @@ def read_recorded(path: Path, *, task: str = "", limit: int | None = None) -> li
     line."""
     found: list[Judgment] = []
     for number, row in iter_jsonl(path):
-        texts = [row.get(field) for field in ("prompt", "chosen", "rejected")] if isinstance(row, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        texts = [row.get(field) for field in ("prompt", "chosen", "rejected")] if isinstance(row, dict) else []
+        if not (texts and all(isinstance(text, str) for text in texts)):
             raise ConfigError(f'{path}:{number}: not {{"prompt", "chosen", "rejected"}}, three texts')
-        prompt, chosen, rejected = texts
+        prompt, chosen, rejected = map(str, texts)
         is_first = sha256(json.dumps([prompt, *sorted((chosen, rejected))]).encode()).digest()[0] % 2 == 0
         is_first ^= chosen > rejected
         ours, theirs = (chosen, rejected) if is_first else (rejected, chosen)

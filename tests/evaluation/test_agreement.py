@@ -34,8 +34,8 @@ def test_fleiss_of_a_textbook() -> None:
 
 def test_agreement_of_two_judges() -> None:
     rng = random.Random(0)
-    first = [rng.choice(CATEGORIES) for _ in range(200)]
-    second = [v if rng.random() < 0.6 else rng.choice(CATEGORIES) for v in first]
+    first: list[Verdict] = [rng.choice(CATEGORIES) for _ in range(200)]
+    second: list[Verdict] = [v if rng.random() < 0.6 else rng.choice(CATEGORIES) for v in first]
     rows = [judged(v, str(i), judge="one") for i, v in enumerate(first)]
     rows += [judged(v, str(i), judge="two") for i, v in enumerate(second)]
     rows += [judged("win", "alone", judge="one"), judged("refused", "0", ours="other", judge="two")]

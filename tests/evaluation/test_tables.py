@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,8 @@ def _evaluations() -> list[Judgment]:
                 for i in range(30):
                     first, second = rng.choices(verdicts, k=2)
                     outcome = first if first == second else "tie"
-                    both = {"ours_first": first, "theirs_first": second} if judge == "model|1" else {}
-                    rows.append(judged(outcome, f"{task}{i}", judge=judge, task=task, opponent=opponent, **both))
+                    row = judged(outcome, f"{task}{i}", judge=judge, task=task, opponent=opponent)
+                    rows.append(replace(row, ours_first=first, theirs_first=second) if judge == "model|1" else row)
     return [*rows, judged("refused", "x", judge="model|1", task="helpful", opponent="dpo")]
 
 
