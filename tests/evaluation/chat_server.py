@@ -72,8 +72,8 @@ def shown(request: Request) -> Shown:
     assert number.isdecimal()
 
     def between(name: str) -> str:
-        before, begin, rest = message.partition(f"\n[BEGIN {name} {number}]\n")
-        text, end, after = rest.partition(f"\n[END {name} {number}]\n")
+        _, begin, rest = message.partition(f"\n[BEGIN {name} {number}]\n")
+        text, end, _ = rest.partition(f"\n[END {name} {number}]\n")
         assert begin, name
         assert end, name
         assert number not in text

@@ -19,6 +19,8 @@ from megatron_gil.evaluation.llm_judge.standing import Standing, standing_of
 
 MOST_IN_A_ROW = 10
 """Questions without an answer, with none answered between, by which a server is taken for dead."""
+MOST_REJECTED_IN_A_ROW = 100
+"""The same where it says no at once: that costs nothing, and may be for a few texts that are left of an evaluation."""
 
 
 class Asking:
@@ -81,10 +83,8 @@ class Asking:
         return standing_of(answers, base_url=self._client.base_url, max_tokens=self._max_tokens)
 
     def _count_in_a_row(self, failure: Failure) -> None:
-        if failure.kind == "rejected" and self._tally.has_answer():
-            return  # it says no to this text, and answers others
         self._in_a_row += 1
-        if self._in_a_row >= MOST_IN_A_ROW:
+        if self._in_a_row >= (MOST_REJECTED_IN_A_ROW if failure.kind == "rejected" else MOST_IN_A_ROW):
             raise CommandEnded(self._of_server(f"no answer {self._in_a_row} times in a row: {failure.reason}"), 1)
 
     def _of_server(self, reason: str) -> str:

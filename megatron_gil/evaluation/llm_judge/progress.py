@@ -35,7 +35,7 @@ class Tally:
     """Of the questions that are done with."""
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(refused or unanswered, why) of comparisons."""
-    judged: int = 0
+    done: int = 0
     requests: int = 0
     retries: int = 0
     tokens_in: int = 0
@@ -54,7 +54,7 @@ class Tally:
         self.standings[key] = standing
         for pair in self._of_key[key]:
             if all(other in self.standings for other in pair):
-                self.judged += 1
+                self.done += 1
                 both = [self.standings[other] for other in pair]
                 outcome = ruling_of(*both).outcome
                 if outcome in ("refused", "unanswered"):
@@ -86,7 +86,7 @@ class Tally:
     def line(self, budget: Budget, pace: Pace | None = None) -> str:
         """pace: where it goes on."""
         total = len(self.keys)
-        parts = [f"judged {self.judged:,} of {total:,} ({100 * self.judged / max(1, total):.0f} %)"]
+        parts = [f"{self.done:,} of {total:,} pairs done ({100 * self.done / max(1, total):.0f} %)"]
         parts[0] += f", {_clock(time.monotonic() - self.started_s)}"
         if pace is not None:
             left_s = self.left_s()
@@ -136,7 +136,7 @@ class Display:
                 await asyncio.sleep(REFRESH_S)
 
     def _shown(self) -> Any:
-        bar = ProgressBar(total=max(1, len(self._tally.keys)), completed=self._tally.judged, width=40)
+        bar = ProgressBar(total=max(1, len(self._tally.keys)), completed=self._tally.done, width=40)
         return Group(bar, Text(self._tally.line(self._budget, self._pace)))
 
 

@@ -46,7 +46,7 @@ Judge response A against response B and end with your verdict line."""
 _CONTROL = re.compile(
     "[<\uff1c]"
     "(?=[|\uff5c][^\\s|\uff5c]{1,80}[|\uff5c][>\uff1e]"
-    "|/?(?:s|bos|eos|pad|unk|sop|eop|think|[a-z]+_of_[a-z]+|[A-Z]+_TOKEN)[>\uff1e]"
+    "|/?(?:s|bos|eos|pad|unk|sop|eop|think|[a-z]+_of_[a-z]+|[A-Z_]+_TOKEN)[>\uff1e]"
     "|[<\uff1c]/?SYS[>\uff1e]{2})"
     r"|[\[](?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK|IMG|gMASK|sMASK)\])"
 )
