@@ -103,8 +103,15 @@ class AnswerStore:
         if tables and owner != APPLICATION:
             raise ConfigError(f"{self.path}: a database of something else; name another --answers")
         if tables and version != VERSION:
-            raise ConfigError(f"{self.path}: answers in form {version}, this version reads {VERSION}; name another")
+            raise ConfigError(
+                f"{self.path}: answers in form {version}, this version reads {VERSION}; name another --answers"
+            )
+        damage = run("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise sqlite3.DatabaseError(damage)
+        self._is_empty = not tables  # to one who only reads: its maker was killed before it wrote
         if not read_only:
+            self._is_empty = False
             if not tables:
                 columns = ", ".join(f"{name} {_NUMBERS.get(name, 'TEXT')}" for name in _COLUMNS)
                 run(f"CREATE TABLE answers (id INTEGER PRIMARY KEY, {columns})")
@@ -112,13 +119,12 @@ class AnswerStore:
                 run(f"PRAGMA application_id = {APPLICATION}")
             run(f"PRAGMA user_version = {VERSION}")  # a write: whether the file takes one
             run("COMMIT")
-        damage = run("PRAGMA quick_check(1)").fetchone()[0]
-        if damage != "ok":
-            raise sqlite3.DatabaseError(damage)
 
     def answers(self, key: str) -> list[Answer]:
         """In the order in which they came."""
         assert self._writer is None
+        if self._is_empty:
+            return []
         try:
             rows = self._connection.execute(
                 f"SELECT {', '.join(_COLUMNS)} FROM answers WHERE key = ? ORDER BY id", (key,)

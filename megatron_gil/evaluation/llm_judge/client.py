@@ -45,10 +45,9 @@ class _Parameters:
 class ChatClient:
     """Of one model on one server. The key is kept here alone, and taken out of all that the server says."""
 
-    def __init__(self, *, model: str, base_url: str | None, timeout_s: float, say: Callable[[str], None]) -> None:
-        """base_url: None takes OPENAI_BASE_URL, as the package does, or OpenAI's own. timeout_s: of a whole request.
-        say: takes a line for the user."""
-        self.model, self.base_url = model, server_url(base_url)
+    def __init__(self, *, model: str, base_url: str, timeout_s: float, say: Callable[[str], None]) -> None:
+        """timeout_s: of a whole request. say: takes a line for the user. ConfigError where there is no key."""
+        self.model, self.base_url = model, base_url
         self._key = read_key(needed=self.base_url == OPENAI_URL)
         self._timeout_s, self._say = timeout_s, say
         self._parameters = _Parameters()

@@ -16,7 +16,7 @@ from megatron_gil.console import CommandEnded, Interrupted
 from megatron_gil.evaluation.comparisons import Comparison
 from megatron_gil.evaluation.llm_judge.answers import Answer, AnswerStore, other_servers
 from megatron_gil.evaluation.llm_judge.asking import Asking
-from megatron_gil.evaluation.llm_judge.client import ChatClient
+from megatron_gil.evaluation.llm_judge.client import ChatClient, server_url
 from megatron_gil.evaluation.llm_judge.cost import Budget, Price
 from megatron_gil.evaluation.llm_judge.pace import Pace, Patience
 from megatron_gil.evaluation.llm_judge.plan import Plan, plan_questions
@@ -58,9 +58,8 @@ def judge_comparisons(comparisons: Sequence[Comparison], settings: LlmSettings) 
     pace = Pace(settings.concurrency, settings.patience, settings.requests_per_minute)
     tally = Tally(plan.keys)
     display = Display(tally, budget, pace, Console(stderr=True))
-    client = ChatClient(model=settings.model, base_url=settings.base_url, timeout_s=settings.timeout_s, say=display.say)
     try:
-        _ask_what_is_open(plan, settings, client, tally, display, pace, budget)
+        _ask_what_is_open(plan, settings, tally, display, pace, budget)
     except Interrupted as stopped:
         reason = f"stopped by {signal.Signals(stopped.number).name}; {_kept(tally, settings)}"
         raise CommandEnded(reason, SAVED) from None
@@ -77,31 +76,31 @@ def judge_comparisons(comparisons: Sequence[Comparison], settings: LlmSettings) 
 def _ask_what_is_open(
     plan: Plan,
     settings: LlmSettings,
-    client: ChatClient,
     tally: Tally,
     display: Display,
     pace: Pace,
     budget: Budget,
 ) -> None:
+    base_url = server_url(settings.base_url)
     store = AnswerStore(settings.answers)
     try:
         known = {key: answers for key in plan.questions if (answers := store.answers(key))}
         open_questions: list[tuple[Question, list[Answer]]] = []
         for key, question in plan.questions.items():
-            standing = standing_of(known.get(key, []), base_url=client.base_url, max_tokens=settings.max_tokens)
+            standing = standing_of(known.get(key, []), base_url=base_url, max_tokens=settings.max_tokens)
             if standing.state == "open":
                 open_questions.append((question, known.get(key, [])))
             else:
                 tally.settle(key, standing)
-        display.say(_what_is_to_do(plan, len(open_questions), settings, client.base_url))
-        if servers := other_servers((a for answers in known.values() for a in answers), client.base_url):
+        display.say(_what_is_to_do(plan, len(open_questions), settings, base_url))
+        if servers := other_servers((a for answers in known.values() for a in answers), base_url):
             display.say(f"answers of {settings.model} in {store.path} came from {listed(servers)}, and are used")
         tally.begin()
         if not open_questions:
             return display.say(tally.line(budget))
         asking = Asking(
             open_questions,
-            client=client,
+            client=ChatClient(model=settings.model, base_url=base_url, timeout_s=settings.timeout_s, say=display.say),
             store=store,
             rubric_name=settings.rubric.name,
             max_tokens=settings.max_tokens,
@@ -117,7 +116,7 @@ def _ask_what_is_open(
             display.say(tally.line(budget))
         if not tally.has_answer():
             (_, why), _ = tally.reasons.most_common(1)[0]
-            raise CommandEnded(f"judge model {client.model} at {client.base_url}: no answer at all: {why}", 1)
+            raise CommandEnded(f"judge model {settings.model} at {base_url}: no answer at all: {why}", 1)
     finally:
         store.close()
 
