@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def check_options(given: argparse.Namespace) -> None:
         raise ConfigError(f"--model {given.model!r} is no name")
     if given.max_cost is not None and not any(given.price_per_million or ()):
         raise ConfigError("--max-cost needs --price-per-million IN OUT")
-    if given.answers is None and given.output is None:
+    if given.answers is None and given.output is None and not given.dry_run:
         raise ConfigError("--judge llm needs --output, or --answers FILE: what is paid for is kept")
 
 
@@ -95,7 +96,18 @@ def _option(name: str) -> str:
 
 
 def answers_file(given: argparse.Namespace) -> Path:
-    return given.answers if given.answers is not None else given.output.parent / ANSWERS
+    if given.answers is not None:
+        return given.answers
+    return (Path() if given.output is None else given.output.parent) / ANSWERS
+
+
+def _check_writable(output: Path) -> None:
+    """Before anything is paid for."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from None
 
 
 def judge_by_llm(given: argparse.Namespace, comparisons: Mapping[str, Sequence[Comparison]]) -> list[Judgment]:
@@ -103,6 +115,8 @@ def judge_by_llm(given: argparse.Namespace, comparisons: Mapping[str, Sequence[C
     from megatron_gil.evaluation.llm_judge.judge import LlmSettings, judge_comparisons
 
     rubric = read_rubric(given.rubric)
+    if given.output is not None:
+        _check_writable(given.output)
     rows = [(opponent, comparison) for opponent, found in comparisons.items() for comparison in found]
     settings = LlmSettings(
         model=given.model,
