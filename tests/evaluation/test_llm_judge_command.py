@@ -208,9 +208,14 @@ def test_a_dry_run_prints_no_control_characters(tmp_path: Path, capsys: pytest.C
 def judged(directory: Path, server: ChatServer, number: int, **settings: Any) -> int:
     """How many rulings there were."""
     rows = [Comparison(prompt=f"p{i}", ours="aaaa", theirs="bb") for i in range(number)]
-    given = {"model": "m", "rubric": read_rubric("helpful"), "answers": directory / "a.sqlite", "base_url": server.url}
-    patience = Patience(first_pause_s=0.01, longest_pause_s=0.02)
-    return len(judge_comparisons(rows, LlmSettings(**(given | {"patience": patience} | settings))))
+    given: dict[str, Any] = {
+        "model": "m",
+        "rubric": read_rubric("helpful"),
+        "answers": directory / "a.sqlite",
+        "base_url": server.url,
+    }
+    given["patience"] = Patience(first_pause_s=0.01, longest_pause_s=0.02)
+    return len(judge_comparisons(rows, LlmSettings(**(given | settings))))
 
 
 ONE = Price(tokens_in=1e6, tokens_out=1e6)

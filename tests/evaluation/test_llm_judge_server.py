@@ -45,7 +45,7 @@ def comparisons(number: int) -> list[Comparison]:
 
 
 def judge(server: ChatServer, rows: list[Comparison], directory: Path, **settings: Any) -> list[Ruling]:
-    given = {
+    given: dict[str, Any] = {
         "model": "m",
         "rubric": read_rubric("helpful"),
         "answers": directory / "answers.sqlite",

@@ -174,7 +174,7 @@ class AnswerStore:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany(
-                f"INSERT INTO answers ({', '.join(_COLUMNS)}) VALUES ({marks})", map(astuple, answers)
+                f"INSERT INTO answers ({', '.join(_COLUMNS)}) VALUES ({marks})", [astuple(answer) for answer in answers]
             )
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
