@@ -166,7 +166,8 @@ def dry_run(given: argparse.Namespace, comparisons: Mapping[str, Sequence[Compar
     for number, pair in enumerate(pairs, start=1):
         _show(f"Prompt {number} of {len(plan.questions):,}", plan.questions[pair[number - 1]])
     print(_counts(plan, len(open_questions), given))
-    print(_estimate(open_questions, given))
+    if open_questions:
+        print(_estimate(open_questions, given))
     return 0
 
 
@@ -197,7 +198,7 @@ def _show(title: str, question: Question) -> None:
 def _counts(plan: Plan, num_open: int, given: argparse.Namespace) -> str:
     return (
         f"{plan.num_rows:,} comparisons: {plan.num_identical:,} identical, which are ties, {plan.num_repeated:,} "
-        f"repeated, {len(plan.keys):,} to judge in both orders.\n{len(plan.questions) - num_open:,} answers are in "
+        f"repeated, {len(plan.keys):,} to judge in both orders.\n{len(plan.questions) - num_open:,} verdicts are in "
         f"{answers_file(given)}, {num_open:,} requests would be sent to {given.model}."
     )
 
@@ -211,6 +212,6 @@ def _estimate(questions: Sequence[Question], given: argparse.Namespace) -> str:
         most = price.of(sum(map(most_tokens_in, questions)), given.max_tokens * len(questions))
         text += f", price {price.of(tokens_in, tokens_out):.2f}; no more than {most:.2f} if none is asked again"
     return (
-        f"{text}. A token is taken for {BYTES_A_TOKEN} bytes, an answer for {TOKENS_AN_ANSWER} tokens; a model that "
-        "thinks before it answers writes many more."
+        f"{text}.\nIt takes a token for {BYTES_A_TOKEN} bytes and an answer for {TOKENS_AN_ANSWER} tokens; a model "
+        "that thinks before it answers writes many more."
     )

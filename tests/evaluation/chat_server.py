@@ -33,6 +33,8 @@ class Served:
     """The connection ends after so many bytes of the body."""
     drip_s: float = 0.0
     """Between single bytes of the body."""
+    raw: bytes | None = None
+    """All that is sent, in place of an answer; the connection ends."""
 
 
 def says(content: object, *, finish_reason: str = "stop", usage: object = (50, 10), **message: object) -> Served:
@@ -149,6 +151,10 @@ class ChatServer:
     async def _send(self, writer: asyncio.StreamWriter, served: Served) -> bool:
         if served.delay_s:
             await asyncio.sleep(served.delay_s)
+        if served.raw is not None:
+            writer.write(served.raw)
+            await writer.drain()
+            return False
         headers = {"Content-Type": "application/json", "Content-Length": str(len(served.body))} | dict(served.headers)
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         writer.write(f"HTTP/1.1 {served.status} Status\r\n{head}\r\n".encode("latin-1"))

@@ -70,11 +70,12 @@ def test_a_table_its_judgments_and_the_answers(tmp_path: Path, capsys: pytest.Ca
     assert (rows[0]["ours_first"], rows[1]["ours_first"], rows[2]["theirs_first"]) == ("win", None, "lose")
     assert again.read_bytes() == output.read_bytes()
     said = capsys.readouterr().err
-    assert "3 comparisons (1 identical, which are ties): 2 pairs in both orders; 0 answers in " in said
+    assert "3 comparisons (1 identical, which are ties), 2 to judge in both orders; 0 verdicts in " in said
     assert (
-        "2 of 2 pairs done (100 %), 0:00; 4 requests, 0 retries; 0 refused, 0 unanswered; 200 tokens in, 40 out" in said
+        "2 of 2 comparisons (100 %) in 0:00; 4 requests, 0 retries; 0 refused, 0 unanswered; 200 tokens in, 40 out"
+        in said
     )
-    assert "4 answers in " in said
+    assert "4 verdicts in " in said
     with sqlite3.connect(tmp_path / "tables" / "judge_answers.sqlite") as connection:
         kept = connection.execute(
             "SELECT rubric, prompt, first, second, verdict, tokens_in, text FROM answers"
@@ -183,7 +184,7 @@ def test_a_dry_run_shows_prompts_and_sends_nothing(
     for messages in sent[0], sent[3]:
         assert all(message["content"] in out for message in messages)
     assert "6 comparisons: 2 identical, which are ties, 0 repeated, 4 to judge in both orders." in out
-    assert "0 answers are in judge_answers.sqlite, 8 requests would be sent to m." in out
+    assert "0 verdicts are in judge_answers.sqlite, 8 requests would be sent to m." in out
     found = re.search(r"An estimate: ([\d,]+) tokens in, 800 out, price ([\d.]+); no more than ([\d.]+) if", out)
     assert found is not None
     tokens = sum(len(message["content"]) for messages in sent for message in messages) // 4
@@ -192,7 +193,7 @@ def test_a_dry_run_shows_prompts_and_sends_nothing(
     assert float(found[3]) > float(found[2])
     capsys.readouterr()
     assert main([*given, "--output", "u.json", "--dry-run"]) == 0
-    assert "8 answers are in judge_answers.sqlite, 0 requests would be sent to m." in capsys.readouterr().out
+    assert "8 verdicts are in judge_answers.sqlite, 0 requests would be sent to m." in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,7 +357,7 @@ def test_a_server_that_hangs_is_told_of_within_seconds(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert re.search(
-        r"0 of 2 pairs done \(0 %\), 0:03, time left not known yet; 4 requests, 0 retries; 0 refused, 0 unanswered; "
+        r"0 of 2 comparisons \(0 %\) in 0:03, time left not known yet; 4 requests, 0 retries; 0 refused, 0 unanswered; "
         r"0 tokens in, 0 out; waiting for an answer since \d\d:\d\d:\d\d \(0:0\d\), 4 in flight",
         waiting,
     )

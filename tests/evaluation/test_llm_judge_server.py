@@ -1,5 +1,6 @@
 """The language-model judge against a server on this machine that misbehaves: nothing is lost, nothing judged twice."""
 
+import asyncio
 import email.utils
 import json
 import time
@@ -11,9 +12,11 @@ import pytest
 
 from megatron_gil.console import CommandEnded
 from megatron_gil.evaluation.comparisons import Comparison
-from megatron_gil.evaluation.llm_judge.failures import failure_of, retry_after_s
+from megatron_gil.evaluation.llm_judge.client import ChatClient
+from megatron_gil.evaluation.llm_judge.failures import Failure, failure_of, retry_after_s
 from megatron_gil.evaluation.llm_judge.judge import LlmSettings, judge_comparisons
 from megatron_gil.evaluation.llm_judge.pace import Patience
+from megatron_gil.evaluation.llm_judge.prompts import pose
 from megatron_gil.evaluation.llm_judge.standing import Ruling
 from megatron_gil.evaluation.rubrics import read_rubric
 from tests.evaluation.chat_server import (
@@ -81,7 +84,9 @@ def test_identical_and_repeated_comparisons(tmp_path: Path, capsys: pytest.Captu
     assert [r.outcome for r in rulings] == ["tie", "win", "win", "lose"]
     assert rulings[0].ours_first is None
     assert len(server.requests) == 2
-    assert "4 comparisons (1 identical, which are ties, 1 repeated): 2 pairs in both orders" in capsys.readouterr().err
+    assert (
+        "4 comparisons (1 identical, which are ties, 1 repeated), 2 to judge in both orders" in capsys.readouterr().err
+    )
 
 
 HTML = Served(body=b"<!DOCTYPE html><html><body>Welcome</body></html>", headers={"Content-Type": "text/html"})
@@ -404,6 +409,41 @@ def test_any_status_with_any_body_is_a_failure() -> None:
             failure = failure_of(status, {}, content)
             assert str(status) in failure.reason
             assert "\n" not in failure.reason
+
+
+RAW: dict[str, bytes] = {
+    "nothing": b"",
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "noise": bytes(range(256)) * 40,
+    "a redirect to itself": b"HTTP/1.1 307 x\r\nLocation: /v1/chat/completions\r\nContent-Length: 0\r\n\r\n",
+    "a redirect to nowhere": b"HTTP/1.1 302 x\r\nLocation: http://[::g]:x/\r\nContent-Length: 0\r\n\r\n",
+    "a redirect without a place": b"HTTP/1.1 301 x\r\nContent-Length: 0\r\n\r\n",
+    "not modified": b"HTTP/1.1 304 x\r\n\r\n",
+    "no content": b"HTTP/1.1 204 x\r\n\r\n",
+    "a length that is none": b"HTTP/1.1 200 x\r\nContent-Length: -5\r\n\r\n{}",
+    "two lengths": b"HTTP/1.1 200 x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+    "chunks that are none": b"HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
+    "chunks cut": b"HTTP/1.1 200 x\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n{",
+    "a header without end": b"HTTP/1.1 200 x\r\nX: " + b"x" * 300_000,
+    "a header that is none": b"HTTP/1.1 200 x\r\n\xff\xfe: \x00\r\n\r\n{}",
+    "an unknown charset": b"HTTP/1.1 500 x\r\nContent-Type: text/html; charset=klingon\r\nContent-Length: 2\r\n\r\n{}",
+    "unpacked zstd": b"HTTP/1.1 500 x\r\nContent-Encoding: zstd, br, deflate\r\nContent-Length: 2\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("raw", RAW.values(), ids=RAW)
+def test_what_is_no_http_at_all_is_a_failure(raw: bytes) -> None:
+    async def ask(url: str) -> object:
+        client = ChatClient(model="m", base_url=url, timeout_s=2.0, say=print)
+        question = pose("m", "Which?", "p", "a", "b")
+        result = await client.complete(question.instruction, question.message, temperature=0.0, max_tokens=5)
+        await client.close()
+        return result
+
+    with chat_server(lambda request, before: Served(raw=raw)) as server:
+        result = asyncio.run(ask(server.url))
+    assert isinstance(result, Failure)
+    assert result.kind in ("failed", "user")
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 500])

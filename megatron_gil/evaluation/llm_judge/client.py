@@ -187,7 +187,7 @@ def server_url(given: str | None) -> str:
         host, _ = parts.hostname, parts.port
     except ValueError:
         parts, host = None, None
-    if parts is None or parts.scheme not in ("http", "https") or not host or not url.isprintable() or " " in url:
+    if parts is None or parts.scheme not in ("http", "https") or not host or not _is_sendable(url):
         raise ConfigError(f"--base-url {one_line(url)!r} is no URL; give one like http://127.0.0.1:8000/v1")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise ConfigError(
@@ -195,6 +195,10 @@ def server_url(given: str | None) -> str:
             "give the key in OPENAI_API_KEY"
         )
     return url.rstrip("/")
+
+
+def _is_sendable(url: str) -> bool:
+    return url.isascii() and url.isprintable() and " " not in url and len(url) < 2000
 
 
 def read_key(*, needed: bool) -> str:

@@ -160,8 +160,8 @@ def _what_is_to_do(plan: Plan, num_open: int, settings: LlmSettings, base_url: s
     apart = f" ({', '.join(left_out)})" if left_out else ""
     num_known = len(plan.questions) - num_open
     return (
-        f"{many(plan.num_rows, 'comparison')}{apart}: {many(len(plan.keys), 'pair')} in both orders; "
-        f"{many(num_known, 'answer')} in {settings.answers}, {num_open:,} to ask of {settings.model} at {base_url}"
+        f"{many(plan.num_rows, 'comparison')}{apart}, {len(plan.keys):,} to judge in both orders; "
+        f"{many(num_known, 'verdict')} in {settings.answers}, {num_open:,} to ask of {settings.model} at {base_url}"
     )
 
 

@@ -86,8 +86,8 @@ class Tally:
     def line(self, budget: Budget, pace: Pace | None = None) -> str:
         """pace: where it goes on."""
         total = len(self.keys)
-        parts = [f"{self.done:,} of {total:,} pairs done ({100 * self.done / max(1, total):.0f} %)"]
-        parts[0] += f", {_clock(time.monotonic() - self.started_s)}"
+        parts = [f"{self.done:,} of {total:,} comparisons ({100 * self.done // max(1, total)} %)"]
+        parts[0] += f" in {_clock(time.monotonic() - self.started_s)}"
         if pace is not None:
             left_s = self.left_s()
             parts[0] += ", time left not known yet" if left_s is None else f", about {_clock(left_s)} left"
