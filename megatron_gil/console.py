@@ -98,6 +98,14 @@ def _flush(stream: Any) -> None:
             return
 
 
+class CommandEnded(Exception):
+    """A command ends before its work is done, for a reason that is no mistake in its arguments; one line says it."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal asks a command to leave that has nothing to save."""
 
@@ -139,6 +147,9 @@ def run_interruptible(command: str, run: Callable[[], int]) -> int:
             return run()
         except OutputLost as lost:
             return lost.report(command)
+        except CommandEnded as ended:
+            print(f"{command}: {ended}", file=sys.stderr)
+            return ended.exit_code
         except OSError as error:
             if not came:
                 where = f"{error.filename}: " if error.filename else ""

@@ -39,7 +39,6 @@ CUT_MESSAGES = (
     "config/files",
     "config/section",
     "engine/host_memory",  # of the kernel's control groups
-    "evaluation/llm_judge",
     "evaluation/report/page",
     "models/convert/bin_files",
     "parallel/layout",

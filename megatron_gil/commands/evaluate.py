@@ -14,12 +14,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_gil.commands.evaluate_llm import add_options, check_options, dry_run, judge_by_llm
 from megatron_gil.commands.win_rates import check_outputs, show, write_tables
 from megatron_gil.config import ConfigError
 from megatron_gil.config.ranges import Range
 from megatron_gil.evaluation.comparisons import Comparison, Judgment, pair_files, read_responses
 from megatron_gil.evaluation.judge import Judge, ScoreFn, ScoreJudge, recorded_scores
-from megatron_gil.evaluation.rubrics import read_rubric
 from megatron_gil.evaluation.tables import as_json, summarise
 from megatron_gil.evaluation.winrate import judge_all
 from megatron_gil.paths import expand_user
@@ -33,6 +33,8 @@ def evaluate(arguments: Sequence[str], *, gold_score: ScoreFn) -> int:
     given = _parse(arguments)
     check_outputs(given.output)
     comparisons = pair_files(given.ours, given.theirs)
+    if given.dry_run:
+        return dry_run(given, comparisons)
     judgments = _judge(given, comparisons, gold_score)
     summary = summarise(judgments)
     show(summary)
@@ -51,24 +53,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--task", default="", metavar="NAME", help="of the prompt set, for the tables")
     parser.add_argument("--tie-margin", type=float, default=0.0, help="score difference that is a tie")
     parser.add_argument("--output", type=expand_user, metavar="FILE.json", help="also write the tables there")
-    parser.add_argument("--model", help="llm: the judge's model name")
-    parser.add_argument("--base-url", help="llm: an OpenAI-compatible server")
-    parser.add_argument(
-        "--rubric",
-        default="helpful",
-        metavar="NAME_OR_FILE",
-        help="helpful (default), harmless, summary or a text file",
-    )
+    add_options(parser)
     given = parser.parse_args(arguments)
     bounds = Range(low=0, high=float("inf"))
     if given.tie_margin not in bounds:
         raise ConfigError(f"--tie-margin {given.tie_margin} must be {bounds}")
+    check_options(given)
     return given
 
 
 def _judge(
     given: argparse.Namespace, comparisons: Mapping[str, Sequence[Comparison]], gold_score: ScoreFn
 ) -> list[Judgment]:
+    if given.judge == "llm":
+        return judge_by_llm(given, comparisons)
     judge = _make_judge(given, gold_score)
     return [
         judgment
@@ -80,12 +78,6 @@ def _judge(
 def _make_judge(given: argparse.Namespace, gold_score: ScoreFn) -> Judge:
     if given.judge == "gold":
         return ScoreJudge("gold", gold_score, tie_margin=given.tie_margin)
-    if given.judge == "llm":
-        from megatron_gil.evaluation.llm_judge import LlmJudge
-
-        if given.model is None:
-            raise ConfigError("--judge llm needs --model, the judge's name on its server")
-        return LlmJudge(model=given.model, rubric=read_rubric(given.rubric), base_url=given.base_url)
     files: list[Path] = [given.ours, *given.theirs]
     scored = recorded_scores((row for path in files for row in read_responses(path)), ", ".join(map(str, files)))
     return ScoreJudge("reward model", scored, tie_margin=given.tie_margin)

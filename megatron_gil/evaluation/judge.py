@@ -37,21 +37,6 @@ class ScoreJudge:
         return "win" if difference > 0 else "lose"
 
 
-class SwappedOrders:
-    """Asks a judge twice, with the two responses in either order. Where the verdict depends on the order it is a tie.
-
-    So a judge that prefers the first place (or the second) favours neither side.
-    """
-
-    def __init__(self, name: str, ask: Callable[[str, str, str], Verdict]) -> None:
-        """ask: (prompt, first, second) -> the verdict for the first."""
-        self.name, self._ask = name, ask
-
-    def compare(self, prompt: str, a: str, b: str) -> Verdict:
-        verdict, swapped = self._ask(prompt, a, b), opposite(self._ask(prompt, b, a))
-        return verdict if verdict == swapped else "tie"
-
-
 def opposite(verdict: Verdict) -> Verdict:
     flipped: Mapping[Verdict, Verdict] = {"win": "lose", "tie": "tie", "lose": "win"}
     return flipped[verdict]
