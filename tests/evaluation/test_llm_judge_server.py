@@ -153,10 +153,10 @@ def test_all_of_it_at_once_loses_nothing_and_judges_nothing_twice(tmp_path: Path
 
 
 FOR_EVER: dict[str, tuple[Served, str, int]] = {
-    "500": (error(500, "out of order"), "500 out of order", 6),
-    "429": (error(429, "slow down"), "429 slow down", 6),
-    "an HTML page": (HTML, "an HTML page", 6),
-    "empty choices": (body({"choices": []}), "without choices", 6),
+    "500": (error(500, "out of order"), "500 out of order", 7),
+    "429": (error(429, "slow down"), "429 slow down", 7),
+    "an HTML page": (HTML, "an HTML page", 7),
+    "empty choices": (body({"choices": []}), "without choices", 7),
     "a time-out": (Served(delay_s=30.0), "no answer within 0.1 s", 3),
     "418": (error(418, "a teapot"), "418 a teapot", 1),
 }
@@ -273,7 +273,7 @@ def test_what_ends_the_command_is_one_line_and_keeps_what_was_judged(
     assert reason in said
     assert f"judge model m at {server.url}: " in said
     assert f"6 answers kept in {tmp_path}/answers.sqlite; the same command goes on from there" in said
-    assert len(server.requests) <= 32 * 6  # not a thousand times six
+    assert len(server.requests) <= 32 * 7  # not a thousand times seven
     with chat_server(lambda request, before: prefer_longer(request)) as server:
         assert {r.outcome for r in judge(server, comparisons(4), tmp_path)} == {"win", "tie", "lose"}
         assert len(server.requests) == 2

@@ -76,7 +76,7 @@ class AnswerStore:
                 path.parent.mkdir(parents=True, exist_ok=True)
             target = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             self._connection = sqlite3.connect(
-                target, uri=True, timeout=2.0, isolation_level=None, check_same_thread=False
+                target, uri=True, timeout=0.5, isolation_level=None, check_same_thread=False
             )
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"{path}: cannot be opened: {error}; name another --answers") from None

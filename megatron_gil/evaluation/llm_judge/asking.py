@@ -93,13 +93,15 @@ class Asking:
     async def _ask(self, question: Question, standing: Standing) -> Answer | Failure:
         """One answer, or the last failure after as many requests as patience has."""
         bound = (most_tokens_in(question), standing.max_tokens)
-        tries = slow = 0
+        tries = slow = in_all = 0
         answered = self._pace.answered
         while True:
             result, sent_s, seconds = await self._send(question, standing, bound)
             if isinstance(result, Completion) or result.kind in ("refused", "too_long"):
                 self._pace.was_answered()
+                self._tally.trouble = ""
                 return self._answer(question, standing, result, seconds)
+            self._tally.trouble = result.reason
             if result.kind == "user":
                 raise CommandEnded(self._of_server(result.reason), 2)
             if result.kind in ("rejected", "max_tokens", "temperature"):
@@ -107,13 +109,14 @@ class Asking:
             if (result.wait_s or 0.0) > self._patience.longest_wait_s:
                 reason = f"{result.reason}; it asks for a pause of {result.wait_s:,.0f} s: start again then"
                 raise CommandEnded(self._of_server(reason), 1)
-            if result.kind == "busy" and self._pace.answered != answered:
+            if result.kind == "limited" and self._pace.answered != answered:
                 tries, answered = 0, self._pace.answered  # it answers others, so this one's turn comes
-            tries, slow = tries + 1, slow + (result.kind == "slow")
-            if tries >= self._patience.tries or slow >= self._patience.slow_tries:
+            tries, in_all, slow = tries + 1, in_all + 1, slow + (result.kind == "slow")
+            patience = self._patience
+            if tries >= patience.tries or in_all >= patience.most_tries or slow >= patience.slow_tries:
                 return result
             self._tally.retries += 1
-            if result.kind == "busy" or result.wait_s is not None:
+            if result.kind in ("limited", "busy") or result.wait_s is not None:
                 self._pace.was_busy(sent_s, result.wait_s)
             else:
                 await asyncio.sleep(self._patience.pause_s(tries))

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["busy", "failed", "slow", "rejected", "refused", "too_long", "user", "max_tokens", "temperature"]
-"""busy: turned away for now. failed, slow: no answer, in time or whole. rejected: not this request. refused, too_long:
+Kind = Literal[
+    "limited", "busy", "failed", "slow", "rejected", "refused", "too_long", "user", "max_tokens", "temperature"
+]
+"""limited: too many requests for now. busy: turned away for now. failed, slow: no answer, in time or whole. rejected: not this request. refused, too_long:
 not this text. user: no request of this user's, until the key, the model, the URL or the account is put right.
 max_tokens, temperature: not with this parameter."""
 
@@ -67,8 +69,8 @@ def failure_of(status: int, headers: Mapping[str, str], content: str) -> Failure
     every = " ".join(str(error.get(field) or "") for field in ("code", "type", "param", "message"))
     if status == 402 or _ACCOUNT.search(every):
         return Failure(kind="user", reason=f"{said}; the account has nothing left to spend: see to it, or take another")
-    if status in (429, 503) or status == 529:
-        return Failure(kind="busy", reason=said, wait_s=retry_after_s(headers))
+    if status in (429, 503, 529):
+        return Failure(kind="limited" if status == 429 else "busy", reason=said, wait_s=retry_after_s(headers))
     if status in (408, 409, 425) or status >= 500:
         return Failure(kind="failed", reason=said, wait_s=retry_after_s(headers))
     if status == 413:

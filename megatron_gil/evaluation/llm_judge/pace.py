@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    tries: int = 6
-    """Requests until a question counts as unanswered. One that a busy server turned away counts where nobody was
+    tries: int = 7
+    """Requests until a question counts as unanswered. One turned away as one too many (429) counts where nobody was
     answered since the one before."""
+    most_tries: int = 100
+    """Counting those as well."""
     slow_tries: int = 3
     """Of requests that reached their time limit."""
     first_pause_s: float = 0.5

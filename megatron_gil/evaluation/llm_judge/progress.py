@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from megatron_gil.evaluation.comparisons import Comparison
@@ -23,6 +24,8 @@ FIRST_LINE_S, LINE_S, REFRESH_S = 3.0, 10.0, 0.25
 LONG_S = 5.0
 """A request that waits longer is told of."""
 _WINDOW_S = 60.0
+_LONGEST_TROUBLE = 100
+"""Characters."""
 
 
 @dataclass(slots=True)
@@ -40,6 +43,8 @@ class Tally:
     retries: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    trouble: str = ""
+    """What went wrong last, if nothing was answered since."""
     sent_s: dict[int, float] = field(default_factory=dict)
     """When each request in flight was sent."""
     _of_key: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
@@ -104,6 +109,8 @@ class Tally:
             if waited_s > LONG_S or not self.standings:
                 since = time.strftime("%H:%M:%S", time.localtime(time.time() - waited_s))
                 parts.append(f"waiting for an answer since {since} ({_clock(waited_s)}), {len(self.sent_s)} in flight")
+        if pace is not None and self.trouble:
+            parts.append(f"last: {self.trouble[:_LONGEST_TROUBLE]}")
         return "; ".join(parts)
 
     def why(self) -> list[str]:
@@ -137,7 +144,10 @@ class Display:
 
     def _shown(self) -> Any:
         bar = ProgressBar(total=max(1, len(self._tally.keys)), completed=self._tally.done, width=40)
-        return Group(bar, Text(self._tally.line(self._budget, self._pace)))
+        shown = Table.grid()
+        shown.add_row(bar)
+        shown.add_row(Text(self._tally.line(self._budget, self._pace)))
+        return shown
 
 
 def _clock(seconds: float) -> str:

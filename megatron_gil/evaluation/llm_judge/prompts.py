@@ -42,11 +42,11 @@ The number is {number}.
 Judge response A against response B and end with your verdict line."""
 
 # What servers read as control tokens when it stands in text: <|...|> of most families, with the full-width bars of
-# DeepSeek, and the bare words of Llama 2, Mistral, Gemma, Cohere, GLM and of reasoning models.
+# DeepSeek, and the bare words of Llama 2, Mistral, Gemma, Cohere, GLM, Nemotron, Baichuan and of reasoning models.
 _CONTROL = re.compile(
     "[<\uff1c]"
     "(?=[|\uff5c][^\\s|\uff5c]{1,80}[|\uff5c][>\uff1e]"
-    "|/?(?:s|bos|eos|pad|unk|sop|eop|think|[a-z]+_of_[a-z]+|[A-Z_]+_TOKEN)[>\uff1e]"
+    "|/?(?:s|bos|eos|pad|unk|sop|eo[ahp]|think|[a-z]+_of_[a-z]+|(?:extra_id|reserved|SPECIAL)_\\d+|[A-Z_]+_TOKEN)[>\uff1e]"
     "|[<\uff1c]/?SYS[>\uff1e]{2})"
     r"|[\[](?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK|IMG|gMASK|sMASK)\])"
 )
