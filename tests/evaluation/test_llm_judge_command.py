@@ -252,7 +252,7 @@ def test_what_may_have_been_billed_counts_as_the_most_it_can(kind: str, tmp_path
     }[kind]
     with chat_server(lambda request, before: served) as server:
         with pytest.raises(CommandEnded, match="--max-cost 8000 would be passed"):
-            judged(tmp_path, server, 100, price=ONE, max_cost=8000, timeout_s=0.1)
+            judged(tmp_path, server, 100, price=ONE, max_cost=8000, timeout_s=0.5 if kind == "time-outs" else 30.0)
         most = max(sum(len(m["content"]) for m in r["messages"]) + 64 + 1024 for r in server.requests)
     assert len(server.requests) == 8000 // most == 3
 
@@ -357,8 +357,8 @@ def test_a_server_that_hangs_is_told_of_within_seconds(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert re.search(
-        r"0 of 2 comparisons \(0 %\) in 0:03, time left not known yet; 4 requests, 0 retries; 0 refused, 0 unanswered; "
-        r"0 tokens in, 0 out; waiting for an answer since \d\d:\d\d:\d\d \(0:0\d\), 4 in flight",
+        r"0 of 2 comparisons \(0 %\) in 0:0\d, time left not known yet; 4 requests, 0 retries; 0 refused, 0 unanswered"
+        r"; 0 tokens in, 0 out; waiting for an answer since \d\d:\d\d:\d\d \(0:0\d\), 4 in flight",
         waiting,
     )
     assert err.rstrip().endswith("stopped by SIGINT; no answer had come")

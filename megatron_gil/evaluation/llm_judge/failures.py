@@ -14,9 +14,9 @@ from typing import Any, Literal
 Kind = Literal[
     "limited", "busy", "failed", "slow", "rejected", "refused", "too_long", "user", "max_tokens", "temperature"
 ]
-"""limited: too many requests for now. busy: turned away for now. failed, slow: no answer, in time or whole. rejected: not this request. refused, too_long:
-not this text. user: no request of this user's, until the key, the model, the URL or the account is put right.
-max_tokens, temperature: not with this parameter."""
+"""limited: too many requests for now. busy: turned away for now. failed, slow: no answer, in time or whole. rejected:
+not this request. refused, too_long: not this text. user: no request of this user's, until the key, the model, the URL
+or the account is put right. max_tokens, temperature: not with this parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
