@@ -34,7 +34,7 @@ def _commands(world: Path, tmp_path: Path) -> dict[str, tuple[Callable[[list[str
     return {
         "plan": (main, ["plan"], "commands.plan.find_plans"),
         "report": (main, ["report", str(tmp_path / "run"), "--output", output], "paths.os.fsync"),
-        "evaluate": (main, ["evaluate", responses, responses, "--output", output], "paths.os.fsync"),
+        "evaluate": (main, ["evaluate", responses, responses, "--output", f"{output}.json"], "paths.os.fsync"),
         "sft": (main, [*ppo(world), "--dry-run"], "commands.dry_run.rank_memory"),
         "demo": (main, ["demo", "--quick", "--output", output], "demo.world.write_tiny_llama"),
         "prepare-data": (main, ["prepare-data", *data], "data.prepare.split.write_card"),
