@@ -15,7 +15,7 @@ from megatron_gil.evaluation.comparisons import Comparison
 from megatron_gil.evaluation.llm_judge.client import ChatClient
 from megatron_gil.evaluation.llm_judge.failures import Failure, failure_of, retry_after_s
 from megatron_gil.evaluation.llm_judge.judge import LlmSettings, judge_comparisons
-from megatron_gil.evaluation.llm_judge.pace import Patience
+from megatron_gil.evaluation.llm_judge.pace import Pace, Patience
 from megatron_gil.evaluation.llm_judge.prompts import pose
 from megatron_gil.evaluation.llm_judge.standing import Ruling
 from megatron_gil.evaluation.rubrics import read_rubric
@@ -312,6 +312,25 @@ def test_a_pause_that_is_asked_for_holds_for_all(form: str, tmp_path: Path) -> N
     later = [sent - told[0] for sent in server.times_s if sent - told[0] > 0.1]
     assert min(later) > 1.9
     assert len(later) > 60
+
+
+def test_pauses_grow_whatever_the_server_asks_for_and_begin_anew_after_an_answer() -> None:
+    pace = Pace(16, Patience(first_pause_s=10.0, longest_pause_s=1000.0))
+
+    def pause_s(wait_s: float | None) -> float:
+        pace.was_busy(time.monotonic(), wait_s)
+        return pace.pause_left_s()
+
+    assert 4.9 < pause_s(None) <= 10
+    assert 9.9 < pause_s(0.0) <= 20
+    assert 19.9 < pause_s(1.0) <= 40
+    pace.was_busy(0.0, 30.0)  # one that was sent before the last pause
+    assert 29.9 < pace.pause_left_s() <= 40
+    assert 499.9 < pause_s(500.0) <= 500
+    for _ in range(20):
+        assert pause_s(None) <= 1000
+    pace.was_answered()
+    assert pace._busy_in_a_row == 0
 
 
 def test_retry_after_is_read_whatever_it_holds() -> None:

@@ -74,7 +74,8 @@ class AnswerStore:
         try:
             if not read_only:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            target = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            # who only reads must still undo what a killed writer left half-written
+            target = f"{path.absolute().as_uri()}?mode={'rw' if read_only else 'rwc'}"
             self._connection = sqlite3.connect(
                 target, uri=True, timeout=0.5, isolation_level=None, check_same_thread=False
             )
@@ -93,11 +94,6 @@ class AnswerStore:
 
     def _prepare(self, read_only: bool) -> None:
         run = self._connection.execute
-        if not read_only:
-            run("PRAGMA locking_mode = EXCLUSIVE")
-            run("PRAGMA journal_mode = DELETE")
-            run("PRAGMA synchronous = FULL")
-            run("BEGIN EXCLUSIVE")
         owner, version = run("PRAGMA application_id").fetchone()[0], run("PRAGMA user_version").fetchone()[0]
         tables = run("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables and owner != APPLICATION:
@@ -109,14 +105,16 @@ class AnswerStore:
         damage = run("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise sqlite3.DatabaseError(damage)
-        self._is_empty = not tables  # to one who only reads: its maker was killed before it wrote
+        self._is_empty = read_only and not tables  # its maker was killed before it wrote
         if not read_only:
-            self._is_empty = False
-            if not tables:
-                columns = ", ".join(f"{name} {_NUMBERS.get(name, 'TEXT')}" for name in _COLUMNS)
-                run(f"CREATE TABLE answers (id INTEGER PRIMARY KEY, {columns})")
-                run("CREATE INDEX answers_of_key ON answers (key)")
-                run(f"PRAGMA application_id = {APPLICATION}")
+            run("PRAGMA locking_mode = EXCLUSIVE")
+            run("PRAGMA journal_mode = DELETE")
+            run("PRAGMA synchronous = FULL")
+            run("BEGIN EXCLUSIVE")
+            columns = ", ".join(f"{name} {_NUMBERS.get(name, 'TEXT')}" for name in _COLUMNS)
+            run(f"CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, {columns})")
+            run("CREATE INDEX IF NOT EXISTS answers_of_key ON answers (key)")
+            run(f"PRAGMA application_id = {APPLICATION}")
             run(f"PRAGMA user_version = {VERSION}")  # a write: whether the file takes one
             run("COMMIT")
 

@@ -77,11 +77,12 @@ class Pace:
         self._allowed = min(self._concurrency, self._allowed + 1.0 / self._allowed)
 
     def was_busy(self, sent_s: float, wait_s: float | None) -> None:
-        """sent_s: when the request was sent, by the monotonic clock. wait_s: the pause that the server asks for."""
+        """sent_s: when the request was sent, by the monotonic clock. wait_s: the pause that the server asks for, which
+        is kept, and made longer from one time to the next: some ask for the same second however long they are busy."""
+        pause_s = wait_s or 0.0
         if sent_s >= self._halved_s:  # once for all that were in flight together
             self._halved_s = time.monotonic()
             self._allowed = max(1.0, self._allowed / 2)
             self._busy_in_a_row += 1
-        pause_s = self._patience.pause_s(self._busy_in_a_row) if wait_s is None else wait_s
-        if wait_s is not None or not self.pause_left_s():
-            self._pause_until_s = max(self._pause_until_s, time.monotonic() + pause_s)
+            pause_s = max(pause_s, self._patience.pause_s(self._busy_in_a_row))
+        self._pause_until_s = max(self._pause_until_s, time.monotonic() + pause_s)
