@@ -130,12 +130,13 @@ def judge_by_llm(given: argparse.Namespace, comparisons: Mapping[str, Sequence[C
         price=_price(given),
         max_cost=given.max_cost,
     )
+    judge = f"{given.model}, {rubric.name}"
     rulings = judge_comparisons([comparison for _, comparison in rows], settings)
     return [
         Judgment(
             task=given.task,
-            judge=given.model,
-            rater=given.model,
+            judge=judge,
+            rater=judge,
             policy=given.ours.stem,
             opponent=opponent,
             prompt=comparison.prompt,

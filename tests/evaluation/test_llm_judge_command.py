@@ -65,7 +65,7 @@ def test_a_table_its_judgments_and_the_answers(tmp_path: Path, capsys: pytest.Ca
     rows = [json.loads(line) for line in output.with_suffix(".judgments.jsonl").read_text().split("\n") if line]
     assert [row["outcome"] for row in rows] == ["win", "tie", "lose"]
     assert {(row["judge"], row["rater"], row["policy"], row["opponent"], row["task"]) for row in rows} == {
-        ("m", "m", "ours", "sft", "hh")
+        ("m, helpful", "m, helpful", "ours", "sft", "hh")
     }
     assert (rows[0]["ours_first"], rows[1]["ours_first"], rows[2]["theirs_first"]) == ("win", None, "lose")
     assert again.read_bytes() == output.read_bytes()
