@@ -138,7 +138,7 @@ def test_what_goes_wrong_once_is_asked_again(served: Callable[[], Served], tmp_p
 def test_all_of_it_at_once_loses_nothing_and_judges_nothing_twice(tmp_path: Path) -> None:
     """Every message meets one to three of the troubles before it is answered. Off-form answers are answers."""
     troubles = [served for name, served in ONCE.items() if "off-form" not in name and "time-out" not in name]
-    rows = comparisons(60)
+    rows = comparisons(30)
 
     def answer(request: Request, before: int) -> Served:
         number = int(shown(request).prompt[1:])
@@ -146,9 +146,9 @@ def test_all_of_it_at_once_loses_nothing_and_judges_nothing_twice(tmp_path: Path
 
     with chat_server(answer) as server:
         rulings = judge(server, rows, tmp_path, timeout_s=0.5)
-    assert [r.outcome for r in rulings] == ["win", "tie", "lose"] * 20
+    assert [r.outcome for r in rulings] == ["win", "tie", "lose"] * 10
     numbers = {message: int(message.split("\np")[1].split("\n")[0]) for message in server.asked}
-    assert len(numbers) == 120
+    assert len(numbers) == 60
     assert all(count == 2 + numbers[message] % 3 for message, count in server.asked.items())
 
 
@@ -424,7 +424,7 @@ def test_any_status_with_any_body_is_a_failure() -> None:
         "{",
         "[" * 99_999,
     ):
-        for status in (*range(300, 600), 999):
+        for status in (*range(300, 600, 3), *range(400, 432), 500, 502, 503, 529, 999):
             failure = failure_of(status, {}, content)
             assert str(status) in failure.reason
             assert "\n" not in failure.reason
