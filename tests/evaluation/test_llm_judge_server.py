@@ -76,6 +76,24 @@ def test_a_judge_that_likes_the_first_place_gives_ties(tmp_path: Path) -> None:
     assert ruling == Ruling(outcome="tie", ours_first="win", theirs_first="lose")
 
 
+def test_responses_that_differ_in_nothing_that_is_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chat_server(lambda request, before: says("VERDICT: A")) as server:
+        (ruling,) = judge(server, [Comparison(prompt="p", ours="<|a|>", theirs="< |a|>")], tmp_path)
+        assert len(server.requests) == 1
+    assert ruling.outcome == "tie"
+    assert "1 of 1 comparisons (100 %)" in capsys.readouterr().err
+
+
+def test_reasons_that_differ_in_numbers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(request: Request, before: int) -> Served:
+        number = int(shown(request).prompt[1:])
+        return prefer_longer(request) if number > 5 else error(400, f"maximum context length: {number}", code=number)
+
+    with chat_server(answer) as server:
+        judge(server, comparisons(9), tmp_path)
+    assert "refused 6: too long for the judge: 400 maximum context length: " in capsys.readouterr().err
+
+
 def test_identical_and_repeated_comparisons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same = Comparison(prompt="p", ours="as it is", theirs=" as it is\n")
     one, other = Comparison(prompt="p", ours="long", theirs="x"), Comparison(prompt="p", ours="x", theirs="long")
