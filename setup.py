@@ -42,7 +42,7 @@ setup(
         "jaxtyping",
     ],
     extras_require={
-        "judge": ["openai"],
+        "judge": ["openai>=1.40"],  # tested with 1.40 and 3.52
         # As megatron-core 0.16.1 asks; for CUDA 13, as PyPI's torch is. Apex comes from NVIDIA's source: `apex` on
         # PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],

@@ -5,7 +5,8 @@
 All files answer the same prompts in the same order, as `megatron-gil generate` writes them. With --output the table is
 also written as CSV, Markdown and a picture beside FILE.json, and each verdict into FILE.judgments.jsonl, from which
 `megatron-gil win-rates` makes tables of several judges and tasks. Exit code 2: a file or an option is wrong, one line
-on stderr says how.
+on stderr says how. A language model's answers are kept, and the same command goes on after 1 (its server or the limit
+on cost ended it) and 75 (a signal did).
 """
 
 from __future__ import annotations

@@ -312,6 +312,7 @@ def test_kill_9_loses_only_what_is_in_flight_and_the_same_command_goes_on(tmp_pa
             wait_for(lambda: len(server.requests) > 80 * kills)  # noqa: B023
             process.kill()
             process.communicate()
+            assert main([*given, "--dry-run"]) == 0
         assert main(given) == 0
     assert len(server.asked) == 240
     # each kill may lose what 8 workers had in hand

@@ -77,8 +77,11 @@ class ChatClient:
         messages = [{"role": "system", "content": instruction}, {"role": "user", "content": message}]
         while True:
             sent = self._parameters
-            extra = {"temperature": temperature} if sent.temperature else {}
-            result = await self._send(messages=messages, **extra, **{sent.limit: max_tokens})
+            parameters: dict[str, float] = {sent.limit: max_tokens}
+            if sent.temperature:
+                parameters["temperature"] = temperature
+            # in extra_body, which the package sends as it is: older ones know no max_completion_tokens
+            result = await self._send(messages=messages, extra_body=parameters)
             if not isinstance(result, Failure) or not self._adapt(sent, result):
                 return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,7 @@ FIRST_LINE_S, LINE_S, REFRESH_S = 3.0, 10.0, 0.25
 LONG_S = 5.0
 """A request that waits longer is told of."""
 _WINDOW_S = 60.0
-_LONGEST_TROUBLE = 100
-"""Characters."""
+_LONGEST_TROUBLE, _MOST_REASONS = 100, 6
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Tally:
 
     def __post_init__(self) -> None:
         for pair in self.keys.values():
-            for key in pair:
+            for key in set(pair):  # one, where they differ in nothing that is sent
                 self._of_key[key].append(pair)
 
     def settle(self, key: str, standing: Standing) -> None:
@@ -114,8 +114,14 @@ class Tally:
         return "; ".join(parts)
 
     def why(self) -> list[str]:
-        """A line for each of the commonest reasons."""
-        return [f"{name} {count:,}: {reason}" for (name, reason), count in self.reasons.most_common(6)]
+        """A line for each of the commonest reasons; those that differ in numbers alone are one."""
+        counts: Counter[tuple[str, str]] = Counter()
+        examples: dict[tuple[str, str], str] = {}
+        for (outcome, reason), count in self.reasons.items():
+            kind = outcome, re.sub(r"\d+", "0", reason)
+            counts[kind] += count
+            examples.setdefault(kind, reason)
+        return [f"{kind[0]} {count:,}: {examples[kind]}" for kind, count in counts.most_common(_MOST_REASONS)]
 
 
 class Display:
