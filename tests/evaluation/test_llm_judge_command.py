@@ -375,16 +375,17 @@ def other_process() -> Iterator[str]:
 
 
 def test_a_thousand_comparisons_in_seconds(other_process: str, tmp_path: Path) -> None:
-    """2,000 requests of 50 ms, 16 at once, take 6.25 s at least. Measured: 7.5 s on two quiet cores; 15 s are wanted.
-    The limit is twice that, for cores that other tests share."""
+    """2,000 requests of 50 ms, 16 at once, take 6.25 s at least. Measured: 7 to 7.5 s on two quiet cores. The limit
+    grows with the number of processes that share a core."""
     given = command(tmp_path, other_process, "--output", tmp_path / "t.json", number=1500)
-    began = time.monotonic()
+    began, load = time.monotonic(), os.getloadavg()[0]
     assert main(given) == 0
     seconds = time.monotonic() - began
     with urlopen(f"{other_process.removesuffix('/v1')}/counts") as response:
         counts = json.load(response)
     assert Counter(counts["asked"].values()) == Counter(counts["served"].values()) == {1: 2000}
-    assert seconds < 30
+    waiting = max(os.getloadavg()[0], load)
+    assert seconds < 15 * max(1.0, 1.5 * waiting / (os.cpu_count() or 1))
 
 
 def test_help_and_other_judges_import_no_client(tmp_path: Path) -> None:

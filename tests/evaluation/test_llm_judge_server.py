@@ -146,7 +146,8 @@ ONCE: dict[str, Callable[[], Served]] = {
 def test_what_goes_wrong_once_is_asked_again(served: Callable[[], Served], tmp_path: Path) -> None:
     rows = comparisons(3)
     with chat_server(lambda request, before: prefer_longer(request) if before else served()) as server:
-        rulings = judge(server, rows, tmp_path, timeout_s=0.5)
+        limit_s = 1.0 if served().delay_s or served().drip_s else 30.0
+        rulings = judge(server, rows, tmp_path, timeout_s=limit_s)
         assert [r.outcome for r in rulings] == ["win", "tie", "lose"]
         assert set(server.asked.values()) == {2}
         judge(server, rows, tmp_path)
@@ -163,7 +164,7 @@ def test_all_of_it_at_once_loses_nothing_and_judges_nothing_twice(tmp_path: Path
         return troubles[(number + before) % len(troubles)]() if before <= number % 3 else prefer_longer(request)
 
     with chat_server(answer) as server:
-        rulings = judge(server, rows, tmp_path, timeout_s=0.5)
+        rulings = judge(server, rows, tmp_path, timeout_s=3.0)
     assert [r.outcome for r in rulings] == ["win", "tie", "lose"] * 10
     numbers = {message: int(message.split("\np")[1].split("\n")[0]) for message in server.asked}
     assert len(numbers) == 60
@@ -175,7 +176,7 @@ FOR_EVER: dict[str, tuple[Served, str, int]] = {
     "429": (error(429, "slow down"), "429 slow down", 7),
     "an HTML page": (HTML, "an HTML page", 7),
     "empty choices": (body({"choices": []}), "without choices", 7),
-    "a time-out": (Served(delay_s=30.0), "no answer within 0.1 s", 3),
+    "a time-out": (Served(delay_s=30.0), "no answer within 1 s", 3),
     "418": (error(418, "a teapot"), "418 a teapot", 1),
 }
 
@@ -191,7 +192,8 @@ def test_one_that_is_never_answered_stops_nothing_and_is_asked_again_by_the_next
     rows = comparisons(6)
     with chat_server(answer) as server:
         # one after the other, so that nobody else is answered while this one is turned away
-        rulings = judge(server, rows, tmp_path, timeout_s=0.1, concurrency=1)
+        limit_s = 1.0 if served.delay_s else 30.0
+        rulings = judge(server, rows, tmp_path, timeout_s=limit_s, concurrency=1)
     assert [r.outcome for r in rulings] == ["win", "tie", "lose", "unanswered", "tie", "lose"]
     assert rulings[3] == Ruling(outcome="unanswered", ours_first=None, theirs_first="win")
     assert max(server.asked.values()) >= tries
@@ -298,8 +300,8 @@ def test_what_ends_the_command_is_one_line_and_keeps_what_was_judged(
 
 
 def test_a_server_that_is_not_there_ends_it_with_exit_1(tmp_path: Path) -> None:
-    with chat_server(lambda request, before: Served()) as server:
-        pass
+    server = ChatServer(lambda request, before: Served())
+    server.url = "http://127.0.0.1:1/v1"  # a port that nobody listens on
     with pytest.raises(CommandEnded, match=r"the server cannot be reached: .*; no answer had come") as ended:
         judge(server, comparisons(20), tmp_path)
     assert ended.value.exit_code == 1
