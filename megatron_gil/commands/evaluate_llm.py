@@ -51,6 +51,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--answers", type=expand_user, metavar="FILE", help=f"where answers are kept (default: {ANSWERS} by --output)"
     )
+    options.add_argument(
+        "--kept-only", action="store_true", default=None, help="ask nothing: what has no answer yet is unanswered"
+    )
     options.add_argument("--dry-run", action="store_true", default=None, help="show two prompts and an estimate, end")
 
 
@@ -59,6 +62,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "concurrency": 16,
     "timeout": 120.0,
     "max_tokens": 1024,
+    "kept_only": False,
     "dry_run": False,
 }
 _OPTIONS = ("model", "base_url", "price_per_million", "answers", *_RANGES, *_DEFAULTS)
@@ -129,6 +133,7 @@ def judge_by_llm(given: argparse.Namespace, comparisons: Mapping[str, Sequence[C
         max_tokens=given.max_tokens,
         price=_price(given),
         max_cost=given.max_cost,
+        kept_only=given.kept_only,
     )
     judge = f"{given.model}, {rubric.name}"
     rulings = judge_comparisons([comparison for _, comparison in rows], settings)

@@ -166,6 +166,29 @@ def test_a_server_of_ones_own_needs_no_key(tmp_path: Path, monkeypatch: pytest.M
     assert len(server.requests) == 4
 
 
+def test_what_has_come_is_enough_where_the_user_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that answers some questions never: --kept-only asks nothing, needs no key and writes the table."""
+    monkeypatch.setattr("megatron_gil.evaluation.llm_judge.asking.MOST_REJECTED_IN_A_ROW", 1)
+
+    def answer(request: Request, before: int) -> Served:
+        return error(400, "not this one") if "\np3\n" in request["messages"][1]["content"] else prefer_longer(request)
+
+    output = tmp_path / "t.json"
+    with chat_server(answer) as server:
+        assert main(command(tmp_path, server.url, "--output", output, "--concurrency", 1, number=6)) == 1
+        num_sent = len(server.requests)
+        assert "with --kept-only what has come is enough" in capsys.readouterr().err
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert main(command(tmp_path, server.url, "--output", output, "--kept-only", number=6)) == 0
+        assert len(server.requests) == num_sent
+    table = json.loads(output.read_text())["opponents"]["sft"]
+    assert table["unanswered"] > 0
+    assert table["num_prompts"] + table["unanswered"] == 6
+    assert "not asked: --kept-only" in capsys.readouterr().err
+
+
 def test_a_dry_run_shows_prompts_and_sends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

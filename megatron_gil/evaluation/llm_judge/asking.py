@@ -85,7 +85,10 @@ class Asking:
     def _count_in_a_row(self, failure: Failure) -> None:
         self._in_a_row += 1
         if self._in_a_row >= (MOST_REJECTED_IN_A_ROW if failure.kind == "rejected" else MOST_IN_A_ROW):
-            raise CommandEnded(self._of_server(f"no answer {self._in_a_row} times in a row: {failure.reason}"), 1)
+            reason = (
+                f"no answer {self._in_a_row} times in a row: {failure.reason}; with --kept-only what has come is enough"
+            )
+            raise CommandEnded(self._of_server(reason), 1)
 
     def _of_server(self, reason: str) -> str:
         return f"judge model {self._client.model} at {self._client.base_url}: {reason}"

@@ -22,7 +22,7 @@ from megatron_gil.evaluation.llm_judge.pace import Pace, Patience
 from megatron_gil.evaluation.llm_judge.plan import Plan, plan_questions
 from megatron_gil.evaluation.llm_judge.progress import Display, Tally, listed, many
 from megatron_gil.evaluation.llm_judge.prompts import Question
-from megatron_gil.evaluation.llm_judge.standing import IDENTICAL, Ruling, ruling_of, standing_of
+from megatron_gil.evaluation.llm_judge.standing import IDENTICAL, Ruling, Standing, ruling_of, standing_of
 from megatron_gil.evaluation.rubrics import Rubric
 
 SAVED = 75
@@ -45,6 +45,8 @@ class LlmSettings:
     price: Price | None = None
     max_cost: float | None = None
     patience: Patience = Patience()
+    kept_only: bool = False
+    """Ask nothing: what has no answer yet is unanswered."""
 
 
 def judge_comparisons(comparisons: Sequence[Comparison], settings: LlmSettings) -> list[Ruling]:
@@ -88,7 +90,9 @@ def _ask_what_is_open(
         open_questions: list[tuple[Question, list[Answer]]] = []
         for key, question in plan.questions.items():
             standing = standing_of(known.get(key, []), base_url=base_url, max_tokens=settings.max_tokens)
-            if standing.state == "open":
+            if standing.state == "open" and settings.kept_only:
+                tally.settle(key, Standing(state="unanswered", reason="not asked: --kept-only"))
+            elif standing.state == "open":
                 open_questions.append((question, known.get(key, [])))
             else:
                 tally.settle(key, standing)
