@@ -21,6 +21,7 @@ setup(
     packages=find_packages(include=["megatron_gil", "megatron_gil.*"]),
     package_data={
         "megatron_gil": ["py.typed"],
+        "megatron_gil.evaluation.web": ["pages/*.html", "static/*"],
         "megatron_gil.demo": ["recipes/*.yaml"],
         "megatron_gil.planning": ["paper_7b/*.yaml"],  # through a link: examples/paper_7b, which `plan` reads
     },
@@ -42,12 +43,12 @@ setup(
         "jaxtyping",
     ],
     extras_require={
-        "judge": ["openai>=1.40"],  # tested with 1.40 and 3.52
+        "judge": ["openai>=1.40", "starlette", "uvicorn", "jinja2"],  # openai: tested with 1.40 and 3.52
         # As megatron-core 0.16.1 asks; for CUDA 13, as PyPI's torch is. Apex comes from NVIDIA's source: `apex` on
         # PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "peer": ["trl==1.12.0"],  # tests/peer compares with its private functions too: no other version will do
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "httpx2", "playwright"],
     },
     entry_points={"console_scripts": ["megatron-gil = megatron_gil.cli:main"]},
 )

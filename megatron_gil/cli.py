@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "answer the prompts of a file",
     "score": "reward-model scores of a file of responses",
     "evaluate": "win/tie/lose of response files against one another",
+    "judge-web": "a page on which people compare responses, blind",
     "win-rates": "verdicts of several judges and tasks as the paper's tables",
     "blind-pairs": "preferences as two files of responses, to check a judge against them",
     "report": "run directories as one HTML page with pictures",
@@ -34,7 +35,7 @@ COMMANDS = {
 }
 TRAINING = ("sft", "reward", "dpo", "ppo")
 CONFIGURED = (*TRAINING, "generate", "score")
-OWN_OPTIONS = ("evaluate", "win-rates", "blind-pairs", "prepare-data", "convert")
+OWN_OPTIONS = ("evaluate", "judge-web", "win-rates", "blind-pairs", "prepare-data", "convert")
 """Commands that read their arguments themselves: the choices among them take imports."""
 
 
@@ -168,6 +169,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from megatron_gil.demo.gold import gold_score
 
         return evaluate(arguments.arguments, gold_score=gold_score)
+    if arguments.command == "judge-web":
+        from megatron_gil.commands.judge_web import judge_web
+
+        return judge_web(arguments.arguments)
     if arguments.command == "win-rates":
         from megatron_gil.commands.win_rates import win_rates
 

@@ -162,7 +162,7 @@ class RatingStore:
             raise
 
 
-def read_ratings(path: Path, task: str) -> list[Judgment]:
+def read_ratings(path: Path, task: str = "") -> list[Judgment]:
     """Ratings as judgments: the last one of every rater and item, one for each opponent that gave the item's other
     response. The file may be in use by a server.
 
