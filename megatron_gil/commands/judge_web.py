@@ -57,7 +57,7 @@ def judge_web(arguments: Sequence[str]) -> int:
         access = Access(read_key(given.output.with_name(f"{given.output.name}.key")), given.raters)
         with closing(RatingStore(given.output, study)) as store:
             store.set_raters(study, given.raters, given.overlap)
-            app = make_app(study, store, access, hosts=hosts, is_https=_url(given, listener).startswith("https:"))
+            app = make_app(study, store, access, hosts=hosts, is_https=given.public_url is not None)
             _announce(given, study, store, access, _url(given, listener))
             stopped_by = _serve(app, listener)
             return _end(given, study, store, stopped_by)
@@ -83,7 +83,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the order, the sides and the dealing (default 1)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8765, help="default 8765; 0 takes any free one")
-    parser.add_argument("--public-url", metavar="URL", help="where a proxy, with TLS, makes the pages reachable")
+    parser.add_argument("--public-url", metavar="URL", help="https address under which a proxy of yours gives out the pages")
     given = parser.parse_args(arguments)
     for option, bounds in (("seed", Range(low=0, high=LARGEST_SEED)), ("port", Range(low=0, high=65535))):
         if (value := getattr(given, option)) not in bounds:
@@ -95,8 +95,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--overlap {given.overlap} must be at least 1 and at most {len(given.raters)}, the raters")
     if given.public_url is not None:
         url = urlsplit(given.public_url)
-        if url.scheme not in ("http", "https") or not url.hostname or url.path.strip("/") or url.query or url.fragment:
-            raise ConfigError(f"--public-url {given.public_url} must be http or https, a host, and no path")
+        if url.scheme != "https" or not url.hostname or url.path.strip("/") or url.query or url.fragment:
+            raise ConfigError(f"--public-url {given.public_url} must be https, a host, and no path")
         if not given.raters:
             raise ConfigError("--public-url needs --raters: who comes from elsewhere must have a link")
     return given
@@ -176,7 +176,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _announce(given: argparse.Namespace, study: Study, store: RatingStore, access: Access, url: str) -> None:
     equal = len(study.items) - len(study.to_rate)
-    left_out = f" ({equal} more are equal, ties)" if equal else ""
+    left_out = f" ({equal} more have equal responses, ties)" if equal else ""
     counted = sum(store.num_rated().values())
     print(f"{url}: {len(study.to_rate)} pairs to rate{left_out}, {counted} ratings so far; Ctrl-C ends it")
     width = max((len(rater) for rater in given.raters), default=0)

@@ -18,7 +18,7 @@ HEADERS = {
     "frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
@@ -79,10 +79,10 @@ def _host_name(host: str) -> str | None:
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Browsers say where a form comes from in Sec-Fetch-Site, over http only to this machine itself; Origin is `null`
-    under our Referrer-Policy. The seal in the form decides where neither says anything."""
+    """Browsers say where a form comes from in Sec-Fetch-Site, over http only to this machine itself, and in Origin. The
+    seal in the form decides where neither says anything."""
     site = headers.get("sec-fetch-site")
     if site is not None:
         return site != "same-origin"
-    origin = headers.get("origin", "null")
-    return origin != "null" and urlsplit(origin).netloc != headers.get("host")
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
