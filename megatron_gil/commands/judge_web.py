@@ -83,7 +83,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the order, the sides and the dealing (default 1)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8765, help="default 8765; 0 takes any free one")
-    parser.add_argument("--public-url", metavar="URL", help="https address under which a proxy of yours gives out the pages")
+    parser.add_argument(
+        "--public-url", metavar="URL", help="https address under which a proxy of yours gives out the pages"
+    )
     given = parser.parse_args(arguments)
     for option, bounds in (("seed", Range(low=0, high=LARGEST_SEED)), ("port", Range(low=0, high=65535))):
         if (value := getattr(given, option)) not in bounds:
@@ -236,7 +238,7 @@ def _stopping(server: uvicorn.Server) -> Iterator[list[int]]:
 
 def _end(given: argparse.Namespace, study: Study, store: RatingStore, stopped_by: signal.Signals) -> int:
     rated = store.num_rated()
-    kept = f"{sum(rated.values())} ratings are kept in {given.output}"
+    kept = f"ratings kept in {given.output}: {sum(rated.values())}"
     if rated and all(rated.get(r, 0) >= len(store.share(study, r)) for r in given.raters or rated):
         print(f"megatron-gil judge-web: everything is rated: {kept}", file=sys.stderr)
         return 0

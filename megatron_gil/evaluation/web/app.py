@@ -95,7 +95,9 @@ class _Pages:
                     403, "Open the link that you were given. If you have done so, reload this page, and allow cookies."
                 )
             if session is None and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-                return self._show("welcome.html")  # the browser may have a cookie, which it gives to our own pages alone
+                return self._show(
+                    "welcome.html"
+                )  # the browser may have a cookie, which it gives to our own pages alone
             return self._name_page(session)
         progress = self._progress(session.rater)
         if not progress.todo:
@@ -112,7 +114,9 @@ class _Pages:
         form = await read_form(request)
         visitor = self._session(request)
         if self._access.raters or visitor is None or not self._is_sealed(form, visitor, "name"):
-            raise HTTPException(403, "This form is not of this session. Nothing was kept; go on and say your name anew.")
+            raise HTTPException(
+                403, "This form is not of this session. Nothing was kept; go on and say your name anew."
+            )
         try:
             rater = clean_name(form.get("name", ""))
         except ValueError as error:
@@ -147,7 +151,9 @@ class _Pages:
         session = self._session(request)
         fields = [form.get(name, "") for name in ("item", "times", "shown")]
         if session is None or not session.rater or not self._is_sealed(form, session, "rate", *fields):
-            raise HTTPException(403, "This form is not of this session. Nothing was kept; go on and rate the pair anew.")
+            raise HTTPException(
+                403, "This form is not of this session. Nothing was kept; go on and rate the pair anew."
+            )
         if form.get("choice") not in get_args(Choice):
             raise HTTPException(400, "This form names no choice. Nothing was kept; go on and rate the pair anew.")
         item, times, shown = (int(field) for field in fields)
@@ -184,7 +190,9 @@ class _Pages:
         return self.error(HTTPException(503, text))
 
     async def broken(self, request: Request, error: Exception) -> Response:
-        return self.error(HTTPException(500, "What you have rated so far is kept. Go on, or tell who runs this server."))
+        return self.error(
+            HTTPException(500, "What you have rated so far is kept. Go on, or tell who runs this server.")
+        )
 
     def _enter(self, token: str) -> Response:
         rater = self._access.rater_of(token)

@@ -57,6 +57,7 @@ class RatingStore:
     def __init__(self, path: Path, study: Study) -> None:
         """Makes the file, or goes on with it. ConfigError where it is not this study's, or cannot be used."""
         self._path = path
+        self._is_dealt = False
         existed = path.exists()
         with _errors(path):
             self._connection = _connect(path, create=True)
@@ -76,6 +77,7 @@ class RatingStore:
     def set_raters(self, study: Study, raters: Sequence[str], overlap: int | None) -> None:
         """Deals the items out. Started again with the same raters everybody keeps their share; with others, what nobody
         has rated yet is dealt out anew. overlap: None gives every rater every item."""
+        self._is_dealt = overlap is not None
         wanted = repr((sorted(raters), overlap))
         with _errors(self._path), self._transaction() as connection:
             if _study_value(connection, "raters") == wanted:
@@ -90,9 +92,10 @@ class RatingStore:
 
     def share(self, study: Study, rater: str) -> list[int]:
         """Items that a rater is asked about, in their order; all that differ unless they were dealt out."""
-        dealt = {item for (item,) in self._connection.execute("SELECT item FROM shares WHERE rater = ?", (rater,))}
-        everything = self._connection.execute("SELECT count(*) FROM shares").fetchone()[0] == 0
-        return study.in_order(rater, study.to_rate if everything else dealt)
+        if not self._is_dealt:
+            return study.in_order(rater, study.to_rate)
+        dealt = [item for (item,) in self._connection.execute("SELECT item FROM shares WHERE rater = ?", (rater,))]
+        return study.in_order(rater, dealt)
 
     def history(self, rater: str) -> dict[int, Kept]:
         """Item -> the rating that counts, in the order in which the items were first rated."""
@@ -292,7 +295,9 @@ def _compare(connection: sqlite3.Connection, path: Path, study: Study) -> None:
     names, wanted = ({name for of in found.values() for name in of} for found in (stored, study.opponents))
     before, here = ({(c, name) for c, of in found.items() for name in of} for found in (stored, study.opponents))
     if values["policy"] != study.policy or names != wanted:
-        was, now = (f"{p} against {', '.join(sorted(n))}" for p, n in ((values["policy"], names), (study.policy, wanted)))
+        was, now = (
+            f"{p} against {', '.join(sorted(n))}" for p, n in ((values["policy"], names), (study.policy, wanted))
+        )
         raise ConfigError(f"{path}: was made for {was}, not {now}; {remedy}")
     if before != here:
         raise ConfigError(

@@ -65,8 +65,8 @@ class Study:
                     free,
                     key=lambda r: (
                         len(held[r]),
-                        sum(shared.get(frozenset((r, other)), 0) for other in having),  # noqa: B023
-                        _draw(self.seed, "deal", r, item),  # noqa: B023
+                        sum(shared.get(frozenset((r, other)), 0) for other in having),
+                        _draw(self.seed, "deal", r, item),
                     ),
                 )
                 for other in having:
