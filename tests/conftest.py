@@ -21,6 +21,8 @@ SLOW = (
         "peer",
         "slurm",
         "convert/test_verify.py",
+        "evaluation/test_judge_web_browser.py",
+        "evaluation/test_judge_web_server.py",
         "evaluation/test_llm_judge_command.py",
         "evaluation/test_llm_judge_server.py",
         "gpu/test_sides_on_the_cpu.py",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +17,6 @@ from typing import Any
 
 import httpx2
 
-from tests.world import write_rows
-
 ROOT = Path(__file__).parents[2]
 START_S = 60
 """Until a server answers on a machine that is busy."""
@@ -26,10 +24,11 @@ START_S = 60
 
 def write_responses(directory: Path, files: dict[str, list[tuple[str, str]]]) -> list[Path]:
     """Name -> (prompt, response) of each row."""
-    return [
-        write_rows(directory / f"{name}.jsonl", [{"prompt": p, "response": r} for p, r in rows])
-        for name, rows in files.items()
-    ]
+    paths = []
+    for name, rows in files.items():
+        paths.append(directory / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
+    return paths
 
 
 def hidden_fields(page: str) -> dict[str, str]:
@@ -125,11 +124,3 @@ def serving(arguments: Sequence[object], num_lines: int = 1) -> Iterator[Server]
     finally:
         process.kill()
         process.communicate()
-
-
-def until(condition: object, patience_s: float = START_S) -> None:
-    assert callable(condition)
-    end = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
