@@ -312,9 +312,10 @@ def test_forms_of_other_sites_are_refused(visit: Open, tmp_path: Path, headers: 
 def test_a_form_needs_the_seal_of_its_session_and_its_pair(visit: Open, tmp_path: Path) -> None:
     client, other = visit(), visit()
     fields = {**hidden_fields(say_name(client, "Anna").text), "choice": "first"}
-    foreign = hidden_fields(say_name(other, "Anna").text)["seal"]
+    foreign = hidden_fields(say_name(other, "Anna").text)
+    assert client.post("/rate", data={**foreign, "choice": "first"}).status_code == 403, "the same pair and rater"
     item = str((int(fields["item"]) + 1) % 7)
-    bad = {"seal": [foreign, "", "0" * 43, "\xff"], "item": [item, "x", ""], "times": ["1"], "shown": ["0"]}
+    bad = {"seal": [foreign["seal"], "", "0" * 43, "\xff"], "item": [item, "x", ""], "times": ["1"], "shown": ["0"]}
     for name, values in bad.items():
         for value in values:
             assert client.post("/rate", data={**fields, name: value}).status_code == 403, (name, value)
