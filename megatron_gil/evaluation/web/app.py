@@ -72,6 +72,12 @@ class _Progress:
         """What the rater has seen, with the first one of those to come at the end."""
         return (*self.history, *self.todo[:1])
 
+    def after(self, item: int) -> str:
+        """The address of the pair that follows: one rated already, or the first of those to come."""
+        rated = list(self.history)
+        place = rated.index(item) + 1 if item in self.history else len(rated)
+        return f"/pair/{rated[place]}" if place < len(rated) else "/"
+
 
 class _Pages:
     def __init__(self, study: Study, store: RatingStore, access: Access, is_https: bool) -> None:
@@ -102,7 +108,9 @@ class _Pages:
         progress = self._progress(session.rater)
         if not progress.todo:
             back = progress.path[-1] if progress.path else None
-            return self._show("done.html", rater=session.rater, total=progress.total, back=back, **self._leave(session))
+            return self._show(
+                "done.html", rater=session.rater, total=progress.total, back=back, leave_seal=self._leave_seal(session)
+            )
         return self._pair(session, progress, progress.todo[0])
 
     async def welcome(self, request: Request) -> Response:
@@ -167,9 +175,7 @@ class _Pages:
                 times_before=times,
                 seconds=max(0.0, time.time() - shown / 1000),
             )
-        following = progress.path[progress.path.index(item) + 1 :] if times and item in progress.history else ()
-        is_back = bool(following) and following[0] in progress.history
-        return RedirectResponse(f"/pair/{following[0]}" if is_back else "/", 303)
+        return RedirectResponse(progress.after(item), 303)
 
     def error(self, error: HTTPException) -> Response:
         title = _TITLES.get(error.status_code, "Not kept")
@@ -208,7 +214,6 @@ class _Pages:
         sides = (comparison.ours, comparison.theirs)
         first, second = sides if self._study.ours_first(session.rater, item) else sides[::-1]
         fields = {"item": str(item), "times": str(kept.times if kept else 0), "shown": str(int(time.time() * 1000))}
-        follower = path[place + 1] if place + 1 < len(path) else None
         return self._show(
             "rate.html",
             rater=session.rater,
@@ -219,9 +224,9 @@ class _Pages:
             responses=[passages(first), passages(second)],
             choice=kept.choice if kept else None,
             back=f"/pair/{path[place - 1]}" if place else None,
-            onward=f"/pair/{follower}" if follower in progress.history else "/",
+            onward=progress.after(item),
             fields={**fields, "seal": self._access.seal(session.cookie, "rate", *fields.values())},
-            **self._leave(session),
+            leave_seal=self._leave_seal(session),
         )
 
     def _name_page(self, visitor: _Session | None, error: str = "", status: int = 200) -> Response:
@@ -231,9 +236,9 @@ class _Pages:
         self._set_cookie(response, cookie)
         return response
 
-    def _leave(self, session: _Session) -> dict[str, str | None]:
+    def _leave_seal(self, session: _Session) -> str | None:
         """Raters with links need no way out: their link is theirs alone."""
-        return {"leave_seal": None if self._access.raters else self._access.seal(session.cookie, "leave")}
+        return None if self._access.raters else self._access.seal(session.cookie, "leave")
 
     def _show(
         self, page: str, *, status: int = 200, headers: Mapping[str, str] | None = None, **context: object
