@@ -12,7 +12,9 @@ on cost ended it) and 75 (a signal did).
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_gil.commands.evaluate_llm import add_options, check_options, dry_run, judge_by_llm
@@ -22,6 +24,7 @@ from megatron_gil.config.ranges import Range
 from megatron_gil.evaluation.comparisons import Comparison, Judgment, pair_files, read_responses
 from megatron_gil.evaluation.judge import Judge, ScoreFn, ScoreJudge, recorded_scores
 from megatron_gil.evaluation.tables import as_json, summarise
+from megatron_gil.evaluation.web.store import read_ratings
 from megatron_gil.evaluation.winrate import judge_all
 from megatron_gil.paths import expand_user
 
@@ -50,9 +53,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("ours", type=expand_user, metavar="OURS.jsonl", help="responses: {prompt, response} lines")
     parser.add_argument("theirs", type=expand_user, nargs="+", metavar="THEIRS.jsonl", help="opponents, same prompts")
-    parser.add_argument("--judge", choices=("score", "gold", "llm"), default="score", help="who decides")
+    parser.add_argument("--judge", choices=("score", "llm", "people", "gold"), default="score", help="who decides")
     parser.add_argument("--task", default="", metavar="NAME", help="of the prompt set, for the tables")
     parser.add_argument("--tie-margin", type=float, default=0.0, help="score difference that is a tie")
+    parser.add_argument("--ratings", type=expand_user, metavar="FILE.sqlite", help="people: what judge-web wrote")
     parser.add_argument("--output", type=expand_user, metavar="FILE.json", help="also write the tables there")
     add_options(parser)
     given = parser.parse_args(arguments)
@@ -60,6 +64,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if given.tie_margin not in bounds:
         raise ConfigError(f"--tie-margin {given.tie_margin} must be {bounds}")
     check_options(given)
+    if (given.ratings is None) == (given.judge == "people"):
+        raise ConfigError(
+            "--judge people and --ratings FILE.sqlite, which `megatron-gil judge-web` writes, go together"
+        )
     return given
 
 
@@ -68,11 +76,30 @@ def _judge(
 ) -> list[Judgment]:
     if given.judge == "llm":
         return judge_by_llm(given, comparisons)
+    if given.judge == "people":
+        return _judge_by_people(given, comparisons)
     judge = _make_judge(given, gold_score)
     return [
         judgment
         for opponent, rows in comparisons.items()
         for judgment in judge_all(judge, rows, task=given.task, policy=given.ours.stem, opponent=opponent)
+    ]
+
+
+def _judge_by_people(given: argparse.Namespace, comparisons: Mapping[str, Sequence[Comparison]]) -> list[Judgment]:
+    """What each rater said of each comparison that was rated; ConfigError where none was."""
+    said: dict[Comparison, dict[str, Judgment]] = {}
+    for judgment in read_ratings(given.ratings):
+        said.setdefault(judgment.comparison, {})[judgment.rater] = judgment
+    pairs = [(opponent, comparison) for opponent, rows in comparisons.items() for comparison in dict.fromkeys(rows)]
+    num_rated = sum(comparison in said for _, comparison in pairs)
+    if not num_rated:
+        raise ConfigError(f"{given.ratings}: rates none of the pairs of {given.ours} and {', '.join(comparisons)}")
+    print(f"{num_rated:,} of {len(pairs):,} pairs are rated in {given.ratings}", file=sys.stderr)
+    return [
+        replace(judgment, task=given.task, policy=given.ours.stem, opponent=opponent)
+        for opponent, comparison in pairs
+        for judgment in said.get(comparison, {}).values()
     ]
 
 

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from megatron_gil.evaluation.comparisons import Judgment
+from megatron_gil.evaluation.comparisons import Comparison, Judgment
 from megatron_gil.evaluation.judge import Verdict
 from megatron_gil.evaluation.statistics import Estimate, interval
 from megatron_gil.evaluation.winrate import MARGIN
@@ -18,9 +18,7 @@ from megatron_gil.evaluation.winrate import MARGIN
 CATEGORIES: tuple[Verdict, ...] = ("win", "tie", "lose")
 DRAWS = 5000
 
-Item = tuple[str, str, str]
-"""prompt, ours, theirs."""
-Verdicts = Mapping[Item, Verdict]
+Verdicts = Mapping[Comparison, Verdict]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +49,12 @@ class RaterAgreement:
 
 def agreements(judgments: Sequence[Judgment], *, seed: int = 0) -> tuple[list[PairAgreement], list[RaterAgreement]]:
     """Of every two judges, and within a judge of several raters of every two raters and of all. Pairs that have no
-    comparison in common are left out."""
-    by_judge: dict[str, dict[str, dict[Item, Verdict]]] = {}
+    comparison in common are left out, and identical responses, which nobody judged."""
+    by_judge: dict[str, dict[str, dict[Comparison, Verdict]]] = {}
     for j in judgments:
-        if j.outcome in MARGIN:
+        if j.outcome in MARGIN and not j.comparison.is_identical:
             found = by_judge.setdefault(j.judge, {}).setdefault(j.rater, {})
-            found[j.prompt, j.ours, j.theirs] = j.outcome  # type: ignore[assignment]
+            found[j.comparison] = j.outcome  # type: ignore[assignment]
     pairs = [
         pair
         for judge, raters in by_judge.items()
@@ -67,9 +65,9 @@ def agreements(judgments: Sequence[Judgment], *, seed: int = 0) -> tuple[list[Pa
     return pairs, [a for judge, raters in by_judge.items() if (a := _of_raters(judge, raters, seed)) is not None]
 
 
-def majority(raters: Iterable[Verdicts]) -> dict[Item, Verdict]:
+def majority(raters: Iterable[Verdicts]) -> dict[Comparison, Verdict]:
     """What more raters said than anything else; a tie where no verdict has most."""
-    votes: dict[Item, Counter[Verdict]] = {}
+    votes: dict[Comparison, Counter[Verdict]] = {}
     for verdicts in raters:
         for item, verdict in verdicts.items():
             votes.setdefault(item, Counter())[verdict] += 1
@@ -128,7 +126,7 @@ def _pairs(judges: Mapping[str, Verdicts], seed: int) -> list[PairAgreement]:
 
 
 def _of_raters(judge: str, raters: Mapping[str, Verdicts], seed: int) -> RaterAgreement | None:
-    votes: dict[Item, list[int]] = {}
+    votes: dict[Comparison, list[int]] = {}
     for verdicts in raters.values():
         for item, verdict in verdicts.items():
             votes.setdefault(item, [0, 0, 0])[CATEGORIES.index(verdict)] += 1

@@ -53,6 +53,10 @@ class Judgment:
     theirs_first: Verdict | None = None
     """With their response in the first place, as seen from ours as well."""
 
+    @property
+    def comparison(self) -> Comparison:
+        return Comparison(prompt=self.prompt, ours=self.ours, theirs=self.theirs)
+
 
 def read_responses(path: Path) -> list[dict[str, str]]:
     """Rows of {"prompt", "response"}, with their other fields; ConfigError names file, line and field."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_gil.evaluation.agreement import CATEGORIES, agreements, cohen_kappa, fleiss_kappa, majority
+from megatron_gil.evaluation.comparisons import Comparison
 from megatron_gil.evaluation.judge import Verdict
 from tests.evaluation.judged import judged
 
@@ -39,6 +40,7 @@ def test_agreement_of_two_judges() -> None:
     rows = [judged(v, str(i), judge="one") for i, v in enumerate(first)]
     rows += [judged(v, str(i), judge="two") for i, v in enumerate(second)]
     rows += [judged("win", "alone", judge="one"), judged("refused", "0", ours="other", judge="two")]
+    rows += [judged("tie", "same", ours="a", theirs=" a", judge=judge) for judge in ("one", "two")]
     (pair,), raters = agreements(rows)
     assert (pair.first, pair.second, pair.num_items, raters) == ("one", "two", 200, [])
     assert pair.agreed.value == sum(a == b for a, b in zip(first, second, strict=True)) / 200
@@ -79,7 +81,7 @@ def test_raters_of_one_judge() -> None:
 
 
 def test_no_majority_is_a_tie() -> None:
-    item = ("p", "a", "b")
+    item = Comparison(prompt="p", ours="a", theirs="b")
     assert majority([{item: "win"}, {item: "lose"}]) == {item: "tie"}
     assert majority([{item: "win"}, {item: "lose"}, {item: "win"}]) == {item: "win"}
 

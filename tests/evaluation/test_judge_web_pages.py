@@ -12,8 +12,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from megatron_gil.evaluation.comparisons import pair_files
+from megatron_gil.cli import main
+from megatron_gil.evaluation.comparisons import pair_files, read_judgments
 from megatron_gil.evaluation.rubrics import read_rubric
+from megatron_gil.evaluation.tables import summarise
 from megatron_gil.evaluation.web.access import Access
 from megatron_gil.evaluation.web.app import make_app
 from megatron_gil.evaluation.web.store import RatingStore, read_ratings
@@ -95,6 +97,36 @@ def test_every_pair_is_asked_about_once_and_equal_responses_are_not(visit: Open,
     wanted |= {("prompt 0", two, "bad, but other", "Anna", "win"): 1}
     wanted |= {("same?", name, " equal\n", "", "tie"): 1 for name in (one, two)}
     assert by_prompt == wanted
+
+
+def test_ratings_become_the_same_tables(visit: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Anna always takes ours, Ben the first place. Identical responses are ties of no rater's."""
+    for rater, choose in (("Anna", CHOOSE), ("Ben", "first")):
+        client = visit()
+        say_name(client, rater)
+        rate_all(client, choose)
+    files = [str(tmp_path / f"{name}.jsonl") for name in SECRETS]
+    people = ["--judge", "people", "--ratings", str(tmp_path / "ratings.sqlite")]
+    output = tmp_path / "people.json"
+    assert main(["evaluate", *files, *people, "--task", "letters", "--output", str(output)]) == 0
+    assert "15 of 15 pairs are rated in" in capsys.readouterr().err
+    table = json.loads(output.read_text())
+    assert (table["judge"], table["task"], table["ours"]) == ("people", "letters", SECRETS[0])
+    said = read_judgments(tmp_path / "people.judgments.jsonl")
+    one = [j for j in said if j.opponent == SECRETS[1]]
+    assert Counter(j.rater for j in one) == {"Anna": 6, "Ben": 6, "": 1}
+    wins = sum(j.outcome == "win" for j in one if j.rater == "Ben")
+    assert table["opponents"][SECRETS[1]]["win"]["value"] == pytest.approx((6 + wins) / 2 / 7)
+    (raters,) = summarise(said).raters
+    assert (raters.num_raters, raters.num_items) == (2, 7)
+    assert table["opponents"][SECRETS[1]]["position"]["both_orders"] == 0
+
+    write_responses(tmp_path, {"others": [("a prompt that nobody saw", "r")]})
+    others = str(tmp_path / "others.jsonl")
+    assert main(["evaluate", others, others, *people]) == 2
+    assert "ratings.sqlite: rates none of the pairs of" in capsys.readouterr().err
+    assert main(["evaluate", *files, "--judge", "people"]) == 2
+    assert "--judge people and --ratings FILE.sqlite" in capsys.readouterr().err
 
 
 def test_a_choice_counts_for_the_response_on_that_side(visit: Open, tmp_path: Path) -> None:
