@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,11 +23,12 @@ COMMANDS = {
     "dpo": "train a policy on preferences directly",
     "ppo": "PPO, with group-invariant learning unless gil.num_groups=1",
     "generate": "answer the prompts of a file",
-    "score": "reward-model scores of a file of responses",
+    "score": "reward-model scores of a file of responses or of pairs",
     "evaluate": "win/tie/lose of response files against one another",
     "judge-web": "a page on which people compare responses, blind",
     "win-rates": "verdicts of several judges and tasks as the paper's tables",
     "blind-pairs": "preferences as two files of responses, to check a judge against them",
+    "evaluate-reward": "a reward model on preference pairs: accuracy, calibration, length",
     "report": "run directories as one HTML page with pictures",
     "plan": "memory and time of a model on so many GPUs, for every layout",
     "prepare-data": "a public data set to training files",
@@ -34,7 +36,7 @@ COMMANDS = {
     "demo": "the whole pipeline in miniature on this machine",
 }
 TRAINING = ("sft", "reward", "dpo", "ppo")
-CONFIGURED = (*TRAINING, "generate", "score")
+CONFIGURED = (*TRAINING, "generate", "score", "evaluate-reward")
 OWN_OPTIONS = ("evaluate", "judge-web", "win-rates", "blind-pairs", "prepare-data", "convert")
 """Commands that read their arguments themselves: the choices among them take imports."""
 
@@ -49,13 +51,26 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
         try:
             arguments = _parse(sys.argv[1:] if argv is None else argv)
             command = f"megatron-gil {arguments.command}"
-            if arguments.command in CONFIGURED and not (arguments.dry_run or arguments.help_config):
+            if _runs_on_ranks(arguments):
                 listening = stop or StopSignal()  # before anything slow
                 drop_output()
                 return _guarded(command, lambda: _run_configured(arguments, listening))
             return run_interruptible(command, lambda: _guarded(command, lambda: _run(arguments)))
         except OutputLost as lost:
             return lost.report(command)
+
+
+def _runs_on_ranks(arguments: argparse.Namespace) -> bool:
+    return arguments.command in CONFIGURED and not (
+        arguments.dry_run or arguments.help_config or _scored_files(arguments)
+    )
+
+
+def _scored_files(arguments: argparse.Namespace) -> list[str]:
+    """Of evaluate-reward: what is no section.key=value."""
+    if arguments.command != "evaluate-reward":
+        return []
+    return [text for text in arguments.overrides if not re.match(r"[A-Za-z_][\w.]*=", text)]
 
 
 def _guarded(command: str, run: Callable[[], int]) -> int:
@@ -96,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
             command.add_argument("--help-config", action="store_true", help="print every key, its default and meaning")
             _add_dry_run(command, trains=name in TRAINING)
+            if name == "evaluate-reward":
+                _describe_evaluate_reward(command)
         elif name == "report":
             command.add_argument("runs", type=expand_user, nargs="+", metavar="RUN", help="run directories")
             command.add_argument(
@@ -126,6 +143,20 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--quick", action="store_true", help="a first impression in under 90 seconds")
             command.add_argument("--seed", type=int, default=1)
     return parser
+
+
+def _describe_evaluate_reward(command: argparse.ArgumentParser) -> None:
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.usage = (
+        "megatron-gil evaluate-reward SCORED.jsonl [SCORED.jsonl ...] [--output NAME.json]\n"
+        "       megatron-gil evaluate-reward [--config FILE.yaml] [section.key=value ...] output=NAME.json"
+    )
+    command.description = (
+        "How good a reward model is on held-out preference pairs: of files that `megatron-gil score` wrote of pairs,\n"
+        "or of models.reward_model on data.train, which scores first. Table NAME.md and picture NAME.svg lie beside\n"
+        "NAME.json."
+    )
+    command.add_argument("--output", type=expand_user, metavar="NAME.json", help="the same as output=NAME.json")
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
@@ -160,6 +191,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print(help_text(arguments.command, width=min(100, shutil.get_terminal_size().columns)))
         return 0
+    if scored := _scored_files(arguments):
+        return _evaluate_scored(scored, arguments)
     if arguments.command in CONFIGURED:
         from megatron_gil.commands.dry_run import dry_run
 
@@ -202,6 +235,24 @@ def _run(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.output, quick=arguments.quick, seed=arguments.seed)
 
 
+def _evaluate_scored(scored: list[str], arguments: argparse.Namespace) -> int:
+    from megatron_gil.commands.evaluate_reward import evaluate_scored
+    from megatron_gil.config import ConfigError
+
+    if arguments.config is not None or arguments.dry_run or len(scored) < len(arguments.overrides):
+        raise ConfigError(
+            f"{scored[0]} is a file of scores: with one there are no settings and no --dry-run; a model is evaluated "
+            "with section.key=value alone"
+        )
+    if _rank() != 0:
+        return 0
+    try:
+        paths = [expand_user(text) for text in scored]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return evaluate_scored(paths, arguments.output)
+
+
 def _verify(*directories: Path, **options: Any) -> int:
     from megatron_gil.engine.verify import verify  # torch, which neither import nor export needs
 
@@ -220,7 +271,8 @@ def _read_config(arguments: argparse.Namespace) -> Any:
     from megatron_gil.config import COMMAND_CONFIGS
     from megatron_gil.config.files import load_config
 
-    return load_config(COMMAND_CONFIGS[arguments.command], arguments.config, arguments.overrides)
+    output = [f"output={arguments.output}"] if getattr(arguments, "output", None) else []
+    return load_config(COMMAND_CONFIGS[arguments.command], arguments.config, [*arguments.overrides, *output])
 
 
 def _rank() -> int:

@@ -37,7 +37,10 @@ SLOW = (
     *(f"models/test_{name}.py" for name in ("equals_transformers", "hf")),
     *(f"training/test_{name}.py" for name in ("gradients", "keep_best", "resume", "score_range", "what_a_run_says")),
     *("planning/test_memory.py", "test_cli.py", "engine/test_stories.py"),
-    *(f"training/test_{name}.py" for name in ("bitwise_facts", "check_run", "plain_ppo", "shaping_over_ranks")),
+    *(
+        f"training/test_{name}.py"
+        for name in ("bitwise_facts", "check_run", "plain_ppo", "score_pairs", "shaping_over_ranks")
+    ),
 )
 """Folders and files that `make test-quick` leaves out: each starts many processes."""
 

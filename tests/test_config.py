@@ -17,7 +17,7 @@ from megatron_gil.config import IS_PATH
 from megatron_gil.config.files import LARGEST_FILE, load_config
 from megatron_gil.config.ranges import RANGE, Range, refusal
 
-COMMANDS = (c.SftConfig, c.RewardConfig, c.DpoConfig, c.PpoConfig, c.GenerateConfig, c.ScoreConfig)
+COMMANDS = tuple(c.COMMAND_CONFIGS.values())
 REQUIRED = ["run.dir=x", "output=x"]
 
 

@@ -13,6 +13,7 @@ from megatron_gil.config import (
     BatchPlan,
     CommandConfig,
     ConfigError,
+    EvaluateRewardConfig,
     GenerateConfig,
     PpoConfig,
     ScoreConfig,
@@ -25,6 +26,7 @@ from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.search import OFFLOADS
 from megatron_gil.planning.workload import Workload, read_workload
 from megatron_gil.training.check_run import CheckedRun, check_run, count_updates
+from megatron_gil.training.run.output import quality_files
 
 
 def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
@@ -56,6 +58,9 @@ def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Conso
 def _what_comes(config: CommandConfig, checked: CheckedRun, cut: Cut) -> list[str]:
     if isinstance(config, GenerateConfig | ScoreConfig):
         return [f"{cut.dp_size} data-parallel rank(s); rows to {config.output}"]
+    if isinstance(config, EvaluateRewardConfig):
+        files = quality_files(config.output, may_lack_directory=True)
+        return [f"{cut.dp_size} data-parallel rank(s); scored pairs to {files.scored}, numbers to {files.numbers}"]
     assert isinstance(config, TrainConfig)
     return [
         _length_line(config, len(checked.train)),

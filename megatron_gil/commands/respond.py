@@ -1,4 +1,4 @@
-"""generate and score: files of prompts to files of responses, files of responses to files of scores."""
+"""generate and score: files of prompts to files of responses, files of responses or of pairs to files of scores."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from megatron_gil.config import CommandConfig, GenerateConfig, ScoreConfig
+from megatron_gil.commands.evaluate_reward import show_and_write
+from megatron_gil.config import CommandConfig, EvaluateRewardConfig, GenerateConfig, ScoreConfig
+from megatron_gil.engine.files import reason
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel
-from megatron_gil.parallel.collectives import agree, gather_objects
+from megatron_gil.evaluation.scored_pairs import read_scored_pairs
+from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.build import build_models
 from megatron_gil.training.check_run import CheckedRun, check_run
@@ -18,6 +21,7 @@ from megatron_gil.training.row_source import PromptSource, RowSource
 from megatron_gil.training.run.answers import AnswerFile, what_rows_depend_on
 from megatron_gil.training.run.first_lines import first_rows, print_rows
 from megatron_gil.training.run.loop import RunFailed
+from megatron_gil.training.run.output import quality_files
 from megatron_gil.training.run.progress import Progress
 from megatron_gil.training.run.samples import sample_texts
 from megatron_gil.training.run.signals import EXIT_STOPPED, StopRequested
@@ -27,6 +31,9 @@ BATCHES_OF_SLOTS = 4
 """Answers are written each time that the slots have been filled this often. A run that is killed loses what was
 answered since the last write."""
 
+SCORE_NAMES = {"responses": ("score",), "preferences": ("score_chosen", "score_rejected")}
+"""By the kind of the rows."""
+
 
 def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress) -> int:
     """Writes one response per prompt of data.train into `output`; for a prompt that was cut, also what the model
@@ -35,7 +42,7 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
     checked = agree(layout, lambda: check_run(config, layout.world_size))
     prompts, tokenizer, output = checked.train, checked.tokenizers.tokenizer, Path(config.output)
     depends_on = what_rows_depend_on(config, "models.policy", "data.train", "data.tokenizer")
-    take_output(config, layout, progress)
+    take_output(output, config, layout, progress)
     answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(prompts))
 
     def answer_all() -> None:
@@ -59,13 +66,21 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
 
 
 def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> int:
-    """The reward model's score of every {prompt, response} of data.train, into `output`."""
+    """The reward model's score of every {prompt, response} of data.train, or of both responses of every {prompt,
+    chosen, rejected}, into `output`."""
+    return score_into(Path(config.output), config, layout, progress)
+
+
+def score_into(
+    output: Path, config: ScoreConfig | EvaluateRewardConfig, layout: ParallelLayout, progress: Progress
+) -> int:
+    """The same into another file than config.output."""
 
     checked = agree(layout, lambda: check_run(config, layout.world_size))
-    responses, output = checked.train, Path(config.output)
+    rows, names = checked.train, SCORE_NAMES[checked.train.kind]
     depends_on = what_rows_depend_on(config, "models.reward_model", "data.train", "data.tokenizer")
-    take_output(config, layout, progress)
-    answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(responses))
+    take_output(output, config, layout, progress)
+    answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(rows))
 
     def answer_all() -> None:
         models = build_models(config, checked, layout, progress)
@@ -77,22 +92,48 @@ def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> in
             progress.safe_point("scoring")
 
         without: dict[int, float] = {}
-        source = RowSource(responses, None, layout, config.batch.micro_size)
+        source = RowSource(rows, None, layout, config.batch.micro_size)
         for batch in source.all_batches(before_batch, done=answers.done):
             progress.enter("scoring", batch)
-            for row_id, value in zip(batch.row_ids.tolist(), model.evaluate(batch).scores.tolist(), strict=True):
-                if not math.isfinite(value):
-                    without[row_id] = value
+            scores = model.evaluate(batch).scores.view(-1, len(names))
+            for row_id, values in zip(batch.row_ids.tolist(), scores.tolist(), strict=True):
+                if not all(map(math.isfinite, values)):
+                    without[row_id] = next(value for value in values if not math.isfinite(value))
                     continue
-                group = responses.known_groups([row_id])[0]
-                label = {"group": responses.group_names[group]} if group >= 0 else {}
-                answers.add({row_id: {**responses.fields(row_id), "score": value, **label}})
+                group = rows.known_groups([row_id])[0]
+                label = {"group": rows.group_names[group]} if group >= 0 else {}
+                answers.add({row_id: {**rows.fields(row_id), **dict(zip(names, values, strict=True)), **label}})
         _check_scores(without, config, layout)
 
     return _collect(answers, answer_all, progress)
 
 
-def _check_scores(without: dict[int, float], config: ScoreConfig, layout: ParallelLayout) -> None:
+def evaluate_reward(config: EvaluateRewardConfig, layout: ParallelLayout, progress: Progress) -> int:
+    """Scores the pairs of data.train, then says how good the reward model is on them."""
+    files = agree(layout, lambda: quality_files(config.output))
+    code = score_into(files.scored, config, layout, progress)
+    if code:
+        return code
+    progress.enter("evaluating")
+
+    def evaluate() -> str:
+        """Why nothing could be written, or empty."""
+        try:
+            if layout.is_main:
+                show_and_write(read_scored_pairs([files.scored]), files)
+        except OSError as refused:
+            again = f"megatron-gil evaluate-reward {files.scored} --output NAME.json"
+            return (
+                f"{files.numbers} cannot be written: {reason(refused)}; the scores are kept, `{again}` evaluates them"
+            )
+        return ""
+
+    if error := broadcast_object(agree(layout, evaluate), layout):
+        raise RunFailed(error)
+    return 0
+
+
+def _check_scores(without: dict[int, float], config: CommandConfig, layout: ParallelLayout) -> None:
     """RunFailed for a NaN: it means a broken model, and in a comparison it would lose against every score."""
     bad = [pair for part in gather_objects(without, layout) for pair in part.items()]
     if bad:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_gil.commands.respond import generate, score
+from megatron_gil.commands.respond import evaluate_reward, generate, score
 from megatron_gil.config import (
     BatchPlan,
     ConfigError,
@@ -56,7 +56,7 @@ def run_command(name: str, config: Any, stop: StopSignal) -> int:
     if isinstance(config, TrainConfig):
         BatchPlan.of(world_size, config.parallel, config.batch)
     else:
-        data_parallel_size(world_size, config.parallel)  # generate and score take batches of any size
+        data_parallel_size(world_size, config.parallel)  # the others take batches of any size
     progress = Progress(stop)
     try:
         with Watchdog(lambda: progress.where, timeout_s=config.parallel.timeout_s) as watchdog, progress.at_end:
@@ -83,7 +83,11 @@ def _run_guarded(
 ) -> tuple[int, str]:
     """(exit code, the line that rank 0 prints). An exception that is not handled here ends with a traceback and code
     1."""
-    answers: dict[str, Callable[..., int]] = {"generate": generate, "score": score}
+    answers: dict[str, Callable[..., int]] = {
+        "generate": generate,
+        "score": score,
+        "evaluate-reward": evaluate_reward,
+    }
     try:
         progress.safe_point("checking the data")
         code = answers.get(name, train)(config, layout, progress)

@@ -16,10 +16,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as ConsoleTable
 
 from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.comparisons import Judgment, judgment_rows, read_judgments
+from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.tables import Summary, as_csv, as_json, as_markdown, console_tables, summarise
 from megatron_gil.paths import expand_user, write_whole
 
@@ -64,19 +66,24 @@ def show(summary: Summary) -> None:
     for place, table in enumerate(console_tables(summary)):
         if place:
             console.print()
-        shown = ConsoleTable(
-            title=table.caption,
-            title_justify="left",
-            caption=table.note,
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        for i, name in enumerate(table.header):
-            shown.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
+        print_table(console, table)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """The first column takes more lines where the console is narrow."""
+    shown = ConsoleTable(
+        title=escape(table.caption),
+        title_justify="left",
+        caption=escape(table.note),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for i, name in enumerate(table.header):
+        shown.add_column(escape(name), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
 
 
 def write_tables(

@@ -106,7 +106,15 @@ class GenerateConfig(CommandConfig):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig(CommandConfig):
     output: str = path(MISSING)
-    """JSON Lines of {"prompt", "response", "score"}; must not exist yet."""
+    """JSON Lines of {"prompt", "response", "score"}, or of {"prompt", "chosen", "rejected", "score_chosen",
+    "score_rejected"} where data.train holds pairs; must not exist yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateRewardConfig(CommandConfig):
+    output: str = path(MISSING)
+    """The numbers, NAME.json; beside it lie the table NAME.md, the picture NAME.svg and the scored pairs
+    NAME.scored.jsonl. None of the four may exist yet."""
 
 
 COMMAND_CONFIGS: Mapping[str, type[CommandConfig]] = {
@@ -116,6 +124,7 @@ COMMAND_CONFIGS: Mapping[str, type[CommandConfig]] = {
     "ppo": PpoConfig,
     "generate": GenerateConfig,
     "score": ScoreConfig,
+    "evaluate-reward": EvaluateRewardConfig,
 }
 
 

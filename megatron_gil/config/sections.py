@@ -50,7 +50,8 @@ class ModelsSection(Section):
     ref_policy: str | None = path()
     """Frozen reference of dpo and ppo; null: a copy of the policy as it starts."""
     reward_model: str | None = path()
-    """Where reward starts its training (a language model will do); the trained one that ppo and score read."""
+    """Where reward starts its training (a language model will do); the trained one that ppo, score and
+    evaluate-reward read."""
     critic: str | None = path()
     """Where ppo's critic starts; null: a copy of the reward model."""
     reward_tokenizer: Literal["same", "own"] = "same"

@@ -59,6 +59,16 @@ def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Est
     return Estimate(value=float(value), low=float(low), high=float(high))
 
 
+def wilson(share: float, num_trials: int, *, level: float = 0.95) -> Estimate:
+    """A share of independent trials with Wilson's interval (1927), which has a width even where all are alike."""
+    from scipy.special import ndtri
+
+    z2 = float(ndtri((1 + level) / 2)) ** 2
+    middle = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
+    half = math.sqrt(z2 * (share * (1 - share) / num_trials + z2 / (4 * num_trials**2))) / (1 + z2 / num_trials)
+    return Estimate(value=share, low=max(0.0, middle - half), high=min(1.0, middle + half))
+
+
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact p-value of so uneven a split if either side were as likely (Dixon and Mood 1946).
 

@@ -186,11 +186,14 @@ def _plain_interval(value: Estimate) -> str:
 def as_markdown(summary: Summary, picture: str) -> str:
     """picture: the name of the file that holds it."""
     parts = [f"![win / tie / lose]({picture})\n"]
-    for table in text_tables(summary):
-        lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *table.rows]
-        body = "\n".join("| " + " | ".join(_markdown_cell(cell) for cell in line) + " |" for line in lines)
-        parts.append(f"**{_markdown_cell(table.caption)}**\n\n{body}\n\n{table.note}\n")
+    parts += [markdown_table(table) for table in text_tables(summary)]
     return "\n".join(parts)
+
+
+def markdown_table(table: Table) -> str:
+    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *table.rows]
+    body = "\n".join("| " + " | ".join(_markdown_cell(cell) for cell in line) + " |" for line in lines)
+    return f"**{_markdown_cell(table.caption)}**\n\n{body}\n\n{table.note}\n"
 
 
 def _markdown_cell(text: str) -> str:
@@ -220,23 +223,23 @@ def as_json(summary: Summary) -> dict[str, Any]:
             {"judge": judge, "task": task, "ours": policy, "opponents": opponents}
             for (judge, task, policy), opponents in tables.items()
         ],
-        "agreement": [_finite(asdict(pair)) for pair in summary.pairs],
-        "raters": [_finite(asdict(found)) for found in summary.raters],
+        "agreement": [finite(asdict(pair)) for pair in summary.pairs],
+        "raters": [finite(asdict(found)) for found in summary.raters],
     }
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:
     parts = {"position": cell.position, "length": cell.length}
-    return _finite(asdict(cell.rate) | {name: asdict(part) for name, part in parts.items() if part is not None})
+    return finite(asdict(cell.rate) | {name: asdict(part) for name, part in parts.items() if part is not None})
 
 
-def _finite(value: Any) -> Any:
-    """The same with null in place of NaN, which JSON does not have."""
+def finite(value: Any) -> Any:
+    """The same with null in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_gil.config import (
     CommandConfig,
     DpoConfig,
+    EvaluateRewardConfig,
     GenerateConfig,
     PpoConfig,
     RewardConfig,
@@ -51,7 +52,7 @@ def model_uses(config: CommandConfig) -> tuple[ModelUse, ...]:
             return policy, ref_policy, *_critics(config), replace(reward_model, reads_text=read_text)
         case GenerateConfig():
             return (replace(policy, trained=False),)
-        case ScoreConfig():
+        case ScoreConfig() | EvaluateRewardConfig():
             return (reward_model,)
     raise AssertionError(f"no models are known for {type(config).__name__}")
 

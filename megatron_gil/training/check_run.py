@@ -16,6 +16,7 @@ from megatron_gil.config import (
     CommandConfig,
     ConfigError,
     DpoConfig,
+    EvaluateRewardConfig,
     GenerateConfig,
     PpoConfig,
     RewardConfig,
@@ -28,6 +29,7 @@ from megatron_gil.config import (
 from megatron_gil.data.rows.demonstrations import DemonstrationDataset, ResponseDataset, TextDataset
 from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.rows.prompts import PromptDataset
+from megatron_gil.data.rows.records import read_scored_kind
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.convert.check import check_tensors
 from megatron_gil.models.convert.weight_files import read_safetensors
@@ -36,7 +38,7 @@ from megatron_gil.models.uses import ModelUse, model_uses
 from megatron_gil.models.weight_table import SCORE_HEAD
 from megatron_gil.training.ppo.checks import check_rollout
 from megatron_gil.training.run.best import check_keep_best
-from megatron_gil.training.run.output import new_file
+from megatron_gil.training.run.output import new_file, quality_files
 from megatron_gil.training.supervised.score_range import read_score_range
 from megatron_gil.training.tokenizers import RunTokenizers, read_tokenizers
 
@@ -83,6 +85,8 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
     tokenizers = read_tokenizers(config, uses, paths, specs)
     if isinstance(config, GenerateConfig | ScoreConfig):
         new_file(config.output, may_lack_directory=sizes_from is not None)
+    if isinstance(config, EvaluateRewardConfig):
+        quality_files(config.output, may_lack_directory=sizes_from is not None)
     notes = [*(model.note for model in found.values() if model.note), *tokenizers.notes]
     train = None
     if _is_to_come(config, sizes_from):
@@ -140,7 +144,7 @@ def _find_model(config: CommandConfig, use: ModelUse, sizes_from: Path | None) -
 
 def _is_to_come(config: CommandConfig, sizes_from: Path | None) -> bool:
     """Whether what is answered or scored is still to be written by an earlier stage."""
-    answers, path = isinstance(config, GenerateConfig | ScoreConfig), config.data.train
+    answers, path = isinstance(config, GenerateConfig | ScoreConfig | EvaluateRewardConfig), config.data.train
     return answers and sizes_from is not None and bool(path) and not Path(path or "").exists()
 
 
@@ -176,7 +180,7 @@ def _read_rows(config: CommandConfig, path: str, tokenizer: Tokenizer) -> Any:
         case SftConfig():
             kind: Any = DemonstrationDataset
         case ScoreConfig():
-            kind = ResponseDataset
+            kind = ResponseDataset if read_scored_kind(path) == "responses" else PreferenceDataset
         case _:
             kind = PreferenceDataset
     return kind(path, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens)

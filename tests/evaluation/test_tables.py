@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from megatron_gil.commands.win_rates import win_rates
+from megatron_gil.commands.win_rates import print_table, win_rates
 from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.comparisons import Judgment, judgment_rows, read_judgments
 from megatron_gil.evaluation.judge import Verdict
+from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.tables import as_csv, as_json, as_markdown, console_tables, summarise, text_tables
 from tests.evaluation.judged import judged
 
@@ -130,3 +132,9 @@ def test_other_files_are_no_judgments(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_judgments(path)
+
+
+def test_brackets_of_a_name_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(Console(width=80), Table(caption="of [red]", header=("who", "%"), rows=[("[/b]", "1")], note="[/i]"))
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("[/b]", "[red]", "[/i]"))

@@ -49,7 +49,8 @@ class Answer:
 def settings(command: str, root: Path, run: Path) -> list[str]:
     """A short run on the tiny world: two updates of two microbatches on one rank."""
     policy, reward_model = f"models.policy={root / 'policy'}", f"models.reward_model={root / 'reward_model'}"
-    data = {"sft": "demonstrations", "reward": "preferences", "dpo": "preferences", "score": "answers"}
+    data = {"sft": "demonstrations", "score": "answers"}
+    data |= dict.fromkeys(("reward", "dpo", "evaluate-reward"), "preferences")
     limits = ["data.max_tokens=32", "data.max_prompt_tokens=24", "parallel.timeout_s=600"]
     sampling = ["sampling.max_new_tokens=4", "sampling.micro_size=4"]
     common = [command, f"data.train={root / data.get(command, 'prompts')}.jsonl", *limits]
@@ -57,6 +58,8 @@ def settings(command: str, root: Path, run: Path) -> list[str]:
         return [*common, *sampling, policy, f"output={run}.jsonl"]
     if command == "score":
         return [*common, reward_model, f"output={run}.jsonl"]
+    if command == "evaluate-reward":
+        return [*common, reward_model, f"output={run}.json"]
     train = [
         f"run.dir={run}",
         "batch.global_size=8",

@@ -58,6 +58,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("dp2", "sft", (*DISTRIBUTED, *BACKGROUND, "eval")),
     ("dp2", "generate", ()),
     ("tp2", "score", ()),
+    ("dp2", "evaluate-reward", BFLOAT16),
     ("one", "ppo", (*OFFLOAD, *BFLOAT16, *OWN_MODEL, "eval")),
     ("dp2", "ppo", (*ROLLOUT_OFFLOAD, *DISTRIBUTED, *BACKGROUND)),
     ("one", "dpo", (*OFFLOAD, *DETERMINISTIC)),
@@ -98,6 +99,8 @@ def test_command(root: Path, tmp_path: Path, layout: str, command: str, options:
     check_ran(run_commands(root, world_size, [arguments]))
     if command in ("generate", "score"):
         assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 24
+    elif command == "evaluate-reward":
+        assert json.loads((tmp_path / "run.json").read_text())["overall"]["num_pairs"] == 24
     else:
         rows = metrics_of(tmp_path / "run")
         assert rows

@@ -30,6 +30,7 @@ CONFIGS: dict[str, Any] = {
     "ppo": c.PpoConfig,
     "generate": c.GenerateConfig,
     "score": c.ScoreConfig,
+    "evaluate-reward": c.EvaluateRewardConfig,
 }
 SHORT = ("data.max_prompt_tokens=32", "data.max_tokens=48", "sampling.max_new_tokens=8")
 
@@ -56,7 +57,7 @@ def others(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def _check(command: str, world: Path, *overrides: str) -> Any:
     policy, reward_model = f"models.policy={world / 'policy'}", f"models.reward_model={world / 'reward_model'}"
     common = [policy, reward_model, *(o for o in SHORT if command in ("ppo", "generate") or o.startswith("data"))]
-    extra = ["run.dir=x"] if command not in ("generate", "score") else ["output=x"]
+    extra = ["run.dir=x"] if command not in ("generate", "score", "evaluate-reward") else ["output=x"]
     config = load_config(CONFIGS[command], None, [*common, *extra, *overrides])
     uses = model_uses(config)
     paths = {use.role: Path(getattr(config.models, use.key)) for use in uses}
@@ -68,9 +69,11 @@ def test_models_of_one_tokenizer_go_together(command: str, world: Path, others: 
     found = _check(command, world)
     assert found.notes == ()
     assert found.reward is None
-    assert found.directory == world / ("reward_model" if command in ("reward", "score") else "policy")
+    assert found.directory == world / (
+        "reward_model" if command in ("reward", "score", "evaluate-reward") else "policy"
+    )
     for name in ("padded", "bare"):  # a token that only pads changes nothing; a directory may hold no tokenizer
-        lead = "reward_model" if command in ("reward", "score") else "policy"
+        lead = "reward_model" if command in ("reward", "score", "evaluate-reward") else "policy"
         _check(command, world, f"models.{lead}={others[name]}", f"data.tokenizer={world / 'policy'}")
     if command == "ppo":
         _check(command, world, f"models.reward_model={others['padded']}")

@@ -37,6 +37,14 @@ def check_record(record: Any, kind: str, where: str) -> Row:
     return row
 
 
+def scored_kind(record: Any) -> str:
+    """Of a row that is to be scored: preferences where it has a pair of responses and no single one, else
+    responses."""
+    if not isinstance(record, Mapping) or record.get("response") is not None:
+        return "responses"
+    return "responses" if record.get("chosen") is None and record.get("rejected") is None else "preferences"
+
+
 def iter_texts(row: Row) -> Iterator[str]:
     """Every text of a checked row, its label left out."""
     yield from (row[name] for name in COLUMNS if name not in ("messages", "group") and row[name] is not None)
@@ -59,6 +67,8 @@ def _check_demonstration(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _check_response(record: Mapping[str, Any], where: str) -> Row:
+    if scored_kind(record) == "preferences":
+        raise ConfigError(f"{where}: a pair {{chosen, rejected}} among responses; a file holds one kind, split it")
     row: Row = _check_texts(record, ("prompt",), where)
     if record.get("messages") is not None:
         messages = _check_messages(record, where)
@@ -68,6 +78,8 @@ def _check_response(record: Mapping[str, Any], where: str) -> Row:
 
 
 def _check_preference(record: Mapping[str, Any], where: str) -> Row:
+    if record.get("response") is not None and record.get("chosen") is None and record.get("rejected") is None:
+        raise ConfigError(f"{where}: a response among pairs {{chosen, rejected}}; a file holds one kind, split it")
     return _check_texts(record, ("prompt", "chosen", "rejected"), where)
 
 

@@ -45,6 +45,11 @@ class PreferenceDataset(RowDataset[list[EncodedRow]]):
         row = self._records[int(row_id)]
         return prompt_text(self._tokenizer, row["prompt"]).text, row["chosen"], row["rejected"]
 
+    def fields(self, row_id: int) -> dict[str, str]:
+        """The row under the names of data files."""
+        row = self._records[int(row_id)]
+        return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+
     def _encode_row(self, row: Row) -> list[EncodedRow]:
         return encode_responses(self._tokenizer, row["prompt"], [row["chosen"], row["rejected"]], **self._limits)
 

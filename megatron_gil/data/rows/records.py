@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.rows.checked_copies import cannot_copy, take_copy
-from megatron_gil.data.rows.fields import COLUMNS, Row, check_record
+from megatron_gil.data.rows.fields import COLUMNS, Row, check_record, scored_kind
 from megatron_gil.jsonl import iter_jsonl
 
 if TYPE_CHECKING:
@@ -31,6 +31,18 @@ def read_records(path: str | Path, kind: str) -> Dataset:
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((_CACHE_VERSION, kind, stamps)).encode()).hexdigest()[:32]
     return _memory_map([str(f) for f in files], kind, key)
+
+
+def read_scored_kind(path: str | Path) -> str:
+    """Whether a file or directory that is to be scored holds responses or preferences: a directory says it by the
+    names of its files, else the first row by its fields."""
+    files = _find_files(Path(path), "responses")
+    if Path(path).is_dir() and not _is_of(files[0], "responses"):
+        files = _find_files(Path(path), "preferences")
+    for file in files:
+        for _, record in _iterate(file):
+            return scored_kind(record)
+    return "responses"
 
 
 def _memory_map(files: list[str], kind: str, key: str) -> Dataset:
@@ -64,12 +76,15 @@ def _memory_map(files: list[str], kind: str, key: str) -> Dataset:
 def _iter_files(files: list[str], kind: str) -> Iterator[Row]:
     num_rows = 0
     for name in files:
-        iterate = iter_parquet if name.endswith(".parquet") else iter_jsonl
-        for number, record in iterate(Path(name)):
+        for number, record in _iterate(Path(name)):
             yield check_record(record, kind, f"{name}:{number}")
             num_rows += 1
     if num_rows == 0:
         raise ConfigError(f"{', '.join(files)}: no rows")
+
+
+def _iterate(file: Path) -> Iterator[tuple[int, Any]]:
+    return iter_parquet(file) if file.name.endswith(".parquet") else iter_jsonl(file)
 
 
 def iter_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -87,7 +102,7 @@ def iter_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _find_files(path: Path, kind: str) -> list[Path]:
     if path.is_dir():
-        own = sorted(f for f in path.iterdir() if f.name.split(".")[0] == kind and f.name.endswith(_SUFFIXES))
+        own = sorted(f for f in path.iterdir() if _is_of(f, kind) and f.name.endswith(_SUFFIXES))
         files = own or sorted(f for f in path.iterdir() if f.is_file() and f.name.endswith(_SUFFIXES))
         if not files:
             raise ConfigError(f"{path}: holds no file that ends in {', '.join(_SUFFIXES)}")
@@ -97,6 +112,10 @@ def _find_files(path: Path, kind: str) -> list[Path]:
     if not path.name.endswith(_SUFFIXES):
         raise ConfigError(f"{path}: must end in {', '.join(_SUFFIXES)}; `megatron-gil prepare-data` reads other forms")
     return [path]
+
+
+def _is_of(file: Path, kind: str) -> bool:
+    return file.name.split(".")[0] == kind
 
 
 def _config_error_in(error: BaseException, files: list[str], directory: Path) -> BaseException:

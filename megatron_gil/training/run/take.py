@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_gil.config import CommandConfig, ConfigError, GenerateConfig, ScoreConfig, TrainConfig
+from megatron_gil.config import CommandConfig, ConfigError, TrainConfig
 from megatron_gil.parallel.collectives import agree
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.run.directory import RunDirectory, take_directory
@@ -30,9 +30,8 @@ def take_run_directory(config: TrainConfig, layout: ParallelLayout, progress: Pr
     return taken
 
 
-def take_output(config: GenerateConfig | ScoreConfig, layout: ParallelLayout, progress: Progress) -> None:
+def take_output(output: Path, config: CommandConfig, layout: ParallelLayout, progress: Progress) -> None:
     """Rank 0 takes the output file for all: another process that writes the same one is refused."""
-    output = Path(config.output)
 
     def take() -> None:
         if layout.is_main:
@@ -45,7 +44,7 @@ def take_output(config: GenerateConfig | ScoreConfig, layout: ParallelLayout, pr
                 raise ConfigError(f"output={output} cannot be written: {error.strerror}") from None
             if lock is not None:
                 progress.at_end.callback(lock.release)
-                new_file(config.output)  # another process may just have finished it
+                new_file(str(output))  # another process may just have finished it
 
     agree(layout, take)
 
