@@ -40,6 +40,7 @@ setup(
         "matplotlib",
         "psutil",
         "numpy",
+        "scipy",
         "jaxtyping",
     ],
     extras_require={
