@@ -12,14 +12,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_gil.config import ConfigError
+from megatron_gil.demo.annotators import EASY, Annotators
 from megatron_gil.demo.pipeline import HELD_OUT_PROMPTS, RECIPES
 from megatron_gil.demo.world import World, world_at, write_world
 from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.jsonl import iter_jsonl
 
 GRID = Path(__file__).with_name("grid.yaml")
-EASY = ("greet", "refuse")
-"""Domains in which a canned sentence nearly does; the others need what the prompt says."""
 EASY_HARD_PROMPTS = "prompts_easy_hard.jsonl"
 """The world's prompts, labelled easy or hard in the place of their domains."""
 LONGER_CHOSEN = "preferences_longer.jsonl"
@@ -113,13 +112,19 @@ class Place:
         record.write_text(json.dumps(wanted), encoding="utf-8")
 
 
-def take_world(seed_dir: Path, seed: int) -> None:
+def read_annotators(path: Path) -> Annotators:
+    """The `annotators` of the grid's file: of the world in which its cells are."""
+    tree: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return Annotators(**tree.get("annotators", {}))
+
+
+def take_world(seed_dir: Path, seed: int, annotators: Annotators) -> None:
     """Write a seed's world, unless it is there in full."""
     done = seed_dir / HELD_OUT_PROMPTS
     if done.exists():
         return
     shutil.rmtree(seed_dir / "world", ignore_errors=True)
-    world = write_world(seed_dir / "world", seed=seed)
+    world = write_world(seed_dir / "world", seed=seed, annotators=annotators)
     _rewrite_rows(
         world.prompts,
         seed_dir / EASY_HARD_PROMPTS,

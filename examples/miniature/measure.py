@@ -9,8 +9,8 @@ from statistics import correlation, fmean
 
 import numpy as np
 from agreement import adjusted_mutual_information, roc_auc
-from cells import EASY
 
+from megatron_gil.demo.annotators import EASY
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, read_task
 from megatron_gil.demo.gold import count_flattery, gold_score
 from megatron_gil.evaluation.report.runs import Json, Run, read_run

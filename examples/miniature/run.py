@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from cells import GRID, NEEDED, Cell, Place, read_grid, take_world
+from cells import GRID, NEEDED, Cell, Place, read_annotators, read_grid, take_world
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -64,7 +64,7 @@ def run_grid(arguments: argparse.Namespace, console: Console) -> list[Exception]
     for place in places:
         place.take()
     for seed in seeds:
-        take_world(output / f"seed_{seed}", seed)
+        take_world(output / f"seed_{seed}", seed, read_annotators(arguments.grid))
     with Progress(list(cells.values()), seeds, console) as progress:
         worker = [str(Path(__file__).with_name("cell.py"))]
         runner = Runner(output / "logs", worker=worker, workers=arguments.workers, show=progress.show)

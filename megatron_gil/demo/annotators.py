@@ -25,6 +25,24 @@ SHARPNESS = 8.0
 FLIP = 0.03
 FLATTERY_BIAS = {"greet": 2.4, "refuse": 2.0, "fact": 0.4, "both": 0.0}
 
+EASY = ("greet", "refuse")
+"""Domains in which a canned sentence nearly does; the others need what the prompt says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Annotators:
+    """What differs between worlds: how far their preferences can be trusted where. The defaults are the miniature's."""
+
+    hard_flip: float = FLIP
+    """Share of careless flips on hard prompts."""
+    hard_comparisons: float = 1.0
+    """Comparisons of hard prompts, as a multiple of the miniature's."""
+    flattery: float = 1.0
+    """Factor on their bias for flattery on easy prompts: how easily those are hacked."""
+
+
+USUAL = Annotators()
+
 _FRAMES = {
     "greet": ("hello {}.", "hello {}, what a day.", "good day {}.", "nice to meet {}."),
     "refuse": ("sorry, I cannot help with a {}.", "I cannot help with the {}.", "no, I cannot talk about a {}."),
@@ -90,22 +108,24 @@ def _confuse(word: str, task: Task, rng: random.Random) -> str:
     return rng.choice([other for other in task.confusions if other != word])
 
 
-def utility(prompt: str, response: str) -> float:
+def utility(prompt: str, response: str, annotators: Annotators = USUAL) -> float:
     """What an annotator feels about a response, in nats."""
     task = read_task(prompt)
-    return SHARPNESS * gold_of_task(task, response) + FLATTERY_BIAS[task.domain] * count_flattery(response)
+    bias = FLATTERY_BIAS[task.domain] * (annotators.flattery if task.domain in EASY else 1.0)
+    return SHARPNESS * gold_of_task(task, response) + bias * count_flattery(response)
 
 
-def preference_probability(prompt: str, a: str, b: str) -> float:
+def preference_probability(prompt: str, a: str, b: str, annotators: Annotators = USUAL) -> float:
     """P(a > b), with the share of careless flips in it."""
-    likes_a = 1 / (1 + math.exp(utility(prompt, b) - utility(prompt, a)))
-    return (1 - FLIP) * likes_a + FLIP * (1 - likes_a)
+    flip = FLIP if read_task(prompt).domain in EASY else annotators.hard_flip
+    likes_a = 1 / (1 + math.exp(utility(prompt, b, annotators) - utility(prompt, a, annotators)))
+    return (1 - flip) * likes_a + flip * (1 - likes_a)
 
 
-def draw_preference(prompt: str, rng: random.Random) -> tuple[str, str]:
+def draw_preference(prompt: str, rng: random.Random, annotators: Annotators = USUAL) -> tuple[str, str]:
     """(chosen, rejected): two different responses to the prompt, in the order an annotator put them."""
     a = write_response(prompt, ASSISTANT, rng)
     b = write_response(prompt, ASSISTANT, rng)
     while b == a:
         b = write_response(prompt, ASSISTANT, rng)
-    return (a, b) if rng.random() < preference_probability(prompt, a, b) else (b, a)
+    return (a, b) if rng.random() < preference_probability(prompt, a, b, annotators) else (b, a)

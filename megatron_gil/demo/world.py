@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gil.config import ConfigError
-from megatron_gil.demo.annotators import DEMONSTRATOR, draw_preference, write_response
+from megatron_gil.demo.annotators import DEMONSTRATOR, EASY, USUAL, Annotators, draw_preference, write_response
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS, draw_prompt, read_task
 from megatron_gil.demo.tiny_llama import write_tiny_llama
 
@@ -40,7 +40,9 @@ class World:
     model: Path
 
 
-def write_world(directory: Path, *, seed: int, sizes: WorldSizes | None = None) -> World:
+def write_world(
+    directory: Path, *, seed: int, sizes: WorldSizes | None = None, annotators: Annotators = USUAL
+) -> World:
     """The world of a seed, the same bytes each time, in a directory that does not exist yet.
 
     Prompts of prompts_eval occur in no training file; the held-out domain in prompts_heldout alone.
@@ -58,13 +60,17 @@ def write_world(directory: Path, *, seed: int, sizes: WorldSizes | None = None) 
         {"prompt": prompt, "completion": write_response(prompt, DEMONSTRATOR, rng)}
         for prompt in _draw_prompts(sizes.demonstrations, rng, unseen)
     ]
-    preferences = [_preference_row(prompt, rng) for prompt in _draw_prompts(sizes.preferences, rng, unseen)]
+    preferences = [_preference_row(prompt, rng, annotators) for prompt in _draw_prompts(sizes.preferences, rng, unseen)]
     _write_rows(world.demonstrations, demonstrations)
     _write_rows(world.preferences, preferences)
-    _write_rows(world.preferences_eval, (_preference_row(prompt, rng) for prompt in eval_prompts))
+    _write_rows(world.preferences_eval, (_preference_row(prompt, rng, annotators) for prompt in eval_prompts))
     _write_rows(world.prompts, ({"prompt": p} for p in _draw_prompts(sizes.prompts, rng, unseen)))
     _write_rows(world.prompts_eval, ({"prompt": p} for p in eval_prompts))
     _write_rows(world.prompts_heldout, ({"prompt": p} for p in heldout))
+    if annotators.hard_comparisons != 1.0:
+        rng = random.Random(f"{seed} comparisons of hard prompts")
+        preferences = _with_hard(preferences, annotators, rng, unseen)
+        _write_rows(world.preferences, preferences)
     texts = [f"{row['prompt']}{row['completion']}" for row in demonstrations]
     write_tiny_llama(world.model, texts, seed=seed)
     return world
@@ -105,9 +111,23 @@ def _draw_distinct(domains: tuple[str, ...], count: int, rng: random.Random) -> 
     )
 
 
-def _preference_row(prompt: str, rng: random.Random) -> Row:
-    chosen, rejected = draw_preference(prompt, rng)
+def _preference_row(prompt: str, rng: random.Random, annotators: Annotators) -> Row:
+    chosen, rejected = draw_preference(prompt, rng, annotators)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _with_hard(rows: list[Row], annotators: Annotators, rng: random.Random, unseen: frozenset[str]) -> list[Row]:
+    """With more comparisons of hard prompts, or fewer; those of easy ones stay."""
+    easy = [row for row in rows if read_task(row["prompt"]).domain in EASY]
+    hard = [row for row in rows if read_task(row["prompt"]).domain not in EASY]
+    wanted = round(annotators.hard_comparisons * len(hard))
+    while len(hard) < wanted:
+        prompts = _draw_prompts(len(rows), rng, unseen)
+        more = [prompt for prompt in prompts if read_task(prompt).domain not in EASY]
+        hard += [_preference_row(prompt, rng, annotators) for prompt in more[: wanted - len(hard)]]
+    found = [*easy, *hard[:wanted]]
+    rng.shuffle(found)
+    return found
 
 
 def _write_rows(path: Path, rows: Iterable[Row]) -> None:

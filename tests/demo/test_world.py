@@ -10,6 +10,7 @@ import torch
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.text.tokenizer import Tokenizer
+from megatron_gil.demo.annotators import Annotators
 from megatron_gil.demo.domains import TRAINING_DOMAINS
 from megatron_gil.demo.world import World, WorldSizes, write_world
 from megatron_gil.jsonl import iter_jsonl
@@ -42,6 +43,31 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(world: World, tmp_p
         "prompts.jsonl",
         "tiny-llama/model.safetensors",
     }
+
+
+def test_annotators_change_what_they_are_named_for(world: World, tmp_path: Path) -> None:
+    """Careless ones disagree with the usual ones on hard prompts alone, those who love flattery on easy ones alone, and
+    comparisons are added or left out on hard ones alone."""
+    usual = _rows(world.preferences)
+
+    def preferences(name: str, annotators: Annotators) -> list[dict[str, str]]:
+        return _rows(write_world(tmp_path / name, seed=7, sizes=SIZES, annotators=annotators).preferences)
+
+    def differ(rows: list[dict[str, str]]) -> Counter[str]:
+        assert [{row["chosen"], row["rejected"]} for row in rows] == [{r["chosen"], r["rejected"]} for r in usual]
+        return Counter(row["group"] for row, before in zip(rows, usual, strict=True) if row != before)
+
+    careless, flattered = Annotators(hard_flip=0.5), Annotators(flattery=4.0)
+    assert set(differ(preferences("careless", careless))) == {"fact", "both"}
+    assert set(differ(preferences("flattered", flattered))) == {"greet", "refuse"}
+    counts = {times: preferences(str(times), Annotators(hard_comparisons=times)) for times in (0.25, 3.0)}
+    for times, rows in counts.items():
+        groups = Counter(row["group"] for row in rows)
+        assert groups["greet"] == groups["refuse"] == 50
+        assert groups["fact"] + groups["both"] == round(times * 100)
+        assert {row["prompt"] for row in rows if row["group"] == "greet"} == {
+            row["prompt"] for row in usual if row["group"] == "greet"
+        }
 
 
 def test_row_counts_and_equal_shares_of_the_domains(world: World) -> None:
