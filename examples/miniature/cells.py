@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_gil.config import ConfigError
-from megatron_gil.demo.annotators import EASY, Annotators
+from megatron_gil.demo.annotators import EASY, USUAL, Annotators
 from megatron_gil.demo.pipeline import HELD_OUT_PROMPTS, RECIPES
 from megatron_gil.demo.world import World, world_at, write_world
 from megatron_gil.evaluation.report.runs import Json
@@ -118,7 +118,7 @@ def read_annotators(path: Path) -> Annotators:
     return Annotators(**tree.get("annotators", {}))
 
 
-def take_world(seed_dir: Path, seed: int, annotators: Annotators) -> None:
+def take_world(seed_dir: Path, seed: int, annotators: Annotators = USUAL) -> None:
     """Write a seed's world, unless it is there in full."""
     done = seed_dir / HELD_OUT_PROMPTS
     if done.exists():
