@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -33,4 +34,17 @@ def write_whole(path: Path, text: str) -> None:
         beside.replace(path)
     except BaseException:  # a Ctrl-C too
         beside.unlink(missing_ok=True)
+        raise
+
+
+def write_new(texts: Mapping[Path, str]) -> None:
+    """Files that are not there yet, in this order, and their directories: all of the files, or none where one cannot be
+    written."""
+    try:
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
+    except BaseException:  # a Ctrl-C too
+        for path in texts:
+            path.unlink(missing_ok=True)
         raise

@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.comparisons import Judgment, judgment_rows
 from megatron_gil.jsonl import iter_jsonl
-from megatron_gil.paths import expand_user, write_whole
+from megatron_gil.paths import expand_user, write_new
 
 
 def blind_pairs(arguments: Sequence[str]) -> int:
@@ -83,8 +83,8 @@ def _write(directory: Path, contents: Mapping[str, Iterable[object]]) -> None:
         if (directory / name).exists():
             raise ConfigError(f"{directory / name} exists already; name another --output")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, rows in contents.items():
-            write_whole(directory / name, "".join(json.dumps(row) + "\n" for row in rows))
+        write_new(
+            {directory / name: "".join(json.dumps(row) + "\n" for row in rows) for name, rows in contents.items()}
+        )
     except OSError as error:
         raise ConfigError(f"{directory}: cannot be written: {error.strerror}; choose another --output") from None

@@ -21,7 +21,7 @@ from megatron_gil.commands.evaluate_llm import add_options, check_options, dry_r
 from megatron_gil.commands.win_rates import check_outputs, show, write_tables
 from megatron_gil.config import ConfigError
 from megatron_gil.config.ranges import Range
-from megatron_gil.evaluation.comparisons import Comparison, Judgment, pair_files, read_responses
+from megatron_gil.evaluation.comparisons import Comparison, Judgment, Row, pair_read, read_responses
 from megatron_gil.evaluation.judge import Judge, ScoreFn, ScoreJudge, recorded_scores
 from megatron_gil.evaluation.tables import as_json, summarise
 from megatron_gil.evaluation.web.store import read_ratings
@@ -36,10 +36,11 @@ def evaluate(arguments: Sequence[str], *, gold_score: ScoreFn) -> int:
     """
     given = _parse(arguments)
     check_outputs(given.output)
-    comparisons = pair_files(given.ours, given.theirs)
+    rows = {path: read_responses(path) for path in (given.ours, *given.theirs)}
+    comparisons = pair_read(rows, given.ours, given.theirs)
     if given.dry_run:
         return dry_run(given, comparisons)
-    judgments = _judge(given, comparisons, gold_score)
+    judgments = _judge(given, rows, comparisons, gold_score)
     summary = summarise(judgments)
     show(summary)
     if given.output is not None:
@@ -72,17 +73,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _judge(
-    given: argparse.Namespace, comparisons: Mapping[str, Sequence[Comparison]], gold_score: ScoreFn
+    given: argparse.Namespace,
+    rows: Mapping[Path, Sequence[Row]],
+    comparisons: Mapping[str, Sequence[Comparison]],
+    gold_score: ScoreFn,
 ) -> list[Judgment]:
     if given.judge == "llm":
         return judge_by_llm(given, comparisons)
     if given.judge == "people":
         return _judge_by_people(given, comparisons)
-    judge = _make_judge(given, gold_score)
+    judge = _make_judge(given, rows, gold_score)
     return [
         judgment
-        for opponent, rows in comparisons.items()
-        for judgment in judge_all(judge, rows, task=given.task, policy=given.ours.stem, opponent=opponent)
+        for opponent, pairs in comparisons.items()
+        for judgment in judge_all(judge, pairs, task=given.task, policy=given.ours.stem, opponent=opponent)
     ]
 
 
@@ -103,9 +107,8 @@ def _judge_by_people(given: argparse.Namespace, comparisons: Mapping[str, Sequen
     ]
 
 
-def _make_judge(given: argparse.Namespace, gold_score: ScoreFn) -> Judge:
+def _make_judge(given: argparse.Namespace, rows: Mapping[Path, Sequence[Row]], gold_score: ScoreFn) -> Judge:
     if given.judge == "gold":
         return ScoreJudge("gold", gold_score, tie_margin=given.tie_margin)
-    files: list[Path] = [given.ours, *given.theirs]
-    scored = recorded_scores((row for path in files for row in read_responses(path)), ", ".join(map(str, files)))
+    scored = recorded_scores((row for file in rows.values() for row in file), ", ".join(map(str, rows)))
     return ScoreJudge("reward model", scored, tie_margin=given.tie_margin)

@@ -20,7 +20,7 @@ from megatron_gil.evaluation.report.quality_figures import quality_picture
 from megatron_gil.evaluation.reward_quality import RewardQuality, divisions, reward_quality
 from megatron_gil.evaluation.scored_pairs import ScoredPair, read_scored_pairs
 from megatron_gil.evaluation.tables import finite
-from megatron_gil.paths import write_whole
+from megatron_gil.paths import write_new
 from megatron_gil.training.run.output import QualityFiles, quality_files
 
 if TYPE_CHECKING:
@@ -55,14 +55,7 @@ def show_and_write(pairs: Sequence[ScoredPair], files: QualityFiles | None) -> N
         files.picture: to_svg(_picture(found, pairs)),
         files.numbers: json.dumps(finite(asdict(found)), indent=2) + "\n",
     }
-    try:
-        files.numbers.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in content.items():
-            write_whole(path, text)
-    except BaseException:  # a Ctrl-C too
-        for path in content:
-            path.unlink(missing_ok=True)
-        raise
+    write_new(content)
     print(f"written: {', '.join(map(str, content))}", file=sys.stderr)
 
 

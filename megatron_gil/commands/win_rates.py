@@ -23,7 +23,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.comparisons import Judgment, judgment_rows, read_judgments
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.tables import Summary, as_csv, as_json, as_markdown, console_tables, summarise
-from megatron_gil.paths import expand_user, write_whole
+from megatron_gil.paths import expand_user, write_new
 
 
 def win_rates(arguments: Sequence[str]) -> int:
@@ -103,8 +103,6 @@ def write_tables(
     if judgments is not None:
         texts = {"judgments": "".join(json.dumps(row) + "\n" for row in judgment_rows(judgments)), **texts}
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for kind, text in texts.items():
-            write_whole(paths[kind], text)
+        write_new({paths[kind]: text for kind, text in texts.items()})
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror}; choose another --output") from None

@@ -61,16 +61,15 @@ def write_world(
         for prompt in _draw_prompts(sizes.demonstrations, rng, unseen)
     ]
     preferences = [_preference_row(prompt, rng, annotators) for prompt in _draw_prompts(sizes.preferences, rng, unseen)]
+    if annotators.hard_comparisons != 1.0:  # drawn apart, so that all other files stay as they are
+        apart = random.Random(f"{seed} comparisons of hard prompts")
+        preferences = _with_hard(preferences, annotators, apart, unseen)
     _write_rows(world.demonstrations, demonstrations)
     _write_rows(world.preferences, preferences)
     _write_rows(world.preferences_eval, (_preference_row(prompt, rng, annotators) for prompt in eval_prompts))
     _write_rows(world.prompts, ({"prompt": p} for p in _draw_prompts(sizes.prompts, rng, unseen)))
     _write_rows(world.prompts_eval, ({"prompt": p} for p in eval_prompts))
     _write_rows(world.prompts_heldout, ({"prompt": p} for p in heldout))
-    if annotators.hard_comparisons != 1.0:
-        rng = random.Random(f"{seed} comparisons of hard prompts")
-        preferences = _with_hard(preferences, annotators, rng, unseen)
-        _write_rows(world.preferences, preferences)
     texts = [f"{row['prompt']}{row['completion']}" for row in demonstrations]
     write_tiny_llama(world.model, texts, seed=seed)
     return world

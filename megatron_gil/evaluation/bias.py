@@ -159,14 +159,15 @@ def _bins(differences: np.ndarray, won: np.ndarray, prompt_idx: np.ndarray) -> t
     bins = []
     for place in np.unique(places):
         here = places == place
-        values = [won[here & (prompt_idx == i)].mean() for i in np.unique(prompt_idx[here])]
+        counts = np.bincount(prompt_idx[here])
+        values = np.bincount(prompt_idx[here], weights=won[here])[counts > 0] / counts[counts > 0]
         bins.append(
             LengthBin(
                 shortest=int(differences[here].min()),
                 longest=int(differences[here].max()),
                 median=float(np.median(differences[here])),
                 num_prompts=len(values),
-                win_rate=bootstrap([float(value) for value in values]),
+                win_rate=bootstrap(values.tolist()),
             )
         )
     return tuple(bins)

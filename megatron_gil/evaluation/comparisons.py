@@ -74,17 +74,20 @@ def read_responses(path: Path) -> list[dict[str, str]]:
 
 
 def pair_files(ours: Path, theirs: Sequence[Path]) -> dict[str, list[Comparison]]:
-    """Opponent's name -> its comparisons, a row each. All files are read and checked before anything is returned.
+    """`pair_read` of files that are read and checked here."""
+    return pair_read({path: read_responses(path) for path in (ours, *theirs)}, ours, theirs)
+
+
+def pair_read(rows: Mapping[Path, Sequence[Row]], ours: Path, theirs: Sequence[Path]) -> dict[str, list[Comparison]]:
+    """Opponent's name -> its comparisons, a row each. rows: of every file.
 
     Names are the files' without their ending; whole paths where those are not distinct. ConfigError names the files and
     the row where they do not answer the same prompts.
     """
-    mine = read_responses(ours)
     stems = [path.stem for path in theirs]
     names = stems if len(set(stems)) == len(stems) else [str(path) for path in theirs]
     return {
-        name: pair_rows(mine, read_responses(path), f"{ours} and {path}")
-        for name, path in zip(names, theirs, strict=True)
+        name: pair_rows(rows[ours], rows[path], f"{ours} and {path}") for name, path in zip(names, theirs, strict=True)
     }
 
 

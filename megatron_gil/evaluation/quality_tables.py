@@ -9,7 +9,7 @@ from megatron_gil.evaluation.calibration import Bin
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.reward_quality import Quality, RewardQuality
 from megatron_gil.evaluation.statistics import Estimate
-from megatron_gil.evaluation.tables import markdown_table
+from megatron_gil.evaluation.tables import markdown_table, percent_interval
 
 HEADER = ("", "pairs", "accuracy, % [95 %]", "margin", "log-loss", "ECE", "T")
 TERMS = (
@@ -43,7 +43,7 @@ def _cells(name: str, found: Quality) -> tuple[str, ...]:
     return (
         name,
         f"{found.num_pairs:,}",
-        f"{100 * found.accuracy.value:.1f} [{100 * found.accuracy.low:.1f}, {100 * found.accuracy.high:.1f}]",
+        percent_interval(found.accuracy),
         _number(found.margin.value, "+z.2f"),
         _number(found.log_loss.value, ".3f"),
         f"{found.calibration_error.value:.3f}",

@@ -106,7 +106,7 @@ def _bias_table(cells: Sequence[Cell]) -> Table:
     rows = [
         (
             *name,
-            _percent_interval(position.first),
+            percent_interval(position.first),
             p_value(position.sign_test),
             percent(position.consistent.value),
         )
@@ -126,7 +126,7 @@ def _length_table(cells: Sequence[Cell]) -> Table:
             *name,
             f"{length.difference:+.0f}",
             percent(length.win_rate.value),
-            _percent_interval(length.controlled),
+            percent_interval(length.controlled),
             *(percent(part.win_rate.value) for part in (length.bins[0], length.bins[-1])),
         )
         for name, cell in zip(names.rows, cells, strict=True)
@@ -170,7 +170,7 @@ def _names(cells: Sequence[Cell]) -> tuple[_Names, str]:
     return _Names(header=fields, rows=[[getattr(c, f) for f in fields] for c in cells]), shared
 
 
-def _percent_interval(share: Estimate) -> str:
+def percent_interval(share: Estimate) -> str:
     if math.isnan(share.value):
         return "-"
     return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
