@@ -13,7 +13,9 @@ import httpx2
 import pytest
 
 from megatron_gil.cli import main
+from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.comparisons import pair_files, read_judgments
+from megatron_gil.evaluation.llm_judge.answers import AnswerStore
 from megatron_gil.evaluation.rubrics import read_rubric
 from megatron_gil.evaluation.tables import summarise
 from megatron_gil.evaluation.web.access import Access
@@ -127,6 +129,15 @@ def test_ratings_become_the_same_tables(visit: Open, tmp_path: Path, capsys: pyt
     assert "ratings.sqlite: rates none of the pairs of" in capsys.readouterr().err
     assert main(["evaluate", *files, "--judge", "people"]) == 2
     assert "--judge people and --ratings FILE.sqlite" in capsys.readouterr().err
+
+
+def test_ratings_and_a_judges_answers_are_told_apart(visit: Open, tmp_path: Path) -> None:
+    visit()
+    with pytest.raises(ConfigError, match=r"ratings\.sqlite: a database of something else; name another --answers"):
+        AnswerStore(tmp_path / "ratings.sqlite", read_only=True)
+    AnswerStore(tmp_path / "answers.sqlite").close()
+    with pytest.raises(ConfigError, match=r"answers\.sqlite: an SQLite file, but no file of ratings"):
+        read_ratings(tmp_path / "answers.sqlite")
 
 
 def test_a_choice_counts_for_the_response_on_that_side(visit: Open, tmp_path: Path) -> None:

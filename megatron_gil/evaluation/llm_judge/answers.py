@@ -19,8 +19,8 @@ from typing import Literal
 from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.judge import Verdict
 
-APPLICATION, VERSION = 0x4D47494C, 1
-"""Numbers in the file's head: whose it is (MGIL), and the form of its table."""
+APPLICATION, VERSION = 0x4D47414E, 1
+"""Numbers in the file's head: what it is (MGAN; ratings have another), and the form of its table."""
 
 Kind = Literal["verdict", "off_form", "cut", "refused", "too_long"]
 """off_form: without a verdict in its last line. cut: the same, at the limit on tokens."""

@@ -19,7 +19,7 @@ from megatron_gil.evaluation.web.study import Study
 Choice = Literal["first", "second", "tie"]
 _VERDICT: dict[str, Verdict] = {"first": "win", "tie": "tie", "second": "lose"}
 """For the response that was shown in the first place."""
-_APPLICATION = 0x4D47494C  # "MGIL": tells it from other SQLite files
+_APPLICATION = 0x4D475241  # "MGRA": tells it from other SQLite files, a judge's answers too
 _VERSION = 1
 _PATIENCE_S = 5.0
 """A reader waits so long for a writer, and the other way round."""
