@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -40,11 +42,16 @@ def write_whole(path: Path, text: str) -> None:
 def write_new(texts: Mapping[Path, str]) -> None:
     """Files that are not there yet, in this order, and their directories: all of the files, or none where one cannot be
     written."""
+    begun: list[Path] = []
     try:
         for path, text in texts.items():
+            if path.parent.exists() and not path.parent.is_dir():  # mkdir would say that it exists
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
             path.parent.mkdir(parents=True, exist_ok=True)
+            begun.append(path)
             write_whole(path, text)
     except BaseException:  # a Ctrl-C too
-        for path in texts:
-            path.unlink(missing_ok=True)
+        for path in begun:
+            with suppress(OSError):
+                path.unlink()
         raise

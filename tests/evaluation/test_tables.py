@@ -16,6 +16,7 @@ from megatron_gil.evaluation.comparisons import Judgment, judgment_rows, read_ju
 from megatron_gil.evaluation.judge import Verdict
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.tables import as_csv, as_json, as_markdown, console_tables, summarise, text_tables
+from megatron_gil.paths import write_new
 from tests.evaluation.judged import judged
 
 
@@ -138,3 +139,12 @@ def test_brackets_of_a_name_are_no_markup(capsys: pytest.CaptureFixture[str]) ->
     print_table(Console(width=80), Table(caption="of [red]", header=("who", "%"), rows=[("[/b]", "1")], note="[/i]"))
     said = capsys.readouterr().out
     assert all(text in said for text in ("[/b]", "[red]", "[/i]"))
+
+
+def test_files_that_go_together_are_there_all_or_none(tmp_path: Path) -> None:
+    names = ["a.json", "x" * 300, "b.json"]  # no file system takes the second
+    with pytest.raises(OSError, match="too long"):
+        write_new({tmp_path / "new" / name: "text" for name in names})
+    assert list((tmp_path / "new").iterdir()) == []
+    write_new({tmp_path / "new" / name: name for name in ("a.json", "b.json")})
+    assert [path.read_text() for path in sorted((tmp_path / "new").iterdir())] == ["a.json", "b.json"]
