@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +20,7 @@ from megatron_gil.evaluation.report.figures import (
     to_png,
 )
 from megatron_gil.evaluation.report.runs import Json
-from megatron_gil.evaluation.statistics import bootstrap
+from megatron_gil.evaluation.statistics import t_interval
 
 Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
 SHOWN = ("ppo", "ppo_kl", "gil", "gil_floor", "grpo", "grpo_gil", "sft", "dpo")
@@ -45,7 +46,7 @@ def write_pictures(
     labels: Mapping[str, str],
 ) -> None:
     """gold.png, scores.png, frontier.png, training.png, groups.png: means over the seeds there are, in gold.png with
-    their 95 % bootstrap intervals, in the curves with the range over seeds."""
+    their 95 % t intervals, in the curves with the range over seeds."""
     methods = [m for m in SHOWN if "gold" in numbers.get(m, {})]
     domains = (*TRAINING_DOMAINS, HELDOUT_DOMAIN)
     gold = {labels[m]: {d: fmean(numbers[m][f"gold_{d}"].values()) for d in domains} for m in methods}
@@ -80,10 +81,13 @@ def _intervals(
     numbers: Numbers, methods: Sequence[str], labels: Mapping[str, str]
 ) -> dict[str, dict[str, tuple[float, float]]]:
     found = {
-        labels[m]: {d: bootstrap(list(numbers[m][f"gold_{d}"].values())) for d in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)}
+        labels[m]: {d: t_interval(list(numbers[m][f"gold_{d}"].values())) for d in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)}
         for m in methods
     }
-    return {name: {d: (e.low, e.high) for d, e in by_domain.items()} for name, by_domain in found.items()}
+    return {
+        name: {d: (e.low, e.high) for d, e in by_domain.items() if math.isfinite(e.low)}
+        for name, by_domain in found.items()
+    }
 
 
 def _panels(

@@ -1,7 +1,8 @@
-"""The grid's tables: means over seeds with bootstrap intervals, paired differences, win rates."""
+"""The grid's tables: means over seeds with Student's intervals, paired differences, win rates."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -12,7 +13,7 @@ from megatron_gil.evaluation.comparisons import pair_rows
 from megatron_gil.evaluation.judge import ScoreJudge
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json
-from megatron_gil.evaluation.statistics import Estimate, bootstrap
+from megatron_gil.evaluation.statistics import Estimate, t_interval
 from megatron_gil.evaluation.winrate import judge_all
 
 Numbers = Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -97,16 +98,18 @@ def _of_means(
 ) -> Table:
     shown = [m for m in methods if any(metric in numbers[m] for metric in columns)]
     rows = [(labels[m], *(_cell(numbers[m].get(metric, {})) for metric in columns)) for m in shown]
-    note = "Mean over seeds and 95 % bootstrap interval over seeds; empty where a method has no such number."
+    note = "Mean over seeds and 95 % t interval over seeds; empty where a method has no such number."
     return Table(caption=caption, header=("method", *columns.values()), rows=rows, note=note)
 
 
 def _cell(by_seed: Mapping[int, float]) -> str:
-    return _short(bootstrap(list(by_seed.values()))) if by_seed else ""
+    return _short(t_interval(list(by_seed.values()))) if by_seed else ""
 
 
-def _short(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+def _short(estimate: Estimate, form: str = ".2f") -> str:
+    """With its interval, which one seed does not have."""
+    value = format(estimate.value, form)
+    return value if math.isinf(estimate.low) else f"{value} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def collapsed(gold: Mapping[int, float], sft: Mapping[int, float]) -> dict[int, bool]:
@@ -135,7 +138,7 @@ def _differences(methods: Sequence[str], numbers: Numbers, labels: Mapping[str, 
         for a, b in pairs
         if a in methods and b in methods
     ]
-    note = "Mean over seeds of the difference on the same seed [95 % bootstrap interval]; seeds on which it is above 0."
+    note = "Mean over seeds of the difference on the same seed [95 % t interval]; seeds on which it is above 0."
     return Table(caption="Paired differences", header=("pair", *columns.values()), rows=rows, note=note)
 
 
@@ -143,9 +146,9 @@ def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     shared = sorted(set(ours) & set(theirs))
     if not shared:
         return ""
-    found = bootstrap([ours[s] - theirs[s] for s in shared])  # what a seed gives both of them cancels
+    found = t_interval([ours[s] - theirs[s] for s in shared])  # what a seed gives both of them cancels
     above = sum(ours[s] > theirs[s] for s in shared)
-    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {above} of {len(shared)}"
+    return f"{_short(found, '+.2f')}, {above} of {len(shared)}"
 
 
 def win_rows(replies: Mapping[tuple[str, int], Sequence[Json]]) -> list[Json]:
@@ -170,9 +173,8 @@ def win_table(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
     for ours, opponent in dict.fromkeys((row["ours"], row["opponent"]) for row in rows):
         found = [row for row in rows if (row["ours"], row["opponent"]) == (ours, opponent)]
         shares = [f"{100 * fmean(row[v] for row in found):.1f}" for v in ("win", "tie", "lose")]
-        margin = bootstrap([100 * (row["win"] - row["lose"]) for row in found])
-        interval = f"{margin.value:+.1f} [{margin.low:+.1f}, {margin.high:+.1f}]"
-        cells.append((labels[ours], labels[opponent], str(len(found)), *shares, interval))
+        margin = t_interval([100 * (row["win"] - row["lose"]) for row in found])
+        cells.append((labels[ours], labels[opponent], str(len(found)), *shares, _short(margin, "+.1f")))
     header = ("ours", "opponent", "seeds", "win %", "tie %", "lose %", "win - lose, % [95 %]")
     note = (
         f"Gold judge on the same held-out prompts, all five domains; a difference of at most {TIE_MARGIN} is a tie. "

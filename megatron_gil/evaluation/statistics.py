@@ -1,4 +1,4 @@
-"""Numbers with their uncertainty: bootstrap intervals, and the shape of a score distribution."""
+"""Numbers with their uncertainty, and the shape of a score distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 2_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean with its bootstrap interval."""
+    """A number with its interval."""
 
     value: float
     low: float
@@ -57,6 +57,24 @@ def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Est
         return Estimate(value=math.nan, low=math.nan, high=math.nan)
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value=float(value), low=float(low), high=float(high))
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """The mean of a few independent values, such as one a seed, with Student's interval, mean +- t s / sqrt(n).
+
+    Of five normal values a percentile bootstrap interval holds the true mean in 83 % of the cases and not in 95 %; this
+    one is exact there. A single value has no known spread, so its interval is without end.
+    """
+    from scipy.special import stdtrit
+
+    sample = np.asarray(values, dtype=np.float64)
+    if not sample.size:
+        return Estimate(value=math.nan, low=math.nan, high=math.nan)
+    mean = float(sample.mean())
+    if sample.size == 1:
+        return Estimate(value=mean, low=-math.inf, high=math.inf)
+    half = float(stdtrit(sample.size - 1, (1 + level) / 2) * sample.std(ddof=1) / math.sqrt(sample.size))
+    return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
 def wilson(share: float, num_trials: int, *, level: float = 0.95) -> Estimate:
