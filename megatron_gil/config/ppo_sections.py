@@ -81,6 +81,12 @@ class GilSection(Section):
     kl_floor: float = real(0.0, least=0, most=1)
     """Least factor on a trajectory's KL penalty, which is floor + (1 - floor) p(g_high). 0: as in the paper; 1: the
     whole penalty, as in PPO."""
+    kl_target_high: float | None = real(None, above=0)
+    """Hold the KL of the high group's responses near so many nats, and that of all others near kl_target_low: the two
+    then have KL coefficients of their own, which start at ppo.kl_coef and move by at most a tenth an iteration. They
+    take the place of p(g_high). null: as in the paper."""
+    kl_target_low: float | None = real(None, above=0)
+    """The same of the other groups; `megatron-gil audit` says which targets fit data and reward model."""
     classifier: Literal["critic_head", "own_model"] = "critic_head"
     """Where the group classifier lives: a second head on the critic, or a model of its own."""
     group_return: Literal["total", "score"] = "total"
@@ -120,6 +126,15 @@ class GilSection(Section):
     def _check(self) -> None:
         require(
             self.init_scale != 0, "gil.init_scale=0 is a stationary point that the classifier never leaves; use 1.0"
+        )
+        require(
+            (self.kl_target_high is None) == (self.kl_target_low is None),
+            "gil.kl_target_high and gil.kl_target_low go together; set both or none",
+        )
+        require(
+            self.kl_target_high is None or (self.adaptive_kl and self.kl_floor == 0),
+            "gil.kl_target_high takes the place of p(g_high) as the factor on the KL penalty; leave gil.adaptive_kl=true "
+            "and gil.kl_floor=0",
         )
 
 

@@ -6,13 +6,14 @@ groups (stage 1 of the method). `KnownGroups` takes the labels that came with th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_gil.algo.groups import HighGroup, classifier_coefs, classifier_loss, group_statistics, invariance_weights
+from megatron_gil.algo.kl import KlController
 from megatron_gil.config import GilSection
 from megatron_gil.types import AllSum, GroupStats, Readout, Rollout
 
@@ -50,8 +51,13 @@ class Grouping(Protocol):
         """Take in a rollout's scores [B] to decide which group is high; True if that flipped."""
         ...
 
+    def observe_kl(self, probs: Tensor, kl: Tensor, num_updates: int) -> None:
+        """Take in the KL [B] of a rollout's responses, nats, where coefficients follow it."""
+        ...
+
     def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
-        """[B] factor on each trajectory's KL penalty: floor + (1 - floor) p(g_high), or 1."""
+        """[B] factor on each trajectory's KL penalty: floor + (1 - floor) p(g_high), or that of the group's controller,
+        or 1."""
         ...
 
     def settle(self, probs: Tensor, returns: Tensor, num_updates: int) -> Invariance:
@@ -93,6 +99,8 @@ class SingleGroup:
     def observe_scores(self, probs: Tensor, scores: Tensor) -> bool:
         return False
 
+    def observe_kl(self, probs: Tensor, kl: Tensor, num_updates: int) -> None: ...
+
     def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
         return torch.ones_like(probs[:, 0])
 
@@ -116,6 +124,8 @@ class _InvariantGroups:
     def __init__(self, section: GilSection, num_groups: int, all_sum: AllSum) -> None:
         self._section, self.num_groups, self._all_sum = section, num_groups, all_sum
         self._high = HighGroup.start(num_groups)
+        high, low = section.kl_target_high, section.kl_target_low
+        self._controllers = () if high is None or low is None else (KlController(target=high), KlController(target=low))
 
     def warming_up(self, num_updates: int) -> bool:
         return num_updates < self._section.warmup_updates
@@ -128,9 +138,25 @@ class _InvariantGroups:
         )
         return before.index != self._high.index
 
+    def observe_kl(self, probs: Tensor, kl: Tensor, num_updates: int) -> None:
+        if not self._controllers or self.warming_up(num_updates):  # a policy that waits has no KL
+            return
+        min_mass = self._section.min_group_mass
+        stats = group_statistics(self._high_and_rest(probs), kl, all_sum=self._all_sum, min_group_mass=min_mass)
+        found = zip(self._controllers, stats.group_return.tolist(), stats.counts.tolist(), strict=True)
+        self._controllers = tuple(control.update(mean) if counts else control for control, mean, counts in found)
+
+    def _high_and_rest(self, probs: Tensor) -> Tensor:
+        """[B, 2] probability of the high group, and of all others together."""
+        high = probs[:, self._high.index]
+        return torch.stack([high, 1 - high], dim=1)
+
     def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
         if not self._section.adaptive_kl or self.warming_up(num_updates):
             return torch.ones_like(probs[:, 0])
+        if self._controllers:
+            factors = probs.new_tensor([control.factor for control in self._controllers])
+            return (self._high_and_rest(probs) * factors).sum(1)
         floor = self._section.kl_floor
         return floor + (1 - floor) * probs[:, self._high.index]
 
@@ -157,10 +183,12 @@ class _InvariantGroups:
         return self._high.index
 
     def state(self) -> dict[str, Any]:
-        return asdict(self._high)
+        return asdict(self._high) | {"kl_factors": [control.factor for control in self._controllers]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._high = HighGroup(ema=tuple(state["ema"]), index=state["index"])
+        factors = state.get("kl_factors") or [1.0] * len(self._controllers)
+        self._controllers = tuple(replace(c, factor=f) for c, f in zip(self._controllers, factors, strict=True))
 
 
 class LearnedGroups(_InvariantGroups):

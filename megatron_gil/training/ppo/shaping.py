@@ -47,6 +47,8 @@ def shape_experience(
         normalized = moments.normalize(scores.scores, clip=ppo.score_clip)
 
     flipped = grouping.observe_scores(scores.group_probs, scores.scores)
+    kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0).sum(1)
+    grouping.observe_kl(scores.group_probs, kl, num_updates)
     kl_weights = grouping.kl_weights(scores.group_probs, num_updates)
     rewards = shape_rewards(
         normalized, scores.log_probs, scores.ref_log_probs, mask, kl_coef=ppo.kl_coef, kl_weights=kl_weights
