@@ -6,6 +6,7 @@ groups (stage 1 of the method). `KnownGroups` takes the labels that came with th
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -155,8 +156,8 @@ class _InvariantGroups:
         if not self._section.adaptive_kl or self.warming_up(num_updates):
             return torch.ones_like(probs[:, 0])
         if self._controllers:
-            factors = probs.new_tensor([control.factor for control in self._controllers])
-            return (self._high_and_rest(probs) * factors).sum(1)
+            logs = probs.new_tensor([math.log(control.factor) for control in self._controllers])
+            return (self._high_and_rest(probs) * logs).sum(1).exp()
         floor = self._section.kl_floor
         return floor + (1 - floor) * probs[:, self._high.index]
 
