@@ -28,6 +28,7 @@ def k3(log_probs: Float[Tensor, "batch pos"], ref_log_probs: Float[Tensor, "batc
 MAX_ERROR, GAIN = 0.5, 0.2
 """A controller's factor moves by at most a tenth an iteration. (Ziegler et al.: 0.2 and 0.1, for longer runs.)"""
 
+MAX_FACTOR = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlController:
@@ -44,4 +45,5 @@ class KlController:
         if not math.isfinite(kl):
             return self
         error = min(max(kl / self.target - 1, -MAX_ERROR), MAX_ERROR)
-        return replace(self, factor=self.factor * (1 + GAIN * error))
+        factor = self.factor * (1 + GAIN * error)
+        return replace(self, factor=min(max(factor, 1 / MAX_FACTOR), MAX_FACTOR))
