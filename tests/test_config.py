@@ -80,6 +80,9 @@ def test_the_whole_config_is_looked_through(value: str) -> None:
         ("parallel.timeout_s=-1", "parallel.timeout_s=-1 must be at least 1 and at most 2592000"),
         ("gil.weight_floor=2", "gil.weight_floor=2 must be at most 1"),
         ("gil.init_scale=nan", "gil.init_scale=nan must be finite"),
+        ("gil.kl_target_high=0", "gil.kl_target_high=0 must be above 0"),
+        ("ppo.kl_target=1", "ppo.kl_target holds one KL for all rows; with groups set gil.kl_target_high"),
+        ("gil.kl_target_low=2", "gil.kl_target_high and gil.kl_target_low go together"),
     ],
 )
 def test_messages(override: str, expected: str, tmp_path: Path) -> None:

@@ -22,12 +22,16 @@ def shape_rewards(
     kl_coef: float,
     kl_weights: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch pos"]:
-    """r_it = score_i [t is the last response token] - kl_coef * kl_weights_i * (log pi - log pi_ref)_it.
+    """r_it = score_i [t is the last response token] - kl_coef * kl_weights_i * (log pi - log pi_ref)_it, all of it
+    divided by max(1, kl_weights_i).
 
     0 outside the response. `kl_weights` is p(g_high | trajectory) of the adaptive KL: ones give PPO with KL, zeros PPO
-    without. A row without a response earns nothing.
+    without. Weights above 1, which only controllers give, thus lower the score in the place of raising the penalty: the
+    best policy of such rows is the same, and their penalty does not drown the scores of all other rows. A row without a
+    response earns nothing.
     """
-    penalty = (kl_coef * kl_weights)[:, None] * kl.k1(log_probs, ref_log_probs)
+    scores = scores / kl_weights.clamp(min=1)
+    penalty = (kl_coef * kl_weights.clamp(max=1))[:, None] * kl.k1(log_probs, ref_log_probs)
     tokens_so_far = response_mask.cumsum(dim=1)
     is_last = response_mask & (tokens_so_far == tokens_so_far[:, -1:])
     return torch.where(response_mask, torch.where(is_last, scores[:, None], 0) - penalty, 0)

@@ -1,4 +1,4 @@
-"""Per-token estimators of KL(policy || ref_policy) from tokens the policy sampled, and a controller that holds a KL near
+"""KL(policy || ref_policy): per-token estimators from tokens the policy sampled, and a controller that holds a KL near
 its target.
 
 With r = pi_ref / pi of the sampled token; names after http://joschu.net/blog/kl-approx.html.
@@ -26,13 +26,14 @@ def k3(log_probs: Float[Tensor, "batch pos"], ref_log_probs: Float[Tensor, "batc
 
 
 MAX_ERROR, GAIN = 0.5, 0.2
-"""A controller's factor moves by at most a tenth an iteration. (Ziegler et al.: 0.2 and 0.1, for longer runs.)"""
-
+"""A controller's factor moves by at most a tenth an iteration (Ziegler et al. have 0.2 and 0.1, for longer runs) ..."""
 MAX_FACTOR = 20.0
+"""... between 1 / this and this, so that after a long time on one side of its target it comes back soon."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KlController:
-    """A factor on the KL penalty that rises while the KL is above its target and falls while it is below
+    """A factor on the KL coefficient that rises while the KL is above its target and falls while it is below
     (arXiv 1909.08593, section 2.2); plain numbers, for a checkpoint."""
 
     target: float

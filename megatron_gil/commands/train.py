@@ -177,7 +177,12 @@ def make_ppo_trainer(
             sampler=Generator(models["policy"], config.sampling, tokenizer=tokenizer, seed=config.run.seed),
             scorer=RewardModel(models["reward_model"], text),
         ),
-        grouping=make_grouping(config.gil, num_known=len(checked.train.group_names), all_sum=all_sum(layout)),
+        grouping=make_grouping(
+            config.gil,
+            num_known=len(checked.train.group_names),
+            all_sum=all_sum(layout),
+            kl_target=config.ppo.kl_target,
+        ),
         prompts=PromptSource.shuffled(checked.train, config, layout),
         eval_prompts=None if held_out is None else PromptSource(held_out, None, layout, len(held_out)),
         pretrain=None if checked.pretrain is None else RowSource.shuffled(checked.pretrain, config, layout),

@@ -90,6 +90,15 @@ class PpoConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)  # super() does not work in a dataclass with slots
         require(
+            self.ppo.kl_target is None or not self.gil.has_groups,
+            "ppo.kl_target holds one KL for all rows; with groups set gil.kl_target_high and gil.kl_target_low",
+        )
+        for name, target in (("ppo.kl_target", self.ppo.kl_target), ("gil.kl_target_high", self.gil.kl_target_high)):
+            require(
+                target is None or self.ppo.kl_coef > 0,
+                f"{name}={target} moves a coefficient that starts at ppo.kl_coef, which is 0; set it above 0",
+            )
+        require(
             self.ppo.num_rows % self.batch.global_size == 0,
             f"ppo.prompts={self.ppo.prompts} x ppo.responses_per_prompt={self.ppo.responses_per_prompt} cannot be "
             f"divided by batch.global_size={self.batch.global_size}; change one of them",

@@ -23,6 +23,10 @@ class PpoSection(Section):
     """Passes over each rollout."""
     kl_coef: float = real(0.05, least=0)
     """eta, the weight of the per-token KL penalty in the reward; 0 is PPO without KL."""
+    kl_target: float | None = real(None, above=0)
+    """Hold the KL of a response near so many nats: the coefficient starts at kl_coef and moves by at most a tenth an
+    iteration (arXiv 1909.08593). null: it stays as it is. With groups there is one for either side,
+    gil.kl_target_high and gil.kl_target_low."""
     advantages: Literal["gae", "rloo", "grpo"] = "gae"
     """gae: from a critic. rloo, grpo: by comparing the returns of a prompt's responses, without a critic; they need
     ppo.responses_per_prompt of at least 2, and learned groups then need gil.classifier=own_model."""
@@ -82,11 +86,12 @@ class GilSection(Section):
     """Least factor on a trajectory's KL penalty, which is floor + (1 - floor) p(g_high). 0: as in the paper; 1: the
     whole penalty, as in PPO."""
     kl_target_high: float | None = real(None, above=0)
-    """Hold the KL of the high group's responses near so many nats, and that of all others near kl_target_low: the two
-    then have KL coefficients of their own, which start at ppo.kl_coef and move by at most a tenth an iteration. They
-    take the place of p(g_high). null: as in the paper."""
+    """Hold the KL of the high group's responses near so many nats, and that of all others near kl_target_low: each side
+    then has a KL coefficient of its own, which starts at ppo.kl_coef and moves by at most a tenth an iteration. They
+    take the place of p(g_high); a trajectory between the groups has their weighted geometric mean. null: as in the
+    paper."""
     kl_target_low: float | None = real(None, above=0)
-    """The same of the other groups; `megatron-gil audit` says which targets fit data and reward model."""
+    """The same of the other groups."""
     classifier: Literal["critic_head", "own_model"] = "critic_head"
     """Where the group classifier lives: a second head on the critic, or a model of its own."""
     group_return: Literal["total", "score"] = "total"
@@ -114,6 +119,11 @@ class GilSection(Section):
     """Decay of the running mean of each group's score; the group whose mean is highest is g_high."""
 
     @property
+    def has_groups(self) -> bool:
+        """Whether it is more than plain PPO."""
+        return self.num_groups > 1 or self.groups == "known"
+
+    @property
     def is_learned(self) -> bool:
         """Whether a classifier infers the groups."""
         return self.num_groups > 1 and self.groups == "learned"
@@ -133,8 +143,8 @@ class GilSection(Section):
         )
         require(
             self.kl_target_high is None or (self.adaptive_kl and self.kl_floor == 0),
-            "gil.kl_target_high takes the place of p(g_high) as the factor on the KL penalty; leave gil.adaptive_kl=true "
-            "and gil.kl_floor=0",
+            "gil.kl_target_high takes the place of p(g_high) as the factor on the KL penalty; leave "
+            "gil.adaptive_kl=true and gil.kl_floor=0",
         )
 
 

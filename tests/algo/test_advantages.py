@@ -21,7 +21,7 @@ def rollout(dtype):
 @BOTH
 def test_shaped_rewards_are_the_loop(dtype):
     scores, log_probs, ref_log_probs, _, mask = rollout(dtype)
-    weights = torch.tensor([1.0, 0.0, 0.25, 0.5, 0.7], dtype=dtype)
+    weights = torch.tensor([1.0, 0.0, 4.0, 0.5, 0.7], dtype=dtype)
     rewards = shape_rewards(scores, log_probs, ref_log_probs, mask, kl_coef=0.3, kl_weights=weights)
     assert rewards.dtype == dtype
     for i, (start, end) in enumerate(SPANS):
@@ -30,6 +30,7 @@ def test_shaped_rewards_are_the_loop(dtype):
             if start <= t < end:
                 wanted = -0.3 * weights[i].item() * (log_probs[i, t].item() - ref_log_probs[i, t].item())
                 wanted += scores[i].item() if t == end - 1 else 0.0
+                wanted /= max(1.0, weights[i].item())
             assert rewards[i, t].item() == pytest.approx(wanted, rel=1e-6, abs=1e-7)
 
 

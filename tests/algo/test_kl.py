@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megatron_gil.algo.kl import k1, k3
+from megatron_gil.algo.kl import MAX_FACTOR, KlController, k1, k3
 
 
 def test_estimators_are_their_formulas():
@@ -30,3 +30,33 @@ def test_k3_of_nearly_equal_policies_keeps_its_digits_in_float32():
     estimates = k3(log_p, log_q)
     assert (estimates >= 0).all()
     torch.testing.assert_close(estimates.double(), k3(log_p.double(), log_q.double()), rtol=1e-3, atol=0)
+
+
+def test_a_controller_follows_its_equation():
+    control = KlController(target=2.0)
+    assert control.update(2.0).factor == 1.0
+    assert control.update(2.5).factor == pytest.approx(1 + 0.2 * 0.25)
+    assert control.update(0.0).factor == control.update(-7.0).factor == pytest.approx(0.9)
+    assert control.update(1e9).factor == pytest.approx(1.1)
+    assert control.update(2.5).update(2.5).factor == pytest.approx(1.05**2)
+    assert control.update(math.nan) == control.update(math.inf) == control
+
+
+def test_a_controller_has_bounds_and_comes_back_from_them():
+    control = KlController(target=1.0)
+    for _ in range(1000):
+        control = control.update(5.0)
+    assert control.factor == MAX_FACTOR
+    assert control.update(0.0).factor < MAX_FACTOR
+    for _ in range(1000):
+        control = control.update(0.0)
+    assert control.factor == 1 / MAX_FACTOR
+
+
+def test_a_controller_holds_a_kl_that_answers_to_its_coefficient():
+    """KL = 1 / factor, approached slowly as a policy does."""
+    control, kl = KlController(target=0.25), 0.0
+    for _ in range(300):
+        kl += 0.1 * (1 / control.factor - kl)
+        control = control.update(kl)
+    assert kl == pytest.approx(0.25, rel=0.02)

@@ -20,6 +20,7 @@ from tests.pretend.running import (
 from tests.ranks import RankError
 from tests.world import write_rows
 
+KL_TARGETS = ("gil.kl_target_high=0.5", "gil.kl_target_low=2", "gil.warmup_updates=0")
 OWN_MODEL = ("gil.classifier=own_model",)
 SAMPLING = ("sampling.temperature=0.7", "sampling.top_k=8", "sampling.top_p=0.9", "sampling.repetition_penalty=1.2")
 BFLOAT16 = ("models.dtype=bfloat16",)
@@ -36,7 +37,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("one", "sft", (*BFLOAT16, *DISTRIBUTED, *BACKGROUND)),
     ("one", "reward", (*BFLOAT16, "eval")),
     ("one", "dpo", (*SELECTIVE, "dpo.label_smoothing=0.1", "eval")),
-    ("one", "ppo", ("eval", "gil.num_groups=3", "gil.balance_coef=0.1")),
+    ("one", "ppo", ("eval", "gil.num_groups=3", "gil.balance_coef=0.1", *KL_TARGETS)),
     ("one", "ppo", ("ppo.advantages=rloo", *PAIRS, *OWN_MODEL, *SAMPLING, "sampling.min_new_tokens=2")),
     ("one", "ppo", ("ppo.advantages=grpo", *PAIRS, "gil.num_groups=1", "sampling.temperature=0", "ptx")),
     ("one", "ppo", ("gil.groups=known", "gil.group_value=weighted_log_prob", *BFLOAT16, *FULL)),

@@ -60,12 +60,13 @@ def _arguments(command: str, root: Path, run: Path, *more: str) -> list[str]:
     return [command, *common, *own, *more]
 
 
+KL_TARGETS = ("gil.kl_target_high=0.5", "gil.kl_target_low=2")
 RUNS = {
     "sft": ("sft",),
     "reward": ("reward",),
     "dpo": ("dpo",),
     "ppo": ("ppo",),
-    "ppo_own_model": ("ppo", "gil.classifier=own_model", "ppo.epochs=2"),
+    "ppo_own_model": ("ppo", "gil.classifier=own_model", "ppo.epochs=2", *KL_TARGETS),
     "dpo_offload": ("dpo", "models.offload=all"),
     "ppo_own_model_offload": ("ppo", "gil.classifier=own_model", "ppo.epochs=2", "models.offload=all"),
 }

@@ -6,16 +6,15 @@ groups (stage 1 of the method). `KnownGroups` takes the labels that came with th
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_gil.algo.groups import HighGroup, classifier_coefs, classifier_loss, group_statistics, invariance_weights
-from megatron_gil.algo.kl import KlController
 from megatron_gil.config import GilSection
+from megatron_gil.training.ppo.kl_factors import KlFactors
 from megatron_gil.types import AllSum, GroupStats, Readout, Rollout
 
 
@@ -74,11 +73,11 @@ class Grouping(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
-def make_grouping(section: GilSection, *, num_known: int, all_sum: AllSum) -> Grouping:
-    """num_known: how many labels the data has."""
+def make_grouping(section: GilSection, *, num_known: int, all_sum: AllSum, kl_target: float | None = None) -> Grouping:
+    """num_known: how many labels the data has. kl_target: of plain PPO."""
     if section.groups == "known":
         return KnownGroups(section, num_known, all_sum)
-    return LearnedGroups(section, all_sum) if section.num_groups > 1 else SingleGroup(all_sum)
+    return LearnedGroups(section, all_sum) if section.num_groups > 1 else SingleGroup(all_sum, kl_target)
 
 
 class SingleGroup:
@@ -88,8 +87,8 @@ class SingleGroup:
     learns = False
     high = 0
 
-    def __init__(self, all_sum: AllSum) -> None:
-        self._all_sum = all_sum
+    def __init__(self, all_sum: AllSum, kl_target: float | None = None) -> None:
+        self._all_sum, self._kl = all_sum, KlFactors.of(kl_target)
 
     def warming_up(self, num_updates: int) -> bool:
         return False
@@ -100,10 +99,11 @@ class SingleGroup:
     def observe_scores(self, probs: Tensor, scores: Tensor) -> bool:
         return False
 
-    def observe_kl(self, probs: Tensor, kl: Tensor, num_updates: int) -> None: ...
+    def observe_kl(self, probs: Tensor, kl: Tensor, num_updates: int) -> None:
+        self._kl = self._kl.observe(probs, kl, self._all_sum)
 
     def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
-        return torch.ones_like(probs[:, 0])
+        return self._kl.weights(probs)
 
     def settle(self, probs: Tensor, returns: Tensor, num_updates: int) -> Invariance:
         stats = group_statistics(probs, returns, all_sum=self._all_sum)
@@ -113,10 +113,11 @@ class SingleGroup:
         return torch.zeros((), device=coefs.device)
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return self._kl.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        assert not state, "a checkpoint of a run with groups cannot continue as plain PPO"
+        assert "ema" not in state, "a checkpoint of a run with groups cannot continue as plain PPO"
+        self._kl = self._kl.restored(state)
 
 
 class _InvariantGroups:
@@ -125,8 +126,7 @@ class _InvariantGroups:
     def __init__(self, section: GilSection, num_groups: int, all_sum: AllSum) -> None:
         self._section, self.num_groups, self._all_sum = section, num_groups, all_sum
         self._high = HighGroup.start(num_groups)
-        high, low = section.kl_target_high, section.kl_target_low
-        self._controllers = () if high is None or low is None else (KlController(target=high), KlController(target=low))
+        self._kl = KlFactors.of(section.kl_target_high, section.kl_target_low)
 
     def warming_up(self, num_updates: int) -> bool:
         return num_updates < self._section.warmup_updates
@@ -140,12 +140,9 @@ class _InvariantGroups:
         return before.index != self._high.index
 
     def observe_kl(self, probs: Tensor, kl: Tensor, num_updates: int) -> None:
-        if not self._controllers or self.warming_up(num_updates):  # a policy that waits has no KL
-            return
-        min_mass = self._section.min_group_mass
-        stats = group_statistics(self._high_and_rest(probs), kl, all_sum=self._all_sum, min_group_mass=min_mass)
-        found = zip(self._controllers, stats.group_return.tolist(), stats.counts.tolist(), strict=True)
-        self._controllers = tuple(control.update(mean) if counts else control for control, mean, counts in found)
+        if not self.warming_up(num_updates):  # a policy that waits has no KL
+            sides = self._high_and_rest(probs)
+            self._kl = self._kl.observe(sides, kl, self._all_sum, self._section.min_group_mass)
 
     def _high_and_rest(self, probs: Tensor) -> Tensor:
         """[B, 2] probability of the high group, and of all others together."""
@@ -155,9 +152,8 @@ class _InvariantGroups:
     def kl_weights(self, probs: Tensor, num_updates: int) -> Tensor:
         if not self._section.adaptive_kl or self.warming_up(num_updates):
             return torch.ones_like(probs[:, 0])
-        if self._controllers:
-            logs = probs.new_tensor([math.log(control.factor) for control in self._controllers])
-            return (self._high_and_rest(probs) * logs).sum(1).exp()
+        if self._kl.controllers:
+            return self._kl.weights(self._high_and_rest(probs))
         floor = self._section.kl_floor
         return floor + (1 - floor) * probs[:, self._high.index]
 
@@ -184,12 +180,11 @@ class _InvariantGroups:
         return self._high.index
 
     def state(self) -> dict[str, Any]:
-        return asdict(self._high) | {"kl_factors": [control.factor for control in self._controllers]}
+        return asdict(self._high) | self._kl.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._high = HighGroup(ema=tuple(state["ema"]), index=state["index"])
-        factors = state.get("kl_factors") or [1.0] * len(self._controllers)
-        self._controllers = tuple(replace(c, factor=f) for c, f in zip(self._controllers, factors, strict=True))
+        self._kl = self._kl.restored(state)
 
 
 class LearnedGroups(_InvariantGroups):

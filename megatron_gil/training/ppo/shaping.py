@@ -51,12 +51,7 @@ def shape_experience(
     grouping.observe_kl(scores.group_probs, kl, num_updates)
     kl_weights = grouping.kl_weights(scores.group_probs, num_updates)
     rewards = shape_rewards(
-        normalized / kl_weights.clamp(min=1),
-        scores.log_probs,
-        scores.ref_log_probs,
-        mask,
-        kl_coef=ppo.kl_coef,
-        kl_weights=kl_weights.clamp(max=1),
+        normalized, scores.log_probs, scores.ref_log_probs, mask, kl_coef=ppo.kl_coef, kl_weights=kl_weights
     )
     trajectory_returns = normalized if gil.group_return == "score" else rewards.sum(1)
     ordering = trajectory_returns
