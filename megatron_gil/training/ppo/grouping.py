@@ -39,6 +39,11 @@ class Grouping(Protocol):
         """The group whose score is highest."""
         ...
 
+    @property
+    def kl_factors(self) -> tuple[float, ...]:
+        """Of all rows, or of the high group and of the others; empty where no target moves them."""
+        ...
+
     def warming_up(self, num_updates: int) -> bool:
         """Whether the policy must wait for the classifier."""
         ...
@@ -89,6 +94,10 @@ class SingleGroup:
 
     def __init__(self, all_sum: AllSum, kl_target: float | None = None) -> None:
         self._all_sum, self._kl = all_sum, KlFactors.of(kl_target)
+
+    @property
+    def kl_factors(self) -> tuple[float, ...]:
+        return self._kl.values
 
     def warming_up(self, num_updates: int) -> bool:
         return False
@@ -178,6 +187,10 @@ class _InvariantGroups:
     @property
     def high(self) -> int:
         return self._high.index
+
+    @property
+    def kl_factors(self) -> tuple[float, ...]:
+        return self._kl.values
 
     def state(self) -> dict[str, Any]:
         return asdict(self._high) | self._kl.state()

@@ -25,6 +25,10 @@ class KlFactors:
         """Nats a response for each side; None: no controllers."""
         return cls(controllers=tuple(KlController(target=target) for target in targets if target is not None))
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        return tuple(control.factor for control in self.controllers)
+
     def observe(self, sides: Tensor, kl: Tensor, all_sum: AllSum, min_mass: float = 0.0) -> KlFactors:
         """Each factor moved by the mean KL of its side. sides: [B, controllers] probability of being on each; kl: [B]
         nats; a side with less than the share min_mass of all rows, or less than one row, is left where it is."""
@@ -38,11 +42,11 @@ class KlFactors:
         """[B] geometric mean of the factors, weighted by the probabilities; 1 without controllers."""
         if not self.controllers:
             return sides.new_ones(len(sides))
-        logs = sides.new_tensor([math.log(control.factor) for control in self.controllers])
+        logs = sides.new_tensor([math.log(factor) for factor in self.values])
         return (sides * logs).sum(1).exp()
 
     def state(self) -> dict[str, Any]:
-        return {"kl_factors": [control.factor for control in self.controllers]} if self.controllers else {}
+        return {"kl_factors": list(self.values)} if self.controllers else {}
 
     def restored(self, state: dict[str, Any]) -> KlFactors:
         """As a checkpoint has them; 1 where it is from a run without targets."""

@@ -64,6 +64,7 @@ def group_metrics(grouping: Grouping, invariance: Invariance, flipped: bool, row
         "group/flipped": float(flipped),
         "group/information": (float(torch.special.entr(mass).sum()) - row_entropy) / math.log(grouping.num_groups),
     }
+    metrics |= {f"group/kl_factor_{side}": f for side, f in zip(("high", "low"), grouping.kl_factors, strict=False)}
     for group, (share, earned) in enumerate(torch.stack([mass, stats.group_return], dim=1).tolist()):
         metrics[f"group/mass_{group}"] = share
         metrics[f"group/return_{group}"] = earned
