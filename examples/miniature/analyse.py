@@ -1,20 +1,21 @@
 """Tables and pictures of a grid, finished or not: python examples/miniature/analyse.py runs/miniature [RESULTS]
 
-Writes results.csv.gz (one row per run and metric), wins.csv.gz, curves.csv.gz, tables.md and the pictures.
+Writes results.csv.gz (one row per run and metric), wins.csv.gz, curves.csv.gz, the tables that tables.py makes of
+them, groups.md and the pictures.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from audit import audit_table, stability_table
 from cells import GRID, Place, read_grid
 from measure import gap_of_scores, gold_curve, measure
 from pictures import write_pictures
-from tables import Numbers, markdown, tables, win_rows, win_table
+from tables import collect, markdown, win_rows, write_tables
 from tidy import write_csv
 
 from megatron_gil.evaluation.report.runs import Json, Run, read_run
@@ -40,11 +41,9 @@ def analyse(output: Path, results: Path, grid: Path = GRID) -> None:
     write_csv(results / "results.csv.gz", ("seed", "method", "metric", "value"), rows)
     write_csv(results / "wins.csv.gz", ("seed", "ours", "opponent", "win", "tie", "lose"), wins)
     write_csv(results / "curves.csv.gz", ("method", "metric", "iteration", "seeds", "mean"), _mean_rows(curves))
-    missing = [f"{place.cell.label}, seed {place.seed}" for place in places if not place.rows.exists()]
-    shown = [*tables(numbers, labels), win_table(wins, labels), audit_table(runs), stability_table(runs, labels)]
-    text = "\n".join(map(markdown, shown))
-    text += f"\nCells not finished: {'; '.join(missing) or 'none'}.\n"
-    (results / "tables.md").write_text(text, encoding="utf-8")
+    write_tables(results, labels)
+    of_groups = [audit_table(runs), stability_table(runs, labels)]
+    (results / "groups.md").write_text("\n".join(map(markdown, of_groups)), encoding="utf-8")
     write_pictures(results, numbers, replies, curves, labels)
 
 
@@ -54,14 +53,6 @@ def remeasure(place: Place) -> list[Json]:
     for metric, value in measure(place.run_dir, place.replies).items():
         rows[metric] = {"seed": place.seed, "method": place.cell.name, "metric": metric, "value": value}
     return list(rows.values())
-
-
-def collect(rows: Iterable[Json]) -> Numbers:
-    """method -> metric -> seed -> value."""
-    numbers: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        numbers[row["method"]][row["metric"]][row["seed"]] = row["value"]
-    return numbers
 
 
 def collect_curves(runs: Mapping[tuple[str, int], Run]) -> Curves:

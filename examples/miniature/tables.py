@@ -1,10 +1,21 @@
-"""The grid's tables: means over seeds with Student's intervals, paired differences, win rates."""
+"""The grid's tables, from the numbers that it keeps: python examples/miniature/tables.py [RESULTS] [GRID.yaml]
+
+Means over seeds with Student's intervals, paired differences, win rates: tables.md, from results.csv.gz and
+wins.csv.gz.
+"""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
+
+from cells import GRID, read_grid
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 from megatron_gil.demo.gold import gold_score
@@ -84,6 +95,36 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
         "kl_low": "KL of the others",
     },
 }
+
+
+def write_tables(results: Path, labels: Mapping[str, str]) -> None:
+    """tables.md of a directory with the numbers of a grid, finished or not."""
+    rows = _read_csv(results / "results.csv.gz")
+    wins = _read_csv(results / "wins.csv.gz") if (results / "wins.csv.gz").exists() else []
+    done = {(row["method"], row["seed"]) for row in rows}
+    missing = [f"{labels[m]}, seed {s}" for m in labels for s in sorted({s for _, s in done}) if (m, s) not in done]
+    shown = [*tables(collect(rows), labels), *([win_table(wins, labels)] if wins else [])]
+    text = "\n".join(map(markdown, shown)) + f"\nCells not finished: {'; '.join(missing) or 'none'}.\n"
+    (results / "tables.md").write_text(text, encoding="utf-8")
+
+
+def _read_csv(path: Path) -> list[Json]:
+    """Rows with their numbers as numbers."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows: list[Json] = list(csv.DictReader(file))
+    for row in rows:
+        row["seed"] = int(row["seed"])
+        for name in row.keys() & {"value", "win", "tie", "lose"}:
+            row[name] = float(row[name])
+    return rows
+
+
+def collect(rows: Iterable[Json]) -> Numbers:
+    """method -> metric -> seed -> value."""
+    numbers: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        numbers[row["method"]][row["metric"]][row["seed"]] = row["value"]
+    return numbers
 
 
 def tables(numbers: Numbers, labels: Mapping[str, str]) -> list[Table]:
@@ -191,3 +232,9 @@ def markdown(table: Table) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else GRID.with_name("results")
+    cells = read_grid(Path(sys.argv[2]) if len(sys.argv) > 2 else GRID)
+    write_tables(directory, {name: cell.label for name, cell in cells.items()})

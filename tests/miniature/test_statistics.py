@@ -3,15 +3,16 @@
 import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from analyse import analyse, collect
+from analyse import analyse
 from audit import agreement, groups_of_prompts
-from cells import GRID
+from cells import GRID, read_grid
 from measure import of_replies, of_samples, tail_mass
-from tables import collapsed, tables, win_rows
+from tables import collapsed, collect, tables, win_rows, write_tables
 from tidy import write_csv
 
 from megatron_gil.demo.gold import gold_score
@@ -127,6 +128,14 @@ def test_analysis_of_an_unfinished_grid_names_what_is_missing(tmp_path: Path) ->
     with gzip.open(tmp_path / "results" / "results.csv.gz", "rt", encoding="utf-8") as file:
         found = {row["metric"]: row["value"] for row in csv.DictReader(file)}
     assert float(found["gold"]) == pytest.approx(measured[0]["value"], rel=1e-5)
+
+
+def test_the_kept_tables_are_those_of_the_kept_numbers(tmp_path: Path) -> None:
+    results = GRID.with_name("results")
+    for name in ("results.csv.gz", "wins.csv.gz"):
+        shutil.copy(results / name, tmp_path)
+    write_tables(tmp_path, {name: cell.label for name, cell in read_grid().items()})
+    assert (tmp_path / "tables.md").read_bytes() == (results / "tables.md").read_bytes()
 
 
 def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
