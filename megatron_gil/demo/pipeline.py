@@ -1,6 +1,6 @@
 """The whole pipeline in miniature, through the same commands and files as a 7B run, two stages at a time.
 
-    world -> sft -> reward, dpo -> ppo, ppo_kl, ppo_gil -> responses -> scores -> report
+    world -> sft -> reward, dpo -> ppo, ppo_kl, ppo_gil, ppo_gil_targets -> responses -> scores -> report
 
 A stage that has finished is not run again, so a demo that was stopped goes on where it was.
 """
@@ -39,7 +39,7 @@ from megatron_gil.training.run.lock import FileLock
 WORKER = ("-m", "megatron_gil.demo.worker")
 RECIPES = Path(__file__).with_name("recipes")
 WORKERS = 2
-QUICK_UPDATES = {"sft": 80, "reward": 40, "dpo": 20, "ppo": 15, "ppo_kl": 15, "ppo_gil": 15}
+QUICK_UPDATES = {"sft": 80, "reward": 40, "dpo": 20, "ppo": 15, "ppo_kl": 15, "ppo_gil": 15, "ppo_gil_targets": 15}
 QUICK_SIZES = WorldSizes(demonstrations=2000, preferences=2000, prompts=500, eval_prompts=64, heldout_prompts=16)
 HELD_OUT_PROMPTS = "held_out_prompts.jsonl"  # of the training domains and of the held-out one
 STOPPED = 75
@@ -127,7 +127,7 @@ def _plan(output: Path, world: World, *, quick: bool, seed: int) -> list[Stage]:
     )
     dpo = train("dpo", "dpo", "policy", [sft], f"models.policy={sft.product}", f"data.train={world.preferences}")
     rl = [f"models.policy={sft.product}", f"models.reward_model={reward.product}", f"data.train={world.prompts}"]
-    ppo = [train(name, "ppo", "policy", [sft, reward], *rl) for name in ("ppo_gil", "ppo", "ppo_kl")]
+    ppo = [train(name, "ppo", "policy", [sft, reward], *rl) for name in ("ppo_gil", "ppo_gil_targets", "ppo", "ppo_kl")]
     policies = {stage.name: stage for stage in (sft, dpo, *ppo)}
     assert set(policies) == set(POLICIES)
     answers = [_answer(output, policies[name], seed) for name in POLICIES]

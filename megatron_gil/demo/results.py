@@ -14,6 +14,7 @@ from rich.table import Table as ConsoleTable
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 from megatron_gil.demo.gold import gold_score
+from megatron_gil.demo.takeaway import takeaway
 from megatron_gil.evaluation.comparisons import pair_rows
 from megatron_gil.evaluation.judge import ScoreJudge
 from megatron_gil.evaluation.report.figures import FrontierPoint, bars, colors, frontier, score_distributions, to_svg
@@ -30,11 +31,13 @@ METHODS: Mapping[str, str] = {
     "dpo": "DPO",
     "ppo": "PPO",
     "ppo_kl": "PPO w/ KL",
-    "ppo_gil": "PPO-GIL",
+    "ppo_gil": "PPO-GIL, published",
+    "ppo_gil_targets": "PPO-GIL, KL targets",
 }
 """Directory name -> name in tables, in the order of tables."""
 POLICIES = tuple(METHODS)
-OURS = "ppo_gil"
+OURS, PUBLISHED, OPPONENT = "ppo_gil_targets", "ppo_gil", "ppo_kl"
+"""The recommended setting of PPO-GIL, that of the paper, and the baseline that is hardest to beat."""
 TIE_MARGIN = 0.05
 """A difference in gold score that the judge calls a tie."""
 
@@ -77,14 +80,19 @@ def _read_response(row: dict[str, str]) -> Response:
 
 def write_results(results: Results, output: Path, console: Console) -> Path:
     """Print the tables, write results.json and report.html; the page's path."""
-    gold, rates = gold_table(results), win_rates(results)
-    for shown in (gold_table(results, with_interval=False), win_table(rates)):
+    rates = {OURS: win_rates(results, OURS), PUBLISHED: win_rates(results, PUBLISHED, only=OPPONENT)}
+    in_short, wins = read_in_short(results, rates), [win_table(found, ours) for ours, found in rates.items()]
+    console.print(in_short, markup=False)
+    for shown in (gold_table(results, with_interval=False), *wins):
         _print(shown, console)
     numbers = {
         "gold": {
             m: {d: _mean_gold(r, d) for d in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)} for m, r in results.responses.items()
         },
-        "win_rate": {m: {"win": r.win.value, "tie": r.tie.value, "lose": r.lose.value} for m, r in rates.items()},
+        "win_rate": {
+            ours: {m: {"win": r.win.value, "tie": r.tie.value, "lose": r.lose.value} for m, r in found.items()}
+            for ours, found in rates.items()
+        },
     }
     write_whole(output / "results.json", json.dumps(numbers, indent=1))
     page = output / "report.html"
@@ -92,12 +100,25 @@ def write_results(results: Results, output: Path, console: Console) -> Path:
         [output / name for name in results.runs],
         page,
         title="megatron-gil: the miniature",
-        introduction="One run of each method on one seed: a picture of the pipeline, not evidence about the method.",
-        tables=[gold, win_table(rates)],
+        introduction=in_short,
+        tables=[gold_table(results), *wins],
         pictures=pictures(results),
         names=[run.name for run in results.runs.values()],
     )
     return page
+
+
+def read_in_short(results: Results, rates: Mapping[str, Mapping[str, WinRate]]) -> str:
+    """The paragraph above the tables."""
+    known = {m: [r for r in found if r.domain != HELDOUT_DOMAIN] for m, found in results.responses.items()}
+    return takeaway(
+        gold={m: fmean(r.gold for r in found) for m, found in known.items()},
+        proxy={m: fmean(r.proxy for r in found) for m, found in known.items()},
+        heldout={m: _mean_gold(found, HELDOUT_DOMAIN) for m, found in results.responses.items()},
+        published=rates[PUBLISHED][OPPONENT],
+        recommended=rates[OURS][OPPONENT],
+        kl={m: results.runs[m].late_mean("policy/kl_sequence") for m in (OPPONENT, PUBLISHED, OURS)},
+    )
 
 
 def gold_table(results: Results, *, with_interval: bool = True) -> Table:
@@ -131,20 +152,21 @@ def gold_table(results: Results, *, with_interval: bool = True) -> Table:
     return Table(caption="Gold score on prompts that no method was trained on", header=header, rows=rows, note=note)
 
 
-def win_rates(results: Results) -> dict[str, WinRate]:
-    """PPO-GIL against each other method, by the gold judge, prompt by prompt."""
+def win_rates(results: Results, ours: str, *, only: str | None = None) -> dict[str, WinRate]:
+    """A method against each other one, or one alone, by the gold judge, prompt by prompt."""
     judge = ScoreJudge("gold", gold_score, tie_margin=TIE_MARGIN)
     texts = {
         m: [{"prompt": r.prompt, "response": r.response} for r in responses]
         for m, responses in results.responses.items()
     }
-    return {m: win_rate(judge_all(judge, pair_rows(texts[OURS], texts[m], m))) for m in METHODS if m != OURS}
+    opponents = [m for m in METHODS if m != ours and only in (None, m)]
+    return {m: win_rate(judge_all(judge, pair_rows(texts[ours], texts[m], m))) for m in opponents}
 
 
-def win_table(rates: Mapping[str, WinRate]) -> Table:
+def win_table(rates: Mapping[str, WinRate], ours: str) -> Table:
     rows = table_rows({METHODS[method]: rate for method, rate in rates.items()})
     note = f"Gold judge; a difference of at most {TIE_MARGIN} is a tie. Percent of prompts."
-    return Table(caption="PPO-GIL against each method: win / tie / lose", header=HEADER, rows=rows, note=note)
+    return Table(caption=f"{METHODS[ours]}: win / tie / lose", header=HEADER, rows=rows, note=note)
 
 
 def pictures(results: Results) -> list[Picture]:
