@@ -22,7 +22,7 @@ from megatron_gil.parallel.collectives import agree, broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.paths import write_new
 from megatron_gil.training.audit.length import at_rest, audit_length
-from megatron_gil.training.audit.readings import audited_pairs, audited_trusted, group_rows, score_rows
+from megatron_gil.training.audit.readings import audited_pairs, audited_trusted, group_views, score_rows
 from megatron_gil.training.audit.rest import Learned, measured_responses, train_classifier
 from megatron_gil.training.audit.rows import AuditRows
 from megatron_gil.training.build import build_models
@@ -70,7 +70,7 @@ def _collect(
     scores = {held_out.key: score_rows(held_out, reward_model, trainer, config) for held_out in given.given}
     learned = train_classifier(trainer, config)
     names = group_names(trainer)
-    groups = {h.key: [names[i] for i in group_rows(h, trainer)] for h in given.given}
+    groups = {h.key: [[names[i] for i in row] for row in group_views(h, trainer, config)] for h in given.given}
     pairs, trusted = given.pairs, given.trusted
     rows = AuditedRows(
         groups=names,

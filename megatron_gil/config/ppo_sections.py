@@ -164,7 +164,10 @@ class AuditSection(Section):
     """A few hundred rows {"prompt", "response", "trusted"}; trusted is a number that somebody trusts, such as a
     person's rating, higher is better; null: none. Pairs and these rows are cut as data.max_tokens says, or to the
     positions of the models that read them where these are fewer."""
-    iterations: int = integer(50)
+    group_by: Literal["policy", "rows"] = "policy"
+    """In which group a row of these files is. policy: in that of the policy's own responses to its prompt, of which two
+    are sampled. rows: in that of the responses in the file, which may be unlike any that the classifier has seen."""
+    iterations: int = integer(30)
     """Rollouts that the classifier is trained on before anything is measured; the policy stays as it is. Not read
     where gil.groups=known."""
     responses: int = integer(512, least=2)

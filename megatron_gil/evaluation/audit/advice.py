@@ -16,6 +16,9 @@ TRUSTED_IN_PART_FROM = 0.4
 """Below this agreement the reward model is not to be trusted on the low group. Preliminary: not yet measured."""
 TRUSTED_FROM = 0.7
 """From this agreement on it is. Preliminary: not yet measured."""
+GROUPS_OF_PROMPTS_FROM = 0.5
+"""Below this kappa of two responses to one prompt the groups are less those of prompts than those of responses: of high
+and low scores, which are no easy and hard data."""
 MOST_TIMES = 20
 """So many times as many rows are the most that is asked for."""
 
@@ -84,11 +87,19 @@ def agreement_of_trusted(spearman: Estimate, num_rows: int) -> Agreement:
     return Agreement(value=spearman, num_rows=num_rows, measure=f"Spearman's of {num_rows:,} trusted rows")
 
 
-def advise(low: Agreement | None, high: Agreement | None) -> Advice:
+def advise(low: Agreement | None, high: Agreement | None, prompt_kappa: Estimate | None = None) -> Advice:
     """What follows from the agreement in the low and in the high group; None: no row of that group is measured.
 
-    Without a number for the low group nothing follows, and the line says what is missing.
+    Without a number for the low group nothing follows, and the line says what is missing. prompt_kappa: how far the
+    groups are those of prompts (measure.py); None where that is not known.
     """
+    if prompt_kappa is not None and prompt_kappa.value < GROUPS_OF_PROMPTS_FROM:
+        line = (
+            "these are groups of high and low scores and not of prompts: two responses to one prompt share a group "
+            f"little more often than by chance (kappa {prompt_kappa.value:.2f}), as where a policy has not moved yet; "
+            "audit the policy of a short run of PPO with KL (models.policy=PILOT models.ref_policy=SFT)"
+        )
+        return Advice(line=f"{line}.", settings={}, is_certain=False)
     if low is None or math.isnan(low.value.value):
         missing = "no measured row lies in" if low is None else "the numbers do not vary in the rows of"
         line = f"{missing} the low group, so nothing follows for gil.kl_floor; give rows like its sampled ones"

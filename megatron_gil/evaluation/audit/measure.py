@@ -20,7 +20,9 @@ from megatron_gil.evaluation.audit.advice import (
 from megatron_gil.evaluation.audit.correlation import Correlation, correlate, spearman
 from megatron_gil.evaluation.audit.rows import AuditedRows, SampledResponse, TrustedRow, likeliest
 from megatron_gil.evaluation.audit.words import TypicalWord, typical_words
+from megatron_gil.evaluation.cluster_bootstrap import DRAWS, expanded_interval, number_clusters, resampled_sums
 from megatron_gil.evaluation.reward_quality import Quality, RewardQuality, reward_quality
+from megatron_gil.evaluation.statistics import Estimate
 
 NUM_WORDS, NUM_SUREST = 10, 8
 
@@ -60,6 +62,10 @@ class Audit:
     trusted: Correlation | None
     """On all trusted rows; None without."""
     trusted_by_group: Mapping[str, Correlation]
+    prompt_kappa: Estimate | None
+    """How far the groups are groups of prompts: agreement beyond chance (Scott's pi) of two responses to one prompt.
+    1: both always are in one group; 0: no more often than by chance. NaN where all are in one group; None where no
+    prompt was read twice."""
     advice: Advice
 
     def quality_of(self, group: str) -> Quality | None:
@@ -76,7 +82,7 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
     counting = [g for g in groups if g.mass >= min_group_mass] or [max(groups, key=lambda g: g.mass)]
     high = max(counting, key=lambda g: g.mean_score).name
     low = min(counting, key=lambda g: g.mean_score).name if len(counting) > 1 else None
-    quality = reward_quality(rows.pairs) if rows.pairs else None
+    quality = reward_quality([row.pair for row in rows.pairs]) if rows.pairs else None
     by_group = {name: _correlate([r for r in rows.trusted if r.group == name]) for name in rows.groups}
     found = {name: part for name, part in by_group.items() if part is not None}
 
@@ -87,6 +93,8 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
             return agreement_of_trusted(correlation.spearman, correlation.num_rows)
         return agreement_of_pairs(pairs.accuracy, pairs.num_pairs) if pairs else None
 
+    readings = [(row.pair.prompt, row.views) for row in rows.pairs] + [(r.prompt, r.views) for r in rows.trusted]
+    kappa = prompt_kappa(readings)
     return Audit(
         groups=groups,
         high=high,
@@ -94,7 +102,8 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
         quality=quality,
         trusted=_correlate(rows.trusted),
         trusted_by_group=found,
-        advice=advise_without_groups(high) if low is None else advise(agreement(low), agreement(high)),
+        prompt_kappa=kappa,
+        advice=advise_without_groups(high) if low is None else advise(agreement(low), agreement(high), kappa),
     )
 
 
@@ -143,3 +152,26 @@ def _correlate(rows: Sequence[TrustedRow]) -> Correlation | None:
     if not rows:
         return None
     return correlate([r.score for r in rows], [r.trusted for r in rows], [r.prompt for r in rows])
+
+
+def prompt_kappa(views: Sequence[tuple[str, tuple[str, ...]]], *, draws: int = DRAWS, seed: int = 0) -> Estimate | None:
+    """Scott's pi of two readings of a prompt, of (prompt, its readings); with its interval, prompts resampled. None
+    where there are no two readings of any."""
+    twice = [(prompt, found) for prompt, found in views if len(found) == 2]
+    if not twice:
+        return None
+    names = sorted({name for _, found in twice for name in found})
+    places = np.array([[names.index(name) for name in found] for _, found in twice])
+    columns = {"same": (places[:, 0] == places[:, 1]).astype(float), "counts": np.eye(len(names))[places].sum(1)}
+    clusters = number_clusters([prompt for prompt, _ in twice])
+    value = _kappa(**{name: column.sum(0) for name, column in columns.items()})
+    resampled = _kappa(**resampled_sums(clusters, columns, draws=draws, seed=seed))
+    return expanded_interval(float(value), resampled, int(clusters.max()) + 1)
+
+
+def _kappa(same: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """same [...]: pairs whose two responses are in one group. counts [..., groups]: responses in each."""
+    total = counts.sum(-1)
+    expected = ((counts / total[..., None]) ** 2).sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(expected < 1, (2 * same / total - expected) / (1 - expected), np.nan)

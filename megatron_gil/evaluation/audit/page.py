@@ -34,7 +34,9 @@ CURVES: Mapping[str, str] = {
 }
 TERMS: Mapping[str, str] = {
     "group": "Which responses go together, as the classifier of a PPO-GIL run infers it with the policy at rest. A "
-    "response or a trusted row is in its likeliest group, a pair in the likeliest in the mean of its two responses.",
+    "held-out row is in the group of the policy's own responses to its prompt, or of its own (audit.group_by=rows).",
+    "kappa": "Agreement, beyond chance, of the groups of two responses to one prompt: 1 where groups are those of "
+    "prompts, 0 where they tell responses apart and not prompts.",
     "high, low": "The groups whose mean score is highest and lowest, among those with at least gil.min_group_mass. "
     "PPO-GIL takes the KL penalty off a response by as much as it is not in the high group.",
     "agreement": "Spearman's correlation of score and trusted number, or 2 x accuracy - 1 of pairs: 1 is full, 0 none.",
@@ -64,7 +66,7 @@ def _trusted(found: Audit) -> list[str]:
 def _quality(found: Audit, rows: AuditedRows, color: Mapping[str, str]) -> list[str]:
     if found.quality is None:
         return []
-    kept = [pair for pair in rows.pairs if not pair.is_identical]
+    kept = [row.pair for row in rows.pairs if not row.pair.is_identical]
     parts = divide(kept, [pair.group or "" for pair in kept])
     parts = {name: parts[name] for name in rows.groups if name in parts}
     drawn = quality_picture(

@@ -9,6 +9,15 @@ from megatron_gil.evaluation.scored_pairs import ScoredPair
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditedPair:
+    pair: ScoredPair
+    """Its group is the one that is likeliest in the mean of all readings."""
+    views: tuple[str, ...] = ()
+    """The likeliest group in each of several readings: of two responses of the policy to its prompt, or of the chosen
+    and of the rejected one. Empty where its group is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrustedRow:
     prompt: str
     response: str
@@ -17,7 +26,8 @@ class TrustedRow:
     trusted: float
     """What somebody trusts; higher is better."""
     group: str
-    """The likeliest."""
+    views: tuple[str, ...] = ()
+    """As of a pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +47,8 @@ class SampledResponse:
 class AuditedRows:
     groups: tuple[str, ...]
     """Names."""
-    pairs: tuple[ScoredPair, ...]
-    """ScoredPair.group is the group that is likeliest in the mean of its two responses. Empty without audit.pairs."""
+    pairs: tuple[AuditedPair, ...]
+    """Empty without audit.pairs."""
     trusted: tuple[TrustedRow, ...]
     """Empty without audit.trusted."""
     responses: tuple[SampledResponse, ...]

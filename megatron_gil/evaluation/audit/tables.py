@@ -28,7 +28,9 @@ def groups_table(found: Audit, *, narrow: bool = False, swatch: Mapping[str, str
     columns = {name: [_cell(name, group, found) for group in found.groups] for name in _columns(found, narrow)}
     names = [title(group.name, found) for group in found.groups]
     rows = list(zip(names, *columns.values(), strict=True))
-    note = "Score, tokens and what follows from them: of the policy's responses that are likeliest in the group."
+    note = "Score to duplicates: of the policy's responses that are likeliest in the group."
+    if found.prompt_kappa is not None:
+        note += f" Two responses to one prompt share a group with kappa {_interval(found.prompt_kappa)}."
     return Table(
         caption="groups",
         header=("", *columns),

@@ -1,4 +1,4 @@
-"""The held-out rows of an audit: once in the tokens that the classifier reads, once in those of the reward model."""
+"""The held-out rows of an audit, in the tokens of the policy and the classifier and in those of the reward model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeVar
 from megatron_gil.config import AuditConfig, ConfigError
 from megatron_gil.data.rows.dataset import RowDataset
 from megatron_gil.data.rows.preferences import PreferenceDataset
+from megatron_gil.data.rows.prompts import PreferencePrompts, PromptDataset, ResponsePrompts
 from megatron_gil.data.rows.trusted import TrustedDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.llama import LlamaSpec
@@ -19,12 +20,15 @@ Rows = TypeVar("Rows", PreferenceDataset, TrustedDataset)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """One file; both views have the same rows in the same order, and are one where the models share a tokenizer."""
+    """One file, read several times: all have the same rows in the same order. `rows` and `as_scored` are one where the
+    models share a tokenizer."""
 
     key: str
     """audit.pairs or audit.trusted."""
     rows: PreferenceDataset | TrustedDataset
     as_scored: PreferenceDataset | TrustedDataset
+    prompts: PromptDataset
+    """As the policy reads them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,13 @@ def read_audit_rows(
         rows = _open(kind, path, config, tokenizers.tokenizer, shared)
         if known is not None:
             _check_labels(rows, f"{key}={path}", known)
-        return HeldOut(key=key, rows=rows, as_scored=rows if own is None else _open(kind, path, config, own, [scorer]))
+        asks = PreferencePrompts if kind is PreferenceDataset else ResponsePrompts
+        return HeldOut(
+            key=key,
+            rows=rows,
+            as_scored=rows if own is None else _open(kind, path, config, own, [scorer]),
+            prompts=asks(path, tokenizers.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens),
+        )
 
     audit = config.audit
     return AuditRows(
