@@ -29,6 +29,7 @@ COMMANDS = {
     "win-rates": "verdicts of several judges and tasks as the paper's tables",
     "blind-pairs": "preferences as two files of responses, to check a judge against them",
     "evaluate-reward": "a reward model on preference pairs: accuracy, calibration, length",
+    "audit": "before a ppo run: its groups, and whether the reward model can be trusted in each",
     "report": "run directories as one HTML page with pictures",
     "plan": "memory and time of a model on so many GPUs, for every layout",
     "prepare-data": "a public data set to training files",
@@ -36,7 +37,7 @@ COMMANDS = {
     "demo": "the whole pipeline in miniature on this machine",
 }
 TRAINING = ("sft", "reward", "dpo", "ppo")
-CONFIGURED = (*TRAINING, "generate", "score", "evaluate-reward")
+CONFIGURED = (*TRAINING, "generate", "score", "evaluate-reward", "audit")
 OWN_OPTIONS = ("evaluate", "judge-web", "win-rates", "blind-pairs", "prepare-data", "convert")
 """Commands that read their arguments themselves: the choices among them take imports."""
 
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--config", type=expand_user, metavar="FILE.yaml", help="a run's settings")
             command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to them")
             command.add_argument("--help-config", action="store_true", help="print every key, its default and meaning")
-            _add_dry_run(command, trains=name in TRAINING)
+            _add_dry_run(command, trains=name in (*TRAINING, "audit"))
             if name == "evaluate-reward":
                 _describe_evaluate_reward(command)
         elif name == "report":

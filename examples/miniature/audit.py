@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -13,6 +12,7 @@ from tables import OURS
 
 from megatron_gil.demo.domains import TRAINING_DOMAINS, read_task
 from megatron_gil.demo.gold import count_flattery, gold_score
+from megatron_gil.evaluation.audit.words import typical_words
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json, Run
 
@@ -93,10 +93,5 @@ def _question(prompt: str) -> str:
 
 
 def _typical(part: Sequence[Json], rows: Sequence[Json], count: int = 5) -> list[str]:
-    inside, everywhere = (Counter(w for r in some for w in _words(r["response"])) for some in (part, rows))
-    lift = {w: n / inside.total() - everywhere[w] / everywhere.total() for w, n in inside.items()}
-    return sorted(lift, key=lambda word: -lift[word])[:count]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+", text.lower())
+    here, everywhere = ([row["response"] for row in some] for some in (part, rows))
+    return [found.word for found in typical_words(here, everywhere, count)]

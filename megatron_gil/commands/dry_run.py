@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megatron_gil.commands.plan import memory_table, wide_console
 from megatron_gil.config import (
+    AuditConfig,
     BatchPlan,
     CommandConfig,
     ConfigError,
@@ -25,8 +26,9 @@ from megatron_gil.planning.memory import GIB, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.search import OFFLOADS
 from megatron_gil.planning.workload import Workload, read_workload
-from megatron_gil.training.check_run import CheckedRun, check_run, count_updates
-from megatron_gil.training.run.output import quality_files
+from megatron_gil.training.audit.length import audit_length
+from megatron_gil.training.check_run import CheckedRun, check_run, count_updates, path_of
+from megatron_gil.training.run.output import audit_files, quality_files
 
 
 def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
@@ -43,7 +45,7 @@ def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Conso
         distributed_optimizer=parallel.distributed_optimizer,
     )
     console.print(dump_config(config), markup=False)
-    data = [f"{key}={getattr(config.data, key.partition('.')[2])}: {r.measure()}" for key, r in checked.data.items()]
+    data = [f"{key}={path_of(config, key)}: {r.measure()}" for key, r in checked.data.items()]
     for line in (*checked.notes, *data, *_what_comes(config, checked, cut)):
         console.print(line, markup=False)
     if isinstance(config, TrainConfig):
@@ -62,6 +64,9 @@ def _what_comes(config: CommandConfig, checked: CheckedRun, cut: Cut) -> list[st
         files = quality_files(config.output, may_lack_directory=True)
         return [f"{cut.dp_size} data-parallel rank(s); scored pairs to {files.scored}, numbers to {files.numbers}"]
     assert isinstance(config, TrainConfig)
+    if isinstance(config, AuditConfig):
+        files = audit_files(config.output, may_lack_directory=True)
+        return [audit_length(config), f"numbers to {files.numbers}, page to {files.page}"]
     return [
         _length_line(config, len(checked.train)),
         _layout_line(cut, BatchPlan.of(cut.num_gpus, config.parallel, config.batch)),

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_gil.commands.audit import audit
+from megatron_gil.commands.ppo import make_ppo_trainer
 from megatron_gil.commands.respond import evaluate_reward, generate, score
 from megatron_gil.config import (
     BatchPlan,
@@ -20,17 +22,12 @@ from megatron_gil.config import (
     data_parallel_size,
 )
 from megatron_gil.engine.checkpoint import CheckpointError, CheckpointStore
-from megatron_gil.engine.generation import Generator
-from megatron_gil.parallel.collectives import agree, all_sum, barrier, broadcast_object
+from megatron_gil.parallel.collectives import agree, barrier, broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout, StartError, read_world_size, start_parallel, stop_parallel
 from megatron_gil.parallel.watchdog import Watchdog
 from megatron_gil.training.build import build_models, trained
 from megatron_gil.training.check_run import CheckedRun, check_run, count_updates
-from megatron_gil.training.ppo.grouping import make_grouping
-from megatron_gil.training.ppo.iteration import Models, PpoTrainer
-from megatron_gil.training.ppo.reward_text import RewardText
-from megatron_gil.training.ppo.scorers import RewardModel
-from megatron_gil.training.row_source import PromptSource, RowSource
+from megatron_gil.training.row_source import RowSource
 from megatron_gil.training.run.directory import RunDirectory
 from megatron_gil.training.run.first_lines import first_rows, print_rows
 from megatron_gil.training.run.loop import RunFailed, Trainer, TrainingLoop
@@ -87,6 +84,7 @@ def _run_guarded(
         "generate": generate,
         "score": score,
         "evaluate-reward": evaluate_reward,
+        "audit": audit,
     }
     try:
         progress.safe_point("checking the data")
@@ -154,43 +152,6 @@ def make_trainer(
             objective = dpo_objective(config.dpo)
             return _supervised("policy", models, objective, config, checked, layout, progress, prepare=prepare)
     raise AssertionError(f"no trainer is known for {type(config).__name__}")
-
-
-def make_ppo_trainer(
-    config: PpoConfig,
-    checked: CheckedRun,
-    models: Mapping[str, Any],
-    layout: ParallelLayout,
-    progress: Progress,
-) -> PpoTrainer:
-    """To have another sampler or scorer, put it here."""
-    tokenizer, own = checked.tokenizers.tokenizer, checked.tokenizers.reward
-    text = own and RewardText(tokenizer, own, max_tokens=checked.specs["reward_model"].max_positions)
-    held_out = checked.held_out
-    return PpoTrainer(
-        config,
-        Models(
-            policy=models["policy"],
-            ref_policy=models["ref_policy"],
-            critic=models.get("critic"),
-            classifier=models.get("classifier"),
-            sampler=Generator(models["policy"], config.sampling, tokenizer=tokenizer, seed=config.run.seed),
-            scorer=RewardModel(models["reward_model"], text),
-        ),
-        grouping=make_grouping(
-            config.gil,
-            num_known=len(checked.train.group_names),
-            all_sum=all_sum(layout),
-            kl_target=config.ppo.kl_target,
-        ),
-        prompts=PromptSource.shuffled(checked.train, config, layout),
-        eval_prompts=None if held_out is None else PromptSource(held_out, None, layout, len(held_out)),
-        pretrain=None if checked.pretrain is None else RowSource.shuffled(checked.pretrain, config, layout),
-        tokenizer=tokenizer,
-        progress=progress,
-        layout=layout,
-        score_range=checked.score_range,
-    )
 
 
 def _supervised(

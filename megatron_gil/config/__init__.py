@@ -2,6 +2,7 @@
 
 from megatron_gil.config.commands import (
     COMMAND_CONFIGS,
+    AuditConfig,
     BatchPlan,
     CommandConfig,
     DpoConfig,
@@ -14,7 +15,7 @@ from megatron_gil.config.commands import (
     TrainConfig,
     data_parallel_size,
 )
-from megatron_gil.config.ppo_sections import AlarmSection, GilSection, PpoSection
+from megatron_gil.config.ppo_sections import AlarmSection, AuditSection, GilSection, PpoSection
 from megatron_gil.config.section import (
     IS_PATH,
     ConfigError,
@@ -44,6 +45,8 @@ __all__ = [
     "COMMAND_CONFIGS",
     "IS_PATH",
     "AlarmSection",
+    "AuditConfig",
+    "AuditSection",
     "BatchPlan",
     "BatchSection",
     "CheckpointSection",

@@ -8,9 +8,10 @@ from typing import Any, Self
 
 from omegaconf import MISSING
 
-from megatron_gil.config.ppo_sections import AlarmSection, GilSection, PpoSection
+from megatron_gil.config.ppo_sections import AlarmSection, AuditSection, GilSection, PpoSection
 from megatron_gil.config.section import path, require
 from megatron_gil.config.sections import (
+    AuditRunSection,
     BatchSection,
     CheckpointSection,
     CriticOptimizerSection,
@@ -126,6 +127,29 @@ class EvaluateRewardConfig(CommandConfig):
     NAME.scored.jsonl. None of the four may exist yet."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditConfig(PpoConfig):
+    """What the planned ppo run has, so that its file is taken as it is."""
+
+    run: AuditRunSection = _section(AuditRunSection)
+    audit: AuditSection = _section(AuditSection)
+    output: str = path(MISSING)
+    """The numbers, NAME.json; the page NAME.html lies beside it. Neither may exist yet."""
+
+    def __post_init__(self) -> None:
+        PpoConfig.__post_init__(self)
+        require(
+            self.gil.num_groups > 1,
+            f"gil.num_groups={self.gil.num_groups} makes one group of all rows, and there is nothing to audit; set it "
+            "to 2 or more",
+        )
+        require(
+            bool(self.audit.pairs or self.audit.trusted),
+            "audit.pairs and audit.trusted are both null, so there is nothing to measure the reward model on; give a "
+            "file as audit.pairs=PAIRS.jsonl or audit.trusted=ROWS.jsonl",
+        )
+
+
 COMMAND_CONFIGS: Mapping[str, type[CommandConfig]] = {
     "sft": SftConfig,
     "reward": RewardConfig,
@@ -134,6 +158,7 @@ COMMAND_CONFIGS: Mapping[str, type[CommandConfig]] = {
     "generate": GenerateConfig,
     "score": ScoreConfig,
     "evaluate-reward": EvaluateRewardConfig,
+    "audit": AuditConfig,
 }
 
 

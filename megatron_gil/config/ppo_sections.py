@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_gil.config.ranges import integer, real
-from megatron_gil.config.section import Section, require
+from megatron_gil.config.section import Section, path, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,3 +175,25 @@ class AlarmSection(Section):
     top_p and the like are set, which are the reason."""
     duplicate_fraction: float = real(0.4, least=0)
     """Warn where more than this share of the responses equals a response to another prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSection(Section):
+    """What the groups of a planned ppo run are measured on. Give pairs, trusted or both."""
+
+    key: ClassVar[str] = "audit"
+
+    pairs: str | None = path()
+    """Preference pairs {"prompt", "chosen", "rejected"} that the reward model was not trained on; null: none."""
+    trusted: str | None = path()
+    """A few hundred rows {"prompt", "response", "trusted"}; trusted is a number that somebody trusts, such as a
+    person's rating, higher is better; null: none. Pairs and these rows are cut as data.max_tokens says, or to the
+    positions of the models that read them where these are fewer."""
+    group_by: Literal["policy", "rows"] = "policy"
+    """In which group a row of these files is. policy: in that of the policy's own responses to its prompt, of which two
+    are sampled. rows: in that of the responses in the file, which may be unlike any that the classifier has seen."""
+    iterations: int = integer(30)
+    """Rollouts that the classifier is trained on before anything is measured; the policy stays as it is. Not read
+    where gil.groups=known."""
+    responses: int = integer(512, least=2)
+    """At least so many responses of the policy are measured, in whole rollouts, once the classifier is trained."""

@@ -29,8 +29,8 @@ INTRODUCTION = """\
 
 <!-- Written by `python -m megatron_gil.config.reference > docs/config.md`. Change the texts in megatron_gil/config. -->
 
-`sft`, `reward`, `dpo`, `ppo`, `generate`, `score` and `evaluate-reward` take their settings from a YAML file and
-from the command line:
+`sft`, `reward`, `dpo`, `ppo`, `generate`, `score`, `evaluate-reward` and `audit` take their settings from a YAML file
+and from the command line:
 
     megatron-gil ppo --config FILE.yaml run.dir=runs/gil ppo.kl_coef=0.1
 

@@ -39,6 +39,12 @@ class TrainingRunSection(RunSection):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRunSection(TrainingRunSection):
+    dir: str | None = path()  # type: ignore[assignment]
+    """Not used: the file of the planned run may name a run directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsSection(Section):
     """Each path is a Hugging Face directory, or a `policy/`, `critic/`, ... directory inside one of our checkpoints
     (which has the same format)."""

@@ -1,7 +1,7 @@
 """What the loops know of models: engines that read and learn, samplers that answer, scorers that judge.
 
 Nothing here speaks of ranks, devices or microbatches. Another decoder, an inference server or a reward that is a Python
-function is a class of its own with these methods, and one line where commands/train.py puts the parts together.
+function is a class of its own with these methods, and one line where commands/ppo.py puts the parts together.
 """
 
 from __future__ import annotations

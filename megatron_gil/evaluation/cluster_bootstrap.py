@@ -4,7 +4,7 @@ resampled, since the rows of one are alike (Davison and Hinkley 1997, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -31,18 +31,23 @@ def resampled_sums(
     flat = {name: column.reshape(len(clusters), -1).astype(np.float64) for name, column in columns.items()}
     sums = np.zeros((num_clusters, sum(column.shape[1] for column in flat.values())))
     np.add.at(sums, clusters, np.concatenate(list(flat.values()), axis=1))
-    rng, block, parts = np.random.default_rng(seed), max(1, BLOCK // num_clusters), []
-    for start in range(0, draws, block):
-        count = min(block, draws - start)
-        drawn = rng.integers(num_clusters, size=(count, num_clusters)) + num_clusters * np.arange(count)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=count * num_clusters).reshape(count, num_clusters)
-        parts.append(times @ sums)
+    parts = [times @ sums for times in resampled_times(num_clusters, num_clusters, draws=draws, seed=seed)]
     ends = np.cumsum([column.shape[1] for column in flat.values()])[:-1]
     split = np.split(np.concatenate(parts), ends, axis=1)
     return {
         name: found.reshape(draws, *column.shape[1:])
         for (name, column), found in zip(columns.items(), split, strict=True)
     }
+
+
+def resampled_times(num_clusters: int, num_rows: int, *, draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each cluster occurs in each draw, [draws, clusters] in blocks; with `num_rows` numbers
+    for each draw a block is of about BLOCK."""
+    rng, block = np.random.default_rng(seed), max(1, BLOCK // num_rows)
+    for start in range(0, draws, block):
+        count = min(block, draws - start)
+        drawn = rng.integers(num_clusters, size=(count, num_clusters)) + num_clusters * np.arange(count)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=count * num_clusters).reshape(count, num_clusters)
 
 
 def expanded_interval(value: float, resampled: np.ndarray, num_clusters: int, *, level: float = 0.95) -> Estimate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_gil.config import (
+    AuditConfig,
     CommandConfig,
     DpoConfig,
     EvaluateRewardConfig,
@@ -31,6 +32,8 @@ class ModelUse:
     """Of the group classifier beside the value head; 0: there is none."""
     scores_from_start: bool = False
     """Its directory must hold a score head."""
+    stays: bool = False
+    """Though frozen it is read all the time, and never waits in host memory."""
     reads_text: bool = False
     """It has a tokenizer of its own, and reads prompts and responses as text."""
 
@@ -49,6 +52,8 @@ def model_uses(config: CommandConfig) -> tuple[ModelUse, ...]:
             return policy, ref_policy
         case PpoConfig():
             read_text = config.models.reward_tokenizer == "own"
+            if isinstance(config, AuditConfig):  # the policy is at rest
+                policy = replace(policy, trained=False, stays=True)
             return policy, ref_policy, *_critics(config), replace(reward_model, reads_text=read_text)
         case GenerateConfig():
             return (replace(policy, trained=False),)

@@ -54,6 +54,8 @@ class SizedModel:
     head: Head
     trained: bool
     num_groups: int = 0
+    stays: bool = False
+    """Though frozen it never waits on the host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +136,8 @@ def waiting(model: SizedModel, held: Resident, offload: str, phase: str) -> Resi
     """What models.offload keeps of a model off the device in a phase: rollout, score ROLE, update ROLE or step ROLE."""
     act, _, role = phase.partition(" ")
     if not model.trained:
-        return Resident(weights=held.weights if offload != "none" and role != model.role else 0)
+        waits = offload != "none" and role != model.role and not model.stays
+        return Resident(weights=held.weights if waits else 0)
     if offload not in ("rollout", "all"):
         return Resident(weights=0)
     updates = act in ("update", "step")

@@ -85,7 +85,7 @@ def rank_memory(workload: Workload, cut: m.Cut, pp_rank: int) -> RankMemory:
 def _host(workload: Workload, resident: Mapping[str, m.Resident]) -> dict[str, Any]:
     """`host` and `moved` of a RankMemory."""
     rollout, offload = workload.rollout, workload.offload
-    frozen = [model.role for model in workload.models if not model.trained]
+    frozen = [model.role for model in workload.models if not (model.trained or model.stays)]
     weights = sum(resident[role].weights for role in frozen) if offload != "none" else 0
     updates = rollout.epochs * rollout.num_rows // workload.global_size if rollout else 1
     times = {"rollout": 1 if rollout else 0, "all": updates}.get(offload, 0)

@@ -86,7 +86,14 @@ class Workload:
 def read_workload(config: CommandConfig, spec_of: Callable[[str], LlamaSpec]) -> Workload:
     """spec_of: the sizes of a model by its role."""
     models = tuple(
-        SizedModel(role=use.role, spec=spec_of(use.role), head=use.head, trained=use.trained, num_groups=use.num_groups)
+        SizedModel(
+            role=use.role,
+            spec=spec_of(use.role),
+            head=use.head,
+            trained=use.trained,
+            num_groups=use.num_groups,
+            stays=use.stays,
+        )
         for use in model_uses(config)
     )
     rollout = _read_rollout(config) if isinstance(config, PpoConfig) else None

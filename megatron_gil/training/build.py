@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def build_model(
         "num_groups": use.num_groups,
         "micro_size": config.batch.micro_size,
         "micro_tokens": config.batch.micro_tokens,
-        "models": config.models,
+        "models": replace(config.models, offload="none") if use.stays else config.models,
         "dtype": dtype,
     }
     if not use.trained:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gil.config import (
+    AuditConfig,
     BatchPlan,
     CommandConfig,
     ConfigError,
@@ -36,9 +37,10 @@ from megatron_gil.models.convert.weight_files import read_safetensors
 from megatron_gil.models.llama import LlamaSpec, check_layout
 from megatron_gil.models.uses import ModelUse, model_uses
 from megatron_gil.models.weight_table import SCORE_HEAD
+from megatron_gil.training.audit.rows import AuditRows, read_audit_rows
 from megatron_gil.training.ppo.checks import check_rollout
 from megatron_gil.training.run.best import check_keep_best
-from megatron_gil.training.run.output import new_file, quality_files
+from megatron_gil.training.run.output import audit_files, new_file, quality_files
 from megatron_gil.training.supervised.score_range import read_score_range
 from megatron_gil.training.tokenizers import RunTokenizers, read_tokenizers
 
@@ -56,6 +58,8 @@ class CheckedRun:
     held_out: Any = None
     """Rows of data.eval; None where it is not set."""
     pretrain: TextDataset | None = None
+    audit: AuditRows | None = None
+    """What audit measures on; None of other commands."""
     score_range: tuple[float, float] | None = None
     """Of the reward model's training; None where that is not known."""
     notes: tuple[str, ...] = ()
@@ -64,7 +68,8 @@ class CheckedRun:
     @property
     def data(self) -> dict[str, Any]:
         """The rows of each file that is read, by its key."""
-        rows = {"data.train": self.train, "data.eval": self.held_out, "data.pretrain": self.pretrain}
+        rows: dict[str, Any] = {"data.train": self.train, "data.eval": self.held_out, "data.pretrain": self.pretrain}
+        rows |= {held_out.key: held_out.rows for held_out in (self.audit.given if self.audit else ())}
         return {key: found for key, found in rows.items() if found is not None}
 
 
@@ -87,6 +92,8 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
         new_file(config.output, may_lack_directory=sizes_from is not None)
     if isinstance(config, EvaluateRewardConfig):
         quality_files(config.output, may_lack_directory=sizes_from is not None)
+    if isinstance(config, AuditConfig):
+        audit_files(config.output, may_lack_directory=sizes_from is not None)
     notes = [*(model.note for model in found.values() if model.note), *tokenizers.notes]
     train = None
     if _is_to_come(config, sizes_from):
@@ -100,6 +107,7 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
         train=train,
         held_out=_read_held_out(config, tokenizers.tokenizer, dp_size),
         pretrain=_read_pretrain(config, tokenizers.tokenizer),
+        audit=_read_audit(config, tokenizers, specs, train),
         score_range=read_score_range(found["reward_model"].directory) if isinstance(config, PpoConfig) else None,
         notes=tuple(notes),
     )
@@ -108,6 +116,12 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
 def count_updates(config: SftConfig | RewardConfig | DpoConfig, num_rows: int) -> int:
     """Of a run of sft, reward or dpo on so many rows."""
     return config.train.updates or max(1, config.train.epochs * num_rows // config.batch.global_size)
+
+
+def path_of(config: CommandConfig, key: str) -> str:
+    """What a key such as data.train or audit.pairs names."""
+    section, _, name = key.partition(".")
+    return str(getattr(getattr(config, section), name))
 
 
 def model_path(config: CommandConfig, use: ModelUse) -> Path:
@@ -205,3 +219,12 @@ def _read_pretrain(config: CommandConfig, tokenizer: Tokenizer) -> TextDataset |
     if not data.pretrain:
         raise ConfigError("data.pretrain is not set: ppo.ptx_coef is above 0; give a file as data.pretrain=PATH")
     return TextDataset(data.pretrain, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens)
+
+
+def _read_audit(
+    config: CommandConfig, tokenizers: RunTokenizers, specs: Mapping[str, LlamaSpec], train: Any
+) -> AuditRows | None:
+    if not isinstance(config, AuditConfig):
+        return None
+    known = train.group_names if config.gil.groups == "known" else None
+    return read_audit_rows(config, tokenizers, specs, known)

@@ -65,5 +65,17 @@ class PromptDataset(RowDataset[EncodedPrompt]):
         return encoded.num_tokens, encoded.cut
 
 
+class PreferencePrompts(PromptDataset):
+    """The prompts of preference pairs, a row for each pair."""
+
+    kind = "preferences"
+
+
+class ResponsePrompts(PromptDataset):
+    """The prompts of responses, a row for each response."""
+
+    kind = "responses"
+
+
 def _prompt_of(row: Row) -> Prompt:
     return row["messages"] if row["prompt"] is None else row["prompt"]

@@ -33,6 +33,12 @@ def read_records(path: str | Path, kind: str) -> Dataset:
     return _memory_map([str(f) for f in files], kind, key)
 
 
+def iter_records(path: str | Path, kind: str) -> Iterator[tuple[str, Any]]:
+    """(file:line, the row as the file has it) of every row, in the order of `read_records`."""
+    for file in _find_files(Path(path), kind):
+        yield from ((f"{file}:{number}", record) for number, record in _iterate(file))
+
+
 def read_scored_kind(path: str | Path) -> str:
     """Whether a file or directory that is to be scored holds responses or preferences: a directory says it by the
     names of its files, else the first row by its fields."""

@@ -21,18 +21,22 @@ INK, SOFT = "#1f2328", "#5a6068"
 
 @styled
 def quality_picture(
-    bins: Sequence[Bin], margins: Mapping[str, Sequence[float]], part_bins: Mapping[str, Sequence[Bin]]
+    bins: Sequence[Bin],
+    margins: Mapping[str, Sequence[float]],
+    part_bins: Mapping[str, Sequence[Bin]],
+    *,
+    color: Mapping[str, str] | None = None,
 ) -> Figure:
     """A reliability diagram (Guo et al. 2017, figure 1) beside histograms of margins.
 
     bins: of all pairs, drawn with intervals and, at the foot, their counts. margins: by part, all pairs where there is
-    but one. part_bins: of the same parts, drawn as lines; empty for none.
+    but one. part_bins: of the same parts, drawn as lines; empty for none. color: of each part; None: in their order.
     """
     from matplotlib import pyplot
 
     shown = sorted(margins, key=lambda name: -len(margins[name]))[:MAX_PARTS]
     shown = [name for name in margins if name in shown]
-    color = colors(shown, PARTS_PALETTE)
+    color = color or colors(shown, PARTS_PALETTE)
     figure = pyplot.figure(figsize=(10.65, max(4.4, 0.75 * len(shown) + 1.2)), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.25))[0]
     _reliability(left.subplots(), bins, {name: part_bins[name] for name in shown if name in part_bins}, color)

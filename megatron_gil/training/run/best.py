@@ -20,7 +20,8 @@ PER_LABEL = "eval/reward/score_mean_known_"
 
 def check_keep_best(config: TrainConfig) -> None:
     """ConfigError for a metric that the command's evaluations do not write."""
-    names = [f"eval/{name}" for name in EVAL_METRICS[type(config)]]
+    written = next(names for kind, names in EVAL_METRICS.items() if isinstance(config, kind))
+    names = [f"eval/{name}" for name in written]
     wanted = (config.checkpoint.keep_best or names[0]).removeprefix("-")
     if wanted not in names and not (isinstance(config, PpoConfig) and wanted.startswith(PER_LABEL)):
         raise ConfigError(

@@ -18,7 +18,7 @@ from megatron_gil.models.kernels import Kernels, attention_backend
 from megatron_gil.models.uses import ModelUse
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.planning.memory import GIB, Cut, SizedModel, num_parameters
-from megatron_gil.training.check_run import CheckedRun, model_path
+from megatron_gil.training.check_run import CheckedRun, model_path, path_of
 
 FirstRow = tuple[str, str]
 WIDTH = 80
@@ -130,7 +130,7 @@ def _model(config: CommandConfig, use: ModelUse, model: MegatronModel) -> str:
 
 def _data(config: CommandConfig, key: str, rows: RowDataset[Any]) -> str:
     """The rows of a file, and what is cut of them to fit."""
-    return f"{getattr(config.data, key.partition('.')[2])}: {rows.measure()}"
+    return f"{path_of(config, key)}: {rows.measure()}"
 
 
 def _memory(layout: ParallelLayout) -> str:

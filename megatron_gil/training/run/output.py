@@ -1,4 +1,4 @@
-"""The files that generate, score and evaluate-reward write."""
+"""The files that generate, score, evaluate-reward and audit write."""
 
 from __future__ import annotations
 
@@ -61,4 +61,27 @@ def quality_files(
         )
     if not (may_lack_directory or path.parent.is_dir()):
         raise ConfigError(f"{named}{path}: the directory {path.parent} does not exist")
+    return files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditFiles:
+    """What audit writes."""
+
+    numbers: Path
+    page: Path
+
+
+def audit_files(value: str, *, may_lack_directory: bool = False) -> AuditFiles:
+    """The names that follow from `output`; ConfigError where it is not called .json, has no directory, or where one of
+    the files exists."""
+    path = Path(value)
+    if path.suffix != ".json":
+        raise ConfigError(f"output={path} must end in .json: it holds the numbers; the page lies beside it")
+    files = AuditFiles(numbers=path, page=path.with_suffix(".html"))
+    for file in (files.numbers, files.page):
+        if file.exists():
+            raise ConfigError(f"output={path}: {file} exists already; nothing is overwritten, choose another name")
+    if not (may_lack_directory or path.parent.is_dir()):
+        raise ConfigError(f"output={path}: the directory {path.parent} does not exist")
     return files

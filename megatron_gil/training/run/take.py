@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_gil.config import CommandConfig, ConfigError, TrainConfig
@@ -30,8 +31,18 @@ def take_run_directory(config: TrainConfig, layout: ParallelLayout, progress: Pr
     return taken
 
 
-def take_output(output: Path, config: CommandConfig, layout: ParallelLayout, progress: Progress) -> None:
-    """Rank 0 takes the output file for all: another process that writes the same one is refused."""
+def take_output(
+    output: Path,
+    config: CommandConfig,
+    layout: ParallelLayout,
+    progress: Progress,
+    *,
+    check: Callable[[str], object] = new_file,
+) -> None:
+    """Rank 0 takes the output file for all: another process that writes the same one is refused.
+
+    check: raises ConfigError where the output is there already.
+    """
 
     def take() -> None:
         if layout.is_main:
@@ -44,7 +55,7 @@ def take_output(output: Path, config: CommandConfig, layout: ParallelLayout, pro
                 raise ConfigError(f"output={output} cannot be written: {error.strerror}") from None
             if lock is not None:
                 progress.at_end.callback(lock.release)
-                new_file(str(output))  # another process may just have finished it
+                check(str(output))  # another process may just have finished it
 
     agree(layout, take)
 

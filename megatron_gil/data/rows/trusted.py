@@ -1,0 +1,38 @@
+"""Responses with a number that somebody trusts, against which a reward model is measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_gil.config import ConfigError
+from megatron_gil.data.rows.demonstrations import ResponseDataset
+from megatron_gil.data.rows.records import iter_records
+from megatron_gil.data.text.tokenizer import Tokenizer
+
+
+class TrustedDataset(ResponseDataset):
+    """Rows of {"prompt", "response", "trusted"}."""
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_tokens: int, max_prompt_tokens: int) -> None:
+        super().__init__(path, tokenizer, max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
+        self.trusted: list[float] = [read_trusted(row, where) for where, row in iter_records(path, self.kind)]
+        """Of each row, finite."""
+
+    def fields(self, row_id: int) -> dict[str, Any]:
+        return {**super().fields(row_id), "trusted": self.trusted[int(row_id)]}
+
+
+def read_trusted(row: Any, where: str) -> float:
+    """ConfigError begins with `where` (file:line)."""
+    value = row.get("trusted")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{where}: field trusted must be a number that somebody trusts, such as a person's rating")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{where}: field trusted is {number}, which is no number to compare with")
+    return number
