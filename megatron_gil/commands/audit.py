@@ -16,7 +16,7 @@ from megatron_gil.engine.files import reason
 from megatron_gil.evaluation.audit.measure import Audit, audit_rows
 from megatron_gil.evaluation.audit.page import audit_page
 from megatron_gil.evaluation.audit.rows import AuditedRows
-from megatron_gil.evaluation.audit.tables import groups_table, title
+from megatron_gil.evaluation.audit.tables import groups_table, reach_table, title
 from megatron_gil.evaluation.tables import finite
 from megatron_gil.parallel.collectives import agree, broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout
@@ -113,6 +113,8 @@ def _evaluate(
 def show(found: Audit) -> None:
     console = Console(highlight=False)
     print_table(console, groups_table(found, narrow=True))
+    if found.reach is not None:
+        print_table(console, reach_table(found.reach, narrow=True))
     for group in found.groups:
         words = ", ".join(word.word for word in group.words[:NUM_WORDS])
         console.print(f"{title(group.name, found)}, typical words: {words or 'none'}", markup=False)

@@ -19,7 +19,9 @@ from megatron_gil.evaluation.audit.advice import (
 )
 from megatron_gil.evaluation.audit.correlation import Correlation, correlate, spearman
 from megatron_gil.evaluation.audit.rows import AuditedRows, SampledResponse, TrustedRow, likeliest
+from megatron_gil.evaluation.audit.targets import advise_targets, price_of
 from megatron_gil.evaluation.audit.words import TypicalWord, typical_words
+from megatron_gil.evaluation.best_of_n import KlPrice
 from megatron_gil.evaluation.cluster_bootstrap import DRAWS, expanded_interval, number_clusters, resampled_sums
 from megatron_gil.evaluation.reward_quality import Quality, RewardQuality, reward_quality
 from megatron_gil.evaluation.statistics import Estimate
@@ -66,6 +68,9 @@ class Audit:
     """How far the groups are groups of prompts: agreement beyond chance (Scott's pi) of two responses to one prompt.
     1: both always are in one group; 0: no more often than by chance. NaN where all are in one group; None where no
     prompt was read twice."""
+    reach: KlPrice | None
+    """How far the reward can be followed for prompts of high and of low score; None without several trusted responses
+    to a prompt."""
     advice: Advice
 
     def quality_of(self, group: str) -> Quality | None:
@@ -94,7 +99,13 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
         return agreement_of_pairs(pairs.accuracy, pairs.num_pairs) if pairs else None
 
     readings = [(row.pair.prompt, row.views) for row in rows.pairs] + [(r.prompt, r.views) for r in rows.trusted]
-    kappa = prompt_kappa(readings)
+    kappa, reach = prompt_kappa(readings), price_of(rows.trusted)
+
+    def advice() -> Advice:
+        if reach is not None:
+            return advise_targets(reach)
+        return advise_without_groups(high) if low is None else advise(agreement(low), agreement(high), kappa)
+
     return Audit(
         groups=groups,
         high=high,
@@ -103,7 +114,8 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
         trusted=_correlate(rows.trusted),
         trusted_by_group=found,
         prompt_kappa=kappa,
-        advice=advise_without_groups(high) if low is None else advise(agreement(low), agreement(high), kappa),
+        reach=reach,
+        advice=advice(),
     )
 
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from megatron_gil.evaluation.audit.measure import Audit
 from megatron_gil.evaluation.audit.rows import AuditedRows, SampledResponse, likeliest
-from megatron_gil.evaluation.audit.tables import groups_table, labels_table, title, trusted_table, words_table
+from megatron_gil.evaluation.audit.tables import (
+    groups_table,
+    labels_table,
+    reach_table,
+    title,
+    trusted_table,
+    words_table,
+)
 from megatron_gil.evaluation.quality_tables import quality_table, sentences
 from megatron_gil.evaluation.report.figures import PARTS_PALETTE, colors, curve_grid, score_distributions, to_svg
 from megatron_gil.evaluation.report.page import (
@@ -21,6 +28,7 @@ from megatron_gil.evaluation.report.page import (
     table,
 )
 from megatron_gil.evaluation.report.quality_figures import quality_picture
+from megatron_gil.evaluation.report.reach_figure import reach_picture
 from megatron_gil.evaluation.reward_quality import divide
 
 MAX_CHARACTERS = 700
@@ -51,6 +59,7 @@ def audit_page(found: Audit, rows: AuditedRows, training: Sequence[Mapping[str, 
     sections = [
         PageSection(title="Groups", body=[table(groups_table(found, swatch=color))]),
         PageSection(title="Reward model by group", body=[*_trusted(found), *_quality(found, rows, color)]),
+        PageSection(title="How far the reward can be followed", body=_reach(found)),
         PageSection(title="What is in the groups", body=_content(found, rows, color)),
         PageSection(title="Responses that the classifier is surest of", body=_surest(found)),
         PageSection(title="While the classifier learned", body=_curves(training, rows.groups, color)),
@@ -78,6 +87,20 @@ def _quality(found: Audit, rows: AuditedRows, color: Mapping[str, str]) -> list[
     caption = "How sure the reward model is of its choice against how often it is right, and its margins, by group."
     said = [paragraph(sentence) for sentence in sentences(found.quality)]
     return [table(quality_table(found.quality)), picture(Picture(svg=to_svg(drawn), caption=caption)), *said]
+
+
+def _reach(found: Audit) -> list[str]:
+    if found.reach is None:
+        return []
+    drawn = reach_picture(found.reach.groups, color=colors(tuple(found.reach.groups)))
+    caption = (
+        "Trusted number of the response that the reward model likes best of n, for prompts of high and of low mean "
+    )
+    caption += (
+        "score: what an optimised policy would gain, without training one. Ring: where it is highest. Band: 95 %, "
+    )
+    caption += "prompts resampled."
+    return [picture(Picture(svg=to_svg(drawn), caption=caption)), table(reach_table(found.reach))]
 
 
 def _content(found: Audit, rows: AuditedRows, color: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megatron_gil.evaluation.audit.correlation import Correlation
 from megatron_gil.evaluation.audit.measure import Audit, Group
+from megatron_gil.evaluation.best_of_n import KlPrice
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.statistics import Estimate
 from megatron_gil.evaluation.tables import percent_interval
@@ -98,6 +99,29 @@ def trusted_table(found: Audit) -> Table:
 def _trusted_cells(name: str, found: Correlation) -> tuple[str, ...]:
     counts = f"{found.num_rows:,}", f"{found.num_prompts:,}"
     return (name, *counts, _interval(found.spearman), _interval(found.pearson))
+
+
+SHOWN_N = (1, 2, 4, 8, 16, 32, 64)
+
+
+def reach_table(reach: KlPrice, *, narrow: bool = False) -> Table:
+    """narrow: for a console."""
+    shown = [n for n in SHOWN_N if n <= len(next(iter(reach.groups.values())).curve)]
+    rows = [
+        (
+            f"prompts of {name}",
+            f"{group.num_prompts:,}",
+            *(f"{group.curve[n - 1].value:.2f}" if narrow else _interval(group.curve[n - 1]) for n in shown),
+            f"{group.best_n} [{group.best_n_low}, {group.best_n_high}]",
+            f"{group.best_kl:.2f}",
+        )
+        for name, group in reach.groups.items()
+    ]
+    price = reach.price
+    note = f"One KL for all, at n = {reach.shared_n}, costs {price.value:.3f} [{price.low:.3f}, {price.high:.3f}]. "
+    note += "KL: log n - (n - 1) / n, nats a response, at the best n."
+    header = ("", "prompts", *(f"{'n = ' * (not narrow or n == 1)}{n}" for n in shown), "best n [95 %]", "KL")
+    return Table(caption="trusted number of the best of n responses", header=header, rows=rows, note=note)
 
 
 def words_table(found: Audit) -> Table:

@@ -1,0 +1,94 @@
+"""How far the reward can be followed in each group, from trusted numbers of several responses to a prompt, and the KL
+targets that follow."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+
+from megatron_gil.evaluation.audit.advice import Advice
+from megatron_gil.evaluation.audit.rows import TrustedRow
+from megatron_gil.evaluation.best_of_n import BestOfN, Candidates, KlPrice, kl_price
+
+HIGH, LOW = "high score", "low score"
+"""Groups of prompts, by the mean score of their responses."""
+LEAST_RESPONSES = 4
+"""To a prompt; of fewer the best says little."""
+LEAST_TARGET = 0.05
+"""Nats a response, where the reward model's choice is no better than any response."""
+
+
+def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
+    """Of the prompts with LEAST_RESPONSES responses or more, in the groups HIGH and LOW; None where there are none of
+    one group.
+
+    While a policy is at rest the classifier tells responses apart by their scores, two responses to one prompt too. A
+    run's groups are those of prompts, and follow their scores: so prompts are split by the mean score of their
+    responses, at the threshold with the largest variance between the two sides (Otsu 1979), which is what the
+    classifier maximises, with both sides held to a fair mass.
+    """
+    by_prompt: dict[str, list[TrustedRow]] = defaultdict(list)
+    for row in rows:
+        by_prompt[row.prompt].append(row)
+    found = [part for part in by_prompt.values() if len(part) >= LEAST_RESPONSES]
+    means = [fmean(row.score for row in part) for part in found]
+    if len(set(means)) < 2:
+        return None
+    threshold = split_at(means)
+    return kl_price(
+        [
+            Candidates(
+                group=HIGH if mean >= threshold else LOW,
+                scores=[row.score for row in part],
+                trusted=[row.trusted for row in part],
+            )
+            for mean, part in zip(means, found, strict=True)
+        ]
+    )
+
+
+def split_at(values: Sequence[float]) -> float:
+    """The value from which on the upper side begins: of all cuts of the sorted values that with the largest n_0 n_1
+    (mean_1 - mean_0)^2. At least two different values."""
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    counts, sums = np.arange(1, len(ordered)), np.cumsum(ordered)
+    rest = len(ordered) - counts
+    between = counts * rest * ((sums[-1] - sums[:-1]) / rest - sums[:-1] / counts) ** 2
+    between[ordered[1:] == ordered[:-1]] = -1.0  # equal values stay together
+    return float(ordered[int(between.argmax()) + 1])
+
+
+def advise_targets(price: KlPrice) -> Advice:
+    """gil.kl_target_high and gil.kl_target_low, at which the best of n has the largest trusted number in either group;
+    one target for all where that is the same n."""
+    of_high, of_low = price.groups[HIGH], price.groups[LOW]
+    found = f"by the trusted numbers the best of n responses is best at n = {_shown(of_high)} for the prompts of high "
+    found += f"score and at {_shown(of_low)} for those of low score"
+    if of_high.best_n == of_low.best_n:
+        settings: dict[str, float] = {"gil.num_groups": 1, "ppo.kl_target": _target(of_high)}
+        line = f"the reward can be followed as far in both groups, one KL will do: {_text(settings)}; {found}"
+    else:
+        settings = {"gil.kl_target_high": _target(of_high), "gil.kl_target_low": _target(of_low)}
+        line = f"the reward can be followed further in one group than in the other: {_text(settings)}; {found}. One KL "
+        line += f"for both would cost {price.price.value:.3f} [{price.price.low:.3f}, {price.price.high:.3f}] of them"
+    is_certain = of_high.best_n_high < of_low.best_n_low or of_low.best_n_high < of_high.best_n_low
+    if not is_certain:
+        line += ". The intervals of n overlap: more prompts or responses would tell the groups apart better"
+    return Advice(line=f"{line}.", settings=settings, is_certain=is_certain)
+
+
+def _target(group: BestOfN) -> float:
+    """Nats a response, to two digits."""
+    return float(f"{max(group.best_kl, LEAST_TARGET):.2g}")
+
+
+def _shown(group: BestOfN) -> str:
+    most = f", the most there are of {group.num_prompts:,} prompts" if group.best_n == len(group.curve) else ""
+    return f"{group.best_n} [{group.best_n_low}, {group.best_n_high}{most}]"
+
+
+def _text(settings: dict[str, float]) -> str:
+    return " ".join(f"{key}={value:g}" for key, value in settings.items())
