@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_gil.cli import main
 from tests.faults.running import Answer, Call, Interruption, call_all
@@ -168,6 +170,18 @@ def test_refusals(world: Path, held_out: dict[str, Path], tmp_path: Path) -> Non
         assert answer.stderr.count("\n") == 1, answer.stderr
         assert "building policy" not in answer.phases
     assert {path.name for path in tmp_path.iterdir()} == {"there.html"}
+
+
+def test_a_reward_model_without_scores_is_refused(world: Path, held_out: dict[str, Path], tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(world / "reward_model", tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["score.weight"] *= float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "audit.json"
+    (answer,) = _call(world, 1, Call(_settings(world, held_out, output, f"models.reward_model={broken}")))
+    assert answer.code == 1
+    assert f"gives 24 rows no score (the first: row 1 of {held_out['pairs']})" in answer.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
 
 
 @pytest.mark.parametrize("phase", ["scoring audit.pairs", "rollout", "measuring: rollout"])
