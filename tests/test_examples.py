@@ -48,7 +48,7 @@ def _first_cells(document: str) -> list[str]:
 
 
 def _keys() -> set[str]:
-    kinds = (config.SftConfig, config.RewardConfig, config.DpoConfig, config.PpoConfig)
+    kinds = (config.SftConfig, config.RewardConfig, config.DpoConfig, config.AuditConfig)
     sections = {f.name: f.default_factory for kind in kinds for f in fields(kind)}
     return {f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from megatron_gil.commands.ppo import make_ppo_trainer
 from megatron_gil.commands.win_rates import print_table
 from megatron_gil.config import AuditConfig
 from megatron_gil.engine.files import reason
+from megatron_gil.engine.protocol import FrozenEngine
 from megatron_gil.evaluation.audit.measure import Audit, audit_rows
 from megatron_gil.evaluation.audit.page import audit_page
 from megatron_gil.evaluation.audit.rows import AuditedRows
@@ -23,7 +25,7 @@ from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.paths import write_new
 from megatron_gil.training.audit.length import at_rest, audit_length
 from megatron_gil.training.audit.readings import audited_pairs, audited_trusted, group_views, score_rows
-from megatron_gil.training.audit.rest import Learned, measured_responses, train_classifier
+from megatron_gil.training.audit.rest import measured_responses, train_classifier
 from megatron_gil.training.audit.rows import AuditRows
 from megatron_gil.training.build import build_models
 from megatron_gil.training.check_run import check_run
@@ -34,6 +36,7 @@ from megatron_gil.training.run.output import AuditFiles, audit_files
 from megatron_gil.training.run.progress import Progress
 from megatron_gil.training.run.signals import EXIT_STOPPED, StopRequested
 from megatron_gil.training.run.take import take_output
+from megatron_gil.types import Metrics
 
 NUM_WORDS = 6
 """Of each group, on the console."""
@@ -41,34 +44,34 @@ NUM_WORDS = 6
 
 def audit(config: AuditConfig, layout: ParallelLayout, progress: Progress) -> int:
     """Exit code 75 where a signal stopped it: nothing is kept then."""
-    config = at_rest(config)
-    checked = agree(layout, lambda: check_run(config, layout.world_size))
+    resting = at_rest(config)
+    checked = agree(layout, lambda: check_run(resting, layout.world_size))
     files = agree(layout, lambda: audit_files(config.output))
     take_output(files.numbers, config, layout, progress, check=audit_files)
     try:
-        models = build_models(config, checked, layout, progress)
-        trainer = make_ppo_trainer(config, checked, models, layout, progress)
+        models = build_models(resting, checked, layout, progress)
+        trainer = make_ppo_trainer(resting, checked, models, layout, progress)
         length = audit_length(config)
         first = first_rows(config, layout, where=files.numbers, models=models, checked=checked, length=length)
         print_rows(first, layout)
         assert checked.audit is not None
-        rows, learned = _collect(config, checked.audit, trainer, models["reward_model"])
+        rows, training = _collect(config, checked.audit, trainer, models["reward_model"])
     except StopRequested as stopped:
         if layout.is_main:
             text = f"{stopped} in {progress.where.phase}; an audit keeps nothing, start it again from the beginning"
             print(f"megatron-gil audit: {text}", file=sys.stderr)
         return EXIT_STOPPED
     progress.enter("evaluating")
-    _evaluate(config, rows, learned, files, layout)
+    _evaluate(config, rows, training, files, layout)
     return 0
 
 
 def _collect(
-    config: AuditConfig, given: AuditRows, trainer: PpoTrainer, reward_model: object
-) -> tuple[AuditedRows, Learned]:
+    config: AuditConfig, given: AuditRows, trainer: PpoTrainer, reward_model: FrozenEngine
+) -> tuple[AuditedRows, list[Metrics]]:
     """Scores first: a broken reward model shows before the classifier is trained."""
     scores = {held_out.key: score_rows(held_out, reward_model, trainer, config) for held_out in given.given}
-    learned = train_classifier(trainer, config)
+    training = train_classifier(trainer, config)
     names = group_names(trainer)
     groups = {h.key: [[names[i] for i in row] for row in group_views(h, trainer, config)] for h in given.given}
     pairs, trusted = given.pairs, given.trusted
@@ -78,21 +81,18 @@ def _collect(
         trusted=tuple(audited_trusted(trusted, scores[trusted.key], groups[trusted.key])) if trusted else (),
         responses=tuple(measured_responses(trainer, config)),
     )
-    return rows, learned
+    return rows, training
 
 
 def group_names(trainer: PpoTrainer) -> tuple[str, ...]:
     """The labels of known groups; numbers of learned ones."""
-    grouping = trainer.grouping
-    return (
-        tuple(f"group {i}" for i in range(grouping.num_groups))
-        if grouping.learns
-        else trainer.prompts.dataset.group_names
-    )
+    if not trainer.grouping.learns:
+        return trainer.prompts.dataset.group_names
+    return tuple(f"group {i}" for i in range(trainer.grouping.num_groups))
 
 
 def _evaluate(
-    config: AuditConfig, rows: AuditedRows, learned: Learned, files: AuditFiles, layout: ParallelLayout
+    config: AuditConfig, rows: AuditedRows, training: Sequence[Metrics], files: AuditFiles, layout: ParallelLayout
 ) -> None:
     """On rank 0: measure, print and write. RunFailed where nothing could be written."""
 
@@ -101,7 +101,7 @@ def _evaluate(
             if layout.is_main:
                 found = audit_rows(rows, min_group_mass=config.gil.min_group_mass)
                 show(found)
-                write(found, rows, learned, config, files)
+                write(found, rows, training, config, files)
         except OSError as refused:
             return f"{files.numbers} cannot be written: {reason(refused)}; make room, then start again"
         return ""
@@ -121,12 +121,12 @@ def show(found: Audit) -> None:
     console.print(f"\n{found.advice.line}", markup=False)
 
 
-def write(found: Audit, rows: AuditedRows, learned: Learned, config: AuditConfig, files: AuditFiles) -> None:
+def write(found: Audit, rows: AuditedRows, training: Sequence[Metrics], config: AuditConfig, files: AuditFiles) -> None:
     """Raises OSError where the files cannot be written; none of them is there then."""
-    numbers = {**asdict(found), "training": learned.metrics, "config": asdict(config)}
+    numbers = {**asdict(found), "training": training, "config": asdict(config)}
     write_new(
         {
-            files.page: audit_page(found, rows, learned.metrics, name=files.numbers.stem),
+            files.page: audit_page(found, rows, training, name=files.numbers.stem),
             files.numbers: json.dumps(finite(numbers), indent=2) + "\n",
         }
     )

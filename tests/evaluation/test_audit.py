@@ -202,7 +202,7 @@ def test_advice_says_where_rows_are_too_few() -> None:
     assert "of one prompt" in advise(_agreement(0.5, math.nan, math.nan), None).line
     for nothing in (None, _agreement(math.nan, math.nan, math.nan)):
         assert advise(nothing, None).settings == {}
-    assert "no measured row lies in the low group" in advise(None, None).line
+    assert "No measured row lies in the low group" in advise(None, None).line
 
 
 def test_advice_waits_for_groups_of_prompts() -> None:

@@ -60,6 +60,8 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("dp2", "generate", ()),
     ("tp2", "score", ()),
     ("dp2", "evaluate-reward", BFLOAT16),
+    ("one", "audit", (*OFFLOAD, *BFLOAT16)),
+    ("pp2", "audit", (*OWN_MODEL, "audit.group_by=rows")),
     ("one", "ppo", (*OFFLOAD, *BFLOAT16, *OWN_MODEL, "eval")),
     ("dp2", "ppo", (*ROLLOUT_OFFLOAD, *DISTRIBUTED, *BACKGROUND)),
     ("one", "dpo", (*OFFLOAD, *DETERMINISTIC)),
@@ -100,6 +102,8 @@ def test_command(root: Path, tmp_path: Path, layout: str, command: str, options:
     check_ran(run_commands(root, world_size, [arguments]))
     if command in ("generate", "score"):
         assert len((tmp_path / "run.jsonl").read_text().splitlines()) == 24
+    elif command == "audit":
+        assert json.loads((tmp_path / "run.json").read_text())["quality"]["overall"]["num_pairs"] == 24
     elif command == "evaluate-reward":
         assert json.loads((tmp_path / "run.json").read_text())["overall"]["num_pairs"] == 24
     else:

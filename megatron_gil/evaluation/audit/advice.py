@@ -57,19 +57,19 @@ REGIONS = (
     Region(
         start=-math.inf,
         name="not to be trusted",
-        text="reward not to be trusted on the low group: do not free it of its KL (this is PPO with KL)",
+        text="Reward not to be trusted on the low group: do not free it of its KL (this is PPO with KL)",
         settings={"gil.kl_floor": 1.0, "gil.invariance_coef": 0.0},
     ),
     Region(
         start=TRUSTED_IN_PART_FROM,
         name="trusted in part",
-        text="reward trusted in part on the low group: free it of some of its KL",
+        text="Reward trusted in part on the low group: free it of some of its KL",
         settings={"gil.kl_floor": 0.33},
     ),
     Region(
         start=TRUSTED_FROM,
         name="trusted",
-        text="reward trusted on the low group: free it of most of its KL",
+        text="Reward trusted on the low group: free it of most of its KL",
         settings={"gil.kl_floor": 0.1},
     ),
 )
@@ -95,13 +95,13 @@ def advise(low: Agreement | None, high: Agreement | None, prompt_kappa: Estimate
     """
     if prompt_kappa is not None and prompt_kappa.value < GROUPS_OF_PROMPTS_FROM:
         line = (
-            "these are groups of high and low scores and not of prompts: two responses to one prompt share a group "
+            "These are groups of high and low scores and not of prompts: two responses to one prompt share a group "
             f"little more often than by chance (kappa {prompt_kappa.value:.2f}), as where a policy has not moved yet; "
             "audit the policy of a short run of PPO with KL (models.policy=PILOT models.ref_policy=SFT)"
         )
         return Advice(line=f"{line}.", settings={}, is_certain=False)
     if low is None or math.isnan(low.value.value):
-        missing = "no measured row lies in" if low is None else "the numbers do not vary in the rows of"
+        missing = "No measured row lies in" if low is None else "The numbers do not vary in the rows of"
         line = f"{missing} the low group, so nothing follows for gil.kl_floor; give rows like its sampled ones"
         return Advice(line=line, settings={}, is_certain=False)
     region, value = region_of(low.value.value), low.value
@@ -120,7 +120,7 @@ def advise(low: Agreement | None, high: Agreement | None, prompt_kappa: Estimate
 def advise_without_groups(name: str) -> Advice:
     """Where all but a few responses are in the group of that name."""
     line = (
-        f"the classifier puts nearly all responses into {name}: there are no groups to treat apart, and PPO-GIL would "
+        f"The classifier puts nearly all responses into {name}: there are no groups to treat apart, and PPO-GIL would "
         "be PPO with KL; gil.balance_coef=1 keeps groups from emptying"
     )
     return Advice(line=f"{line}.", settings={"gil.balance_coef": 1.0}, is_certain=True)

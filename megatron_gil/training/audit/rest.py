@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,16 +22,8 @@ NUM_LINES = 10
 """Of progress, at most twice as many."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
-    """How the classifier came to its groups."""
-
-    metrics: tuple[Metrics, ...]
-    """Of each iteration."""
-
-
-def train_classifier(trainer: PpoTrainer, config: AuditConfig) -> Learned:
-    """RunFailed where updates are skipped for NaN or Inf more than run.max_skipped_updates times."""
+def train_classifier(trainer: PpoTrainer, config: AuditConfig) -> list[Metrics]:
+    """The metrics of each iteration. RunFailed where updates are skipped for NaN or Inf more than run.max_skipped_updates times."""
     found: list[Metrics] = []
     last, started, num_skipped = num_training_iterations(config), time.monotonic(), 0
     for iteration in range(last):
@@ -48,7 +38,7 @@ def train_classifier(trainer: PpoTrainer, config: AuditConfig) -> Learned:
             left = (time.monotonic() - started) / done * (last - done)
             lines = [_line(done, last, found[-1], left)] if due else []
             print("".join(f"{line}\n" for line in (*warnings, *lines)), end="", file=sys.stderr, flush=True)
-    return Learned(metrics=tuple(found))
+    return found
 
 
 def measured_responses(trainer: PpoTrainer, config: AuditConfig) -> list[SampledResponse]:
@@ -98,7 +88,7 @@ def _check_updates(trainer: PpoTrainer, config: AuditConfig, before: int) -> int
 
 def _line(done: int, last: int, metrics: Metrics, left: float) -> str:
     """In at most 80 columns for two groups."""
-    masses: Any = [value for name, value in metrics.items() if name.startswith("group/mass_")]
+    masses = [value for name, value in metrics.items() if name.startswith("group/mass_")]
     numbers = {
         "score": f"{metrics['reward/score_mean']:.3g}",
         "masses": " ".join(f"{mass:.2f}" for mass in masses),
