@@ -46,6 +46,11 @@ PAIRS = [
     ("gil_floor_long", "ppo_kl_0.15_long"),
     ("gil_floor_long", "floor_beta_0_long"),
     ("floor_beta_0_long", "ppo_kl_0.15_long"),
+    ("gil_targets", "ppo_kl_0.4"),
+    ("gil_targets", "ppo_target"),
+    ("gil_targets", "gil_0.4"),
+    ("gil_0.4", "ppo_kl_0.4"),
+    ("ppo_target", "ppo_kl_0.4"),
 ]
 """Compared besides PPO-GIL with everything."""
 
@@ -159,7 +164,7 @@ def collapsed(gold: Mapping[int, float], sft: Mapping[int, float]) -> dict[int, 
 
 
 def _collapses(methods: Sequence[str], numbers: Numbers, labels: Mapping[str, str]) -> Table:
-    sft = numbers["sft"]["gold"]
+    sft = numbers["sft"]["gold"] if "sft" in numbers else {}
     rows = [
         (labels[m], f"{sum(found.values())} of {len(found)}")
         for m in methods

@@ -114,6 +114,15 @@ def test_differences_are_paired_by_seed_and_show_every_seed() -> None:
     assert made["Collapsed runs"].rows == [("PPO-GIL", "0 of 5")]
 
 
+def test_a_grid_without_its_sft_cell_has_tables() -> None:
+    rows = [{"seed": 1, "method": "gil", "metric": "gold", "value": 0.5}]
+    numbers = collect(rows)
+    assert {table.caption: table for table in tables(numbers, {"gil": "PPO-GIL"})}["Collapsed runs"].rows == [
+        ("PPO-GIL", "0 of 0")
+    ]
+    assert "sft" not in numbers
+
+
 def test_analysis_of_an_unfinished_grid_names_what_is_missing(tmp_path: Path) -> None:
     cell = tmp_path / "seed_1" / "sft"
     cell.mkdir(parents=True)
