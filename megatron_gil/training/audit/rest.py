@@ -23,7 +23,8 @@ NUM_LINES = 10
 
 
 def train_classifier(trainer: PpoTrainer, config: AuditConfig) -> list[Metrics]:
-    """The metrics of each iteration. RunFailed where updates are skipped for NaN or Inf more than run.max_skipped_updates times."""
+    """The metrics of each iteration. RunFailed where more than run.max_skipped_updates updates are skipped for NaN or
+    Inf."""
     found: list[Metrics] = []
     last, started, num_skipped = num_training_iterations(config), time.monotonic(), 0
     for iteration in range(last):
