@@ -48,9 +48,9 @@ def _first_cells(document: str) -> list[str]:
 
 
 def _keys() -> set[str]:
-    kinds = (config.SftConfig, config.RewardConfig, config.DpoConfig, config.AuditConfig)
-    sections = {f.name: f.default_factory for kind in kinds for f in fields(kind)}
-    return {f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}  # type: ignore[arg-type]
+    kinds = (config.SftConfig, config.RewardConfig, config.DpoConfig, config.PpoConfig, config.AuditConfig)
+    sections = [(f.name, f.default_factory) for kind in kinds for f in fields(kind) if f.name != "output"]
+    return {f"{name}.{f.name}" for name, section in sections for f in fields(section)}  # type: ignore[arg-type]
 
 
 def test_every_message_of_the_troubleshooting_is_one_that_the_program_has() -> None:
