@@ -19,6 +19,7 @@ from megatron_gil.cli import COMMANDS
 from tests.ranks import PATIENCE_S
 
 ROOT = Path(__file__).parents[1]
+FILE_ENDINGS = (".py", ".sh", ".yaml", ".lock", ".json", ".html")
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if ".venv" not in path.parts)
 
 
@@ -65,11 +66,7 @@ def test_keys_that_the_documents_name_exist() -> None:
     named = {key for key in _first_cells("docs/names.md") if "*" not in key and "." in key}
     for document in (path for path in DOCUMENTS if path.name != "names.md"):  # whose other columns are others' keys
         found = re.findall(r"`([a-z_]+\.[a-z_0-9]+)(?:=[^`]*)?`", document.read_text(encoding="utf-8"))
-        named |= {
-            key
-            for key in found
-            if key.partition(".")[0] in sections and not key.endswith((".py", ".sh", ".yaml", ".lock", ".json", ".html"))
-        }
+        named |= {key for key in found if key.partition(".")[0] in sections and not key.endswith(FILE_ENDINGS)}
     assert named <= known, named - known
 
 
