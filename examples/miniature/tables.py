@@ -107,7 +107,13 @@ def write_tables(results: Path, labels: Mapping[str, str]) -> None:
     rows = _read_csv(results / "results.csv.gz")
     wins = _read_csv(results / "wins.csv.gz") if (results / "wins.csv.gz").exists() else []
     done = {(row["method"], row["seed"]) for row in rows}
-    missing = [f"{labels[m]}, seed {s}" for m in labels for s in sorted({s for _, s in done}) if (m, s) not in done]
+    seeds = sorted({seed for _, seed in done})
+    without = {m: [seed for seed in seeds if (m, seed) not in done] for m in labels}
+    missing = [
+        f"{labels[m]}, seed{'s' * (len(found) > 1)} {' '.join(map(str, found))}"
+        for m, found in without.items()
+        if found
+    ]
     shown = [*tables(collect(rows), labels), *([win_table(wins, labels)] if wins else [])]
     text = "\n".join(map(markdown, shown)) + f"\nCells not finished: {'; '.join(missing) or 'none'}.\n"
     (results / "tables.md").write_text(text, encoding="utf-8")

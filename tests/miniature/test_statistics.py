@@ -139,11 +139,12 @@ def test_analysis_of_an_unfinished_grid_names_what_is_missing(tmp_path: Path) ->
     assert float(found["gold"]) == pytest.approx(measured[0]["value"], rel=1e-5)
 
 
-def test_the_kept_tables_are_those_of_the_kept_numbers(tmp_path: Path) -> None:
-    results = GRID.with_name("results")
+@pytest.mark.parametrize(("grid", "kept"), [("grid.yaml", "results"), ("targets.yaml", "results/targets")])
+def test_the_kept_tables_are_those_of_the_kept_numbers(grid: str, kept: str, tmp_path: Path) -> None:
+    results = GRID.with_name(kept)
     for name in ("results.csv.gz", "wins.csv.gz"):
         shutil.copy(results / name, tmp_path)
-    write_tables(tmp_path, {name: cell.label for name, cell in read_grid().items()})
+    write_tables(tmp_path, {name: cell.label for name, cell in read_grid(GRID.with_name(grid)).items()})
     assert (tmp_path / "tables.md").read_bytes() == (results / "tables.md").read_bytes()
 
 
