@@ -104,8 +104,8 @@ COLUMNS: Mapping[str, Mapping[str, str]] = {
 
 def write_tables(results: Path, labels: Mapping[str, str]) -> None:
     """tables.md of a directory with the numbers of a grid, finished or not."""
-    rows = _read_csv(results / "results.csv.gz")
-    wins = _read_csv(results / "wins.csv.gz") if (results / "wins.csv.gz").exists() else []
+    rows = read_csv(results / "results.csv.gz")
+    wins = read_csv(results / "wins.csv.gz") if (results / "wins.csv.gz").exists() else []
     done = {(row["method"], row["seed"]) for row in rows}
     seeds = sorted({seed for _, seed in done})
     without = {m: [seed for seed in seeds if (m, seed) not in done] for m in labels}
@@ -119,7 +119,7 @@ def write_tables(results: Path, labels: Mapping[str, str]) -> None:
     (results / "tables.md").write_text(text, encoding="utf-8")
 
 
-def _read_csv(path: Path) -> list[Json]:
+def read_csv(path: Path) -> list[Json]:
     """Rows with their numbers as numbers."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows: list[Json] = list(csv.DictReader(file))
@@ -149,12 +149,12 @@ def _of_means(
     caption: str, columns: Mapping[str, str], methods: Sequence[str], numbers: Numbers, labels: Mapping[str, str]
 ) -> Table:
     shown = [m for m in methods if any(metric in numbers[m] for metric in columns)]
-    rows = [(labels[m], *(_cell(numbers[m].get(metric, {})) for metric in columns)) for m in shown]
+    rows = [(labels[m], *(mean_cell(numbers[m].get(metric, {})) for metric in columns)) for m in shown]
     note = "Mean over seeds and 95 % t interval over seeds; empty where a method has no such number."
     return Table(caption=caption, header=("method", *columns.values()), rows=rows, note=note)
 
 
-def _cell(by_seed: Mapping[int, float]) -> str:
+def mean_cell(by_seed: Mapping[int, float]) -> str:
     return _short(t_interval(list(by_seed.values()))) if by_seed else ""
 
 
@@ -186,7 +186,10 @@ def _differences(methods: Sequence[str], numbers: Numbers, labels: Mapping[str, 
     columns |= {"gold_gap": "gold: easy - hard", "score_gap_end": "score: easy - hard, last 10 iterations"}
     pairs = [(OURS, m) for m in methods if m != OURS] + PAIRS
     rows = [
-        (f"{labels[a]} - {labels[b]}", *(_difference(numbers[a].get(c, {}), numbers[b].get(c, {})) for c in columns))
+        (
+            f"{labels[a]} - {labels[b]}",
+            *(difference_cell(numbers[a].get(c, {}), numbers[b].get(c, {})) for c in columns),
+        )
         for a, b in pairs
         if a in methods and b in methods
     ]
@@ -194,13 +197,14 @@ def _differences(methods: Sequence[str], numbers: Numbers, labels: Mapping[str, 
     return Table(caption="Paired differences", header=("pair", *columns.values()), rows=rows, note=note)
 
 
-def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+def difference_cell(ours: Mapping[int, float], theirs: Mapping[int, float], form: str = "+.2f") -> str:
+    """Of the seeds that both have."""
     shared = sorted(set(ours) & set(theirs))
     if not shared:
         return ""
     found = t_interval([ours[s] - theirs[s] for s in shared])  # what a seed gives both of them cancels
     above = sum(ours[s] > theirs[s] for s in shared)
-    return f"{_short(found, '+.2f')}, {above} of {len(shared)}"
+    return f"{_short(found, form)}, {above} of {len(shared)}"
 
 
 def win_rows(replies: Mapping[tuple[str, int], Sequence[Json]]) -> list[Json]:

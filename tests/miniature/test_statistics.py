@@ -12,6 +12,7 @@ from analyse import analyse
 from audit import agreement, groups_of_prompts
 from cells import GRID, read_grid
 from measure import of_replies, of_samples, tail_mass
+from story import PAGE, story_tables, written
 from tables import collapsed, collect, tables, win_rows, write_tables
 from tidy import write_csv
 
@@ -172,3 +173,10 @@ def test_groups_of_two_seeds_agree_up_to_their_numbers() -> None:
     a, b = groups_of_prompts(rows(0.9, 0.1)), groups_of_prompts(rows(0.3, 0.8))
     assert agreement(a, b) == (1.0, 4)
     assert agreement(a, groups_of_prompts(rows(0.9, 0.8))) == (0.0, 4)
+
+
+def test_the_story_has_the_tables_of_the_kept_numbers() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    tables = story_tables()
+    assert all(f"<!-- {name} -->" in page for name in tables)
+    assert written(page, tables) == page

@@ -1,0 +1,97 @@
+"""The tables of docs/results.md, from the kept numbers: python examples/miniature/story.py writes them into it.
+
+A table stands between the lines <!-- NAME --> and <!-- end -->, of which only the text around is written by hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from cells import GRID, read_grid
+from tables import Numbers, collapsed, collect, difference_cell, mean_cell, read_csv, win_table
+
+from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
+
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+HELD_OUT = f"gold_{HELDOUT_DOMAIN}"
+OURS = "gil_targets"
+OPPONENTS = ("ppo_kl_0.4", "ppo_target", "gil_0.4")
+SHOWN = (
+    *("sft", "dpo", "ppo", "ppo_kl", "ppo_kl_0.15", "gil", "gil_floor", "gil_floor_beta_0", "gil_plain_kl", "beta_0"),
+    *("ppo_kl_half", "gil_own_model", "gil_easy_hard", "gil_known", "gil_m3", "gil_log_prob", "grpo", "grpo_gil"),
+)
+BY_DOMAIN = ("sft", "ppo", "ppo_kl", "gil", "gil_floor")
+
+
+def story_tables() -> dict[str, str]:
+    """Name -> Markdown."""
+    results = GRID.with_name("results")
+    first, third = _read(results), _read(results / "targets")
+    labels = {name: cell.label for name, cell in read_grid(GRID.with_name("targets.yaml")).items()}
+    wins = [row for row in read_csv(results / "targets" / "wins.csv.gz") if row["ours"] == OURS]
+    shown_wins = win_table(wins, labels)
+    return {
+        "targets": _means(third, ("sft", *OPPONENTS, OURS), labels),
+        "against": _against(third, labels),
+        "wins": _markdown(shown_wins.header[1:], [row[1:] for row in shown_wins.rows]),
+        "methods": _means(first, SHOWN, labels),
+        "domains": _domains(first, labels),
+    }
+
+
+def written(page: str, tables: Mapping[str, str]) -> str:
+    """The page with its tables as they should be."""
+
+    def replace(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n\n{tables[found[1]]}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (?!end )(\w+) -->.*?<!-- end -->", replace, page, flags=re.S)
+
+
+def _read(results: Path) -> Numbers:
+    return collect(read_csv(results / "results.csv.gz"))
+
+
+def _means(numbers: Numbers, methods: Sequence[str], labels: Mapping[str, str]) -> str:
+    """A row for each method: mean gold with its interval over seeds, KL, and how many runs ended below SFT."""
+    header = ("method", "gold", "worst domain", "held-out domain", "KL", "distinct responses, hard", "collapsed")
+    rows = []
+    for method in methods:
+        found, runs = numbers[method], collapsed(numbers[method]["gold"], numbers["sft"]["gold"])
+        gold = [mean_cell(found[name]) for name in ("gold", "gold_worst", HELD_OUT)]
+        kl = f"{fmean(found['kl'].values()):.2f}" if "kl" in found else ""
+        end = "" if method == "sft" else f"{sum(runs.values())} of {len(runs)}"
+        rows.append((labels[method], *gold, kl, f"{fmean(found['distinct_hard'].values()):.2f}", end))
+    return _markdown(header, rows)
+
+
+def _against(numbers: Numbers, labels: Mapping[str, str]) -> str:
+    """Ours less each opponent, on the same seeds."""
+    columns = {
+        "gold": "gold",
+        "gold_worst": "worst domain",
+        HELD_OUT: "held-out domain",
+        "score_gap_end": "score: easy - hard",
+    }
+    rows = [
+        (labels[m], *(difference_cell(numbers[OURS][c], numbers[m][c], form="+.3f") for c in columns))
+        for m in OPPONENTS
+    ]
+    return _markdown(("against", *columns.values()), rows)
+
+
+def _domains(numbers: Numbers, labels: Mapping[str, str]) -> str:
+    rows = [(labels[m], *(mean_cell(numbers[m][f"gold_{d}"]) for d in TRAINING_DOMAINS)) for m in BY_DOMAIN]
+    return _markdown(("method", *TRAINING_DOMAINS), rows)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), story_tables()), encoding="utf-8")
