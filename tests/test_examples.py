@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import textwrap
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def _first_cells(document: str) -> list[str]:
 
 def _keys() -> set[str]:
     kinds = (config.SftConfig, config.RewardConfig, config.DpoConfig, config.AuditConfig)
-    sections = {f.name: f.default_factory for kind in kinds for f in fields(kind)}
+    sections = {f.name: f.default_factory for kind in kinds for f in fields(kind) if is_dataclass(f.default_factory)}
     return {f"{name}.{f.name}" for name, section in sections.items() for f in fields(section)}  # type: ignore[arg-type]
 
 
