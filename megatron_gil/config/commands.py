@@ -143,11 +143,6 @@ class AuditConfig(PpoConfig):
             f"gil.num_groups={self.gil.num_groups} makes one group of all rows, and there is nothing to audit; set it "
             "to 2 or more",
         )
-        require(
-            bool(self.audit.pairs or self.audit.trusted),
-            "audit.pairs and audit.trusted are both null, so there is nothing to measure the reward model on; give a "
-            "file as audit.pairs=PAIRS.jsonl or audit.trusted=ROWS.jsonl",
-        )
 
 
 COMMAND_CONFIGS: Mapping[str, type[CommandConfig]] = {

@@ -93,6 +93,11 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
     if isinstance(config, EvaluateRewardConfig):
         quality_files(config.output, may_lack_directory=sizes_from is not None)
     if isinstance(config, AuditConfig):
+        require(
+            bool(config.audit.pairs or config.audit.trusted),
+            "audit.pairs and audit.trusted are both null, so there is nothing to measure the reward model on; give a "
+            "file as audit.pairs=PAIRS.jsonl or audit.trusted=ROWS.jsonl",
+        )
         audit_files(config.output, may_lack_directory=sizes_from is not None)
     notes = [*(model.note for model in found.values() if model.note), *tokenizers.notes]
     train = None

@@ -68,14 +68,14 @@ def settings(command: str, root: Path, run: Path) -> list[str]:
         "log.tensorboard=false",
         "log.samples_every=1",
     ]
-    if command != "ppo":
-        model = f"models.reward_model={root / 'policy'}" if command == "reward" else policy
-        return [*common, *train, model, "train.updates=2"]
     if command == "audit":
         train = [t for t in train if not t.startswith("run.dir=")]
         rows = f"audit.pairs={root / 'preferences'}.jsonl"
         own = [rows, "audit.iterations=1", "audit.responses=16", "gil.min_group_mass=0", f"output={run}.json"]
         return [*common, *train, *sampling, policy, reward_model, "ppo.prompts=16", *own]
+    if command != "ppo":
+        model = f"models.reward_model={root / 'policy'}" if command == "reward" else policy
+        return [*common, *train, model, "train.updates=2"]
     ppo = ["ppo.iterations=1", "ppo.prompts=16", "critic_optimizer.lr=0.01", "gil.warmup_updates=1"]
     return [*common, *train, *sampling, policy, reward_model, *ppo]
 
