@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -36,7 +37,7 @@ def test_a_number_that_hovers_at_its_threshold_speaks_once() -> None:
     noise = random.Random(1)
     hovering = [1.01] + [1 + noise.uniform(-0.25, 0.25) for _ in range(300)]
     assert _run(hovering)[0] == [0]
-    assert sum(level > 1 >= before for before, level in zip(hovering, hovering[1:], strict=False)) > 50
+    assert sum(level > 1 >= before for before, level in itertools.pairwise(hovering)) > 50
 
 
 def test_a_nan_begins_nothing_and_alarms_do_not_meet() -> None:

@@ -13,7 +13,7 @@ from megatron_gil.config import AlarmSection
 from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo.episodes import Episodes
-from megatron_gil.types import Metrics, Rollout
+from megatron_gil.types import Metrics
 
 BASELINE = ("policy/entropy", "response/tokens")
 """Metrics of which later values are compared with that of the first iteration."""
@@ -154,19 +154,6 @@ class Alarms:
             text = f"responses have {now:.3g} tokens, {first:.3g} at first"
             factor = max(_ratio(now, first), _ratio(first, now))
             yield Alarm("length", factor / section.length_factor, text)
-
-
-def duplicate_fraction(rollout: Rollout, layout: ParallelLayout) -> float:
-    """Share of the global batch's responses that equal, token for token, a response to another prompt."""
-    ends = zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
-    responses = [hash(tuple(row[start:end])) for row, (start, end) in zip(rollout.tokens.tolist(), ends, strict=True)]
-    mine = list(zip(responses, rollout.row_ids.tolist(), strict=True))
-    # The ranks that share a model copy all give the same pairs, which changes no share.
-    pairs = [pair for part in gather_objects(mine, layout) for pair in part]
-    prompts: dict[int, set[int]] = {}
-    for response, row_id in pairs:
-        prompts.setdefault(response, set()).add(row_id)
-    return sum(len(prompts[response]) > 1 for response, _ in pairs) / len(pairs)
 
 
 def _ratio(value: float, to: float) -> float:

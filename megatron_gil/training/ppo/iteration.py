@@ -18,7 +18,8 @@ from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import Engine, FrozenEngine, Part, Sampler, Scorer, Update
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.ppo.alarms import Alarms, duplicate_fraction
+from megatron_gil.training.ppo.alarms import Alarms
+from megatron_gil.training.ppo.duplicates import repeats_another
 from megatron_gil.training.ppo.grouping import Grouping
 from megatron_gil.training.ppo.shaping import shape_experience
 from megatron_gil.training.ppo.shaping_metrics import rollout_means, with_deviations
@@ -151,6 +152,8 @@ class PpoTrainer:
 
     def shape(self, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
         """Rewards, advantages, and the group weights: constants of this iteration."""
+        ranks = self.layout.dp_rank, self.layout.dp_size
+        repeated = repeats_another(rollout, dp_rank=ranks[0], dp_size=ranks[1], all_sum=self.all_sum)
         experience, self.moments, metrics = shape_experience(
             rollout,
             scores,
@@ -160,6 +163,7 @@ class PpoTrainer:
             ppo=self.config.ppo,
             gil=self.config.gil,
             known_names=self.prompts.dataset.group_names,
+            repeated=repeated,
             all_sum=self.all_sum,
         )
         if self.models.critic:
@@ -172,7 +176,6 @@ class PpoTrainer:
         if scores.truncated is not None:
             cut["data/reward_truncated_fraction"] = scores.truncated
         metrics |= {name: truncated_fraction(flags, self.layout, self.all_sum) for name, flags in cut.items()}
-        metrics["response/duplicate_fraction"] = duplicate_fraction(rollout, self.layout)
         metrics["reward/out_of_range_fraction"] = self.alarms.out_of_range_fraction(scores.scores, self.layout)
         return experience, metrics
 
