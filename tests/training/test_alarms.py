@@ -19,7 +19,9 @@ from tests.training.running import DP2, TP2, parallel
 
 FIRST = {
     "policy/entropy": 2.0,
+    "policy/kl": 0.0,
     "policy/kl_sequence": 0.0,
+    "policy/kl_ahead": 0.0,
     "policy/kl_weight": 1.0,
     "policy/kl_group_0": 0.0,
     "policy/kl_group_1": 0.0,
@@ -34,6 +36,7 @@ FIRST = {
 SECTION = AlarmSection(
     max_kl=50,
     kl_spike=2,
+    kl_ahead=0.3,
     group_information=0.02,
     out_of_range_fraction=0.2,
     entropy_fraction=0.1,
@@ -54,11 +57,17 @@ BAD = [
         {"policy/sampling_mismatch": 0.22},
         "0.22 nats a token away from the log-probs that PPO uses: sa",
     ),
+    (
+        "kl_ahead",
+        {"policy/kl": 0.2, "policy/kl_ahead": 0.31},
+        "KL 0.2 nats a token, and 0.31 in 20 more iterations if it goes on as in the last 20: above alarms.kl",
+    ),
     ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a response (policy/kl_group_1) is 2.2 times the 3 of late"),
 ]
 NAMES = {
     "kl",
     "kl_spike",
+    "kl_ahead",
     "group_mass",
     "group_information",
     "duplicates",
@@ -117,6 +126,16 @@ def test_a_leap_of_one_group_is_a_spike_until_its_mean_has_followed() -> None:
         raised.append(bool(found["alarm/kl_spike"]))
         mean = 0.9 * mean + 2.0
     assert (raised[0], raised[-1], sum(raised)) == (True, False, 11)
+
+
+def test_where_the_kl_is_going_is_not_known_at_once() -> None:
+    alarms = _alarms()
+    unknown = {name: value for name, value in FIRST.items() if name != "policy/kl_ahead"}
+    assert alarms.check(unknown) == QUIET
+    assert alarms.check(unknown | {"policy/kl_ahead": 0.4, "policy/kl_ahead_group_0": 0.1})["alarm/kl_ahead"]
+    for _ in range(RELEASE_AFTER + 1):
+        assert alarms.check(unknown)["alarm/kl_ahead"], "an alarm that stands does not end by a number that is missing"
+    assert alarms.check(FIRST | {"policy/kl_ahead_group_0": 0.4})["alarm/kl_ahead"]
 
 
 def test_a_group_of_no_mass_has_no_kl_and_one_that_warms_up_may_know_nothing() -> None:

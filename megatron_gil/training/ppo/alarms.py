@@ -13,6 +13,7 @@ from megatron_gil.config import AlarmSection
 from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo.episodes import Episodes
+from megatron_gil.training.ppo.trends import WINDOW
 from megatron_gil.types import Metrics
 
 BASELINE = ("policy/entropy", "response/tokens")
@@ -69,7 +70,8 @@ class Alarms:
         warming_up: the classifier is still in its warm-up, so groups that are alike are no reason to warn."""
         if not self._baseline:
             self._baseline = {name: metrics[name] for name in BASELINE}
-        alarms = [*self._of_kl(metrics), *self._of_groups(metrics, warming_up), *self._of_responses(metrics)]
+        alarms = [*self._of_kl(metrics), *self._of_trend(metrics), *self._of_groups(metrics, warming_up)]
+        alarms += self._of_responses(metrics)
         self._lines += [f"warning: {a.text}" for a in alarms if self._episodes.begins(a.name, a.level)]
         return {f"alarm/{a.name}": float(self._episodes.stands(a.name)) for a in alarms}
 
@@ -112,6 +114,17 @@ class Alarms:
             yield Alarm("kl_spike", rises[worst] / section.kl_spike, text)
         for name, kl in kls.items():
             self._kl_means[name] = KL_DECAY * self._kl_means.get(name, kl) + (1 - KL_DECAY) * kl
+
+    def _of_trend(self, metrics: Metrics) -> Iterator[Alarm]:
+        """Of the batch alone: the KL of a group whose penalty is low by intent goes further, and does no harm by it."""
+        most = self._section.kl_ahead
+        if most:
+            ahead = metrics.get("policy/kl_ahead", math.nan)  # not there yet: neither begins nor ends the alarm
+            text = (
+                f"KL {metrics['policy/kl']:.2g} nats a token, and {ahead:.2g} in {WINDOW} more iterations if it goes "
+            )
+            text += f"on as in the last {WINDOW}: above alarms.kl_ahead={most:g}"
+            yield Alarm("kl_ahead", ahead / most, text)
 
     def _of_groups(self, metrics: Metrics, warming_up: bool) -> Iterator[Alarm]:
         masses = _per_group(metrics, "group/mass_")

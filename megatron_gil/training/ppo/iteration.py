@@ -23,6 +23,7 @@ from megatron_gil.training.ppo.duplicates import repeats_another
 from megatron_gil.training.ppo.grouping import Grouping
 from megatron_gil.training.ppo.shaping import shape_experience
 from megatron_gil.training.ppo.shaping_metrics import rollout_means, with_deviations
+from megatron_gil.training.ppo.trends import KlTrends
 from megatron_gil.training.row_source import PromptSource, RowSource, truncated_fraction
 from megatron_gil.training.run.metrics import Means
 from megatron_gil.training.run.progress import Progress
@@ -93,6 +94,7 @@ class PpoTrainer:
         self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
         self.layout, self.all_sum = layout, all_sum(layout)
         self.moments = ScoreMoments()
+        self.trends = KlTrends()
         self.alarms = Alarms(
             config.alarms,
             min_group_mass=config.gil.min_group_mass,
@@ -117,6 +119,7 @@ class PpoTrainer:
         with timer("update"):
             metrics |= self.optimize(experience)
         self.last_rollout, self.last_scores = rollout, scores
+        metrics |= self.trends.add(metrics)
         metrics |= self.alarms.check(metrics, warming_up=self.grouping.warming_up(self.num_updates))
         return metrics | timer.metrics(num_tokens=metrics["response/tokens"] * self.prompts.num_rows)
 
@@ -281,12 +284,14 @@ class PpoTrainer:
             "num_updates": self.num_updates,
             "moments": moments,
             "grouping": self.grouping.state(),
+            "trends": self.trends.state(),
             "alarms": self.alarms.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.num_updates, self.moments = state["num_updates"], ScoreMoments(**state["moments"])
         self.grouping.load_state(state["grouping"])
+        self.trends.load_state(state["trends"])
         self.alarms.load_state(state["alarms"])
 
     def extra_config(self) -> dict[str, dict[str, Any]]:

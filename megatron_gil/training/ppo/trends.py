@@ -1,4 +1,4 @@
-"""How the KL to the reference goes on: its slope over the last iterations, of the batch and of each inferred group."""
+"""Where the KL to the reference is going: the line through its last values, of the batch and of each inferred group."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ from typing import Any
 from megatron_gil.types import Metrics
 
 WINDOW = 20
-"""Iterations that a slope is taken over: long enough that the noise of a batch does not decide it."""
+"""Iterations that a line is laid through, and that it is drawn on for: so many that the noise of a batch does not
+decide."""
 
 
 class KlTrends:
-    """Remembers the last KLs of metrics policy/kl_sequence and policy/kl_group_G."""
+    """Remembers the KL a token of the last iterations."""
 
     def __init__(self) -> None:
         self._past: dict[str, list[float]] = {}
 
     def add(self, metrics: Metrics) -> dict[str, float]:
-        """policy/kl_slope and policy/kl_slope_group_G with these KLs taken in, nats a response and iteration.
+        """With this iteration's KLs taken in, of the batch and, with the ending _group_G, of each group:
 
-        A name is left out until it has had a finite KL in WINDOW iterations in a row.
+        policy/kl_slope, nats a token and iteration, and policy/kl_ahead, the KL that the line reaches in WINDOW
+        iterations more, nats a token. Left out until there has been a finite KL in WINDOW iterations in a row.
         """
-        now = {name: kl for name, kl in _kls(metrics).items() if math.isfinite(kl)}
-        self._past = {name: [*self._past.get(name, []), kl][-WINDOW:] for name, kl in now.items()}
-        return {f"policy/kl_slope{name}": slope(kls) for name, kls in self._past.items() if len(kls) == WINDOW}
+        now = {ending: kl for ending, kl in _kls(metrics).items() if math.isfinite(kl)}
+        self._past = {ending: [*self._past.get(ending, []), kl][-WINDOW:] for ending, kl in now.items()}
+        found: dict[str, float] = {}
+        for ending, kls in self._past.items():
+            if len(kls) == WINDOW:
+                slope = slope_of(kls)
+                found[f"policy/kl_slope{ending}"] = slope
+                found[f"policy/kl_ahead{ending}"] = math.fsum(kls) / WINDOW + slope * ((WINDOW - 1) / 2 + WINDOW)
+        return found
 
     def state(self) -> dict[str, Any]:
         return {"past": self._past}
@@ -34,7 +42,7 @@ class KlTrends:
         self._past = dict(state["past"])
 
 
-def slope(values: Sequence[float]) -> float:
+def slope_of(values: Sequence[float]) -> float:
     """Of the line of least squares through values at 0, 1, 2, ...; at least two."""
     middle = (len(values) - 1) / 2
     products = math.fsum((place - middle) * value for place, value in enumerate(values))
@@ -42,7 +50,8 @@ def slope(values: Sequence[float]) -> float:
 
 
 def _kls(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Suffix of the metric's name -> KL of a response."""
+    """Ending of the metric's name -> KL a token."""
     prefix = "policy/kl_group_"
-    groups = {f"_group_{name.removeprefix(prefix)}": kl for name, kl in metrics.items() if name.startswith(prefix)}
-    return {"": metrics["policy/kl_sequence"], **groups}
+    groups = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
+    by_group = {f"_group_{g}": metrics[f"{prefix}{g}"] / metrics[f"response/tokens_group_{g}"] for g in groups}
+    return {"": metrics["policy/kl"], **by_group}
