@@ -19,7 +19,6 @@ from tests.training.running import DP2, TP2, parallel
 
 FIRST = {
     "policy/entropy": 2.0,
-    "policy/kl": 0.0,
     "policy/kl_sequence": 0.0,
     "policy/kl_ahead": 0.0,
     "policy/kl_weight": 1.0,
@@ -36,7 +35,7 @@ FIRST = {
 SECTION = AlarmSection(
     max_kl=50,
     kl_spike=2,
-    kl_ahead=0.3,
+    kl_ahead=0.7,
     group_information=0.02,
     out_of_range_fraction=0.2,
     entropy_fraction=0.1,
@@ -59,8 +58,8 @@ BAD = [
     ),
     (
         "kl_ahead",
-        {"policy/kl": 0.2, "policy/kl_ahead": 0.31},
-        "KL 0.2 nats a token, and 0.31 in 20 more iterations if it goes on as in the last 20: above alarms.kl",
+        {"policy/kl_sequence": 2.5, "policy/kl_ahead": 28.8},
+        "KL 2.5 nats a response will be 28.8 in 15 iterations if it goes on as in the last 15: 72% of the 40 nats",
     ),
     ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a response (policy/kl_group_1) is 2.2 times the 3 of late"),
 ]
@@ -132,10 +131,10 @@ def test_where_the_kl_is_going_is_not_known_at_once() -> None:
     alarms = _alarms()
     unknown = {name: value for name, value in FIRST.items() if name != "policy/kl_ahead"}
     assert alarms.check(unknown) == QUIET
-    assert alarms.check(unknown | {"policy/kl_ahead": 0.4, "policy/kl_ahead_group_0": 0.1})["alarm/kl_ahead"]
+    assert alarms.check(unknown | {"policy/kl_ahead": 30.0, "policy/kl_ahead_group_0": 1.0})["alarm/kl_ahead"]
     for _ in range(RELEASE_AFTER + 1):
         assert alarms.check(unknown)["alarm/kl_ahead"], "an alarm that stands does not end by a number that is missing"
-    assert alarms.check(FIRST | {"policy/kl_ahead_group_0": 0.4})["alarm/kl_ahead"]
+    assert not _alarms().check(FIRST | {"policy/kl_ahead_group_0": 30.0})["alarm/kl_ahead"]
 
 
 def test_a_group_of_no_mass_has_no_kl_and_one_that_warms_up_may_know_nothing() -> None:

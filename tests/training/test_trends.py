@@ -18,10 +18,9 @@ def _rows(count: int) -> list[dict[str, float]]:
     noise = random.Random(3)
     return [
         {
-            "policy/kl": noise.random() + 0.1 * i,
-            "policy/kl_sequence": 9.0,
+            "policy/kl": 9.0,
+            "policy/kl_sequence": noise.random() + 0.1 * i,
             "policy/kl_group_0": 5 * noise.random(),
-            "response/tokens_group_0": 4 + noise.random(),
         }
         for i in range(count)
     ]
@@ -40,10 +39,7 @@ def test_they_are_of_the_last_iterations_and_absent_before_there_are_as_many() -
             assert found == {}
             continue
         last = rows[step - WINDOW + 1 : step + 1]
-        kls = {
-            "": [r["policy/kl"] for r in last],
-            "_group_0": [r["policy/kl_group_0"] / r["response/tokens_group_0"] for r in last],
-        }
+        kls = {"": [r["policy/kl_sequence"] for r in last], "_group_0": [r["policy/kl_group_0"] for r in last]}
         assert found.keys() == BOTH
         for ending, values in kls.items():
             line = np.polyfit(range(WINDOW), values, 1)
@@ -51,11 +47,11 @@ def test_they_are_of_the_last_iterations_and_absent_before_there_are_as_many() -
             assert found[f"policy/kl_ahead{ending}"] == pytest.approx(np.polyval(line, 2 * WINDOW - 1))
 
 
-@pytest.mark.parametrize("gone", [{"policy/kl_group_0": math.nan, "response/tokens_group_0": 4.0}, {}])
+@pytest.mark.parametrize("gone", [{"policy/kl_group_0": math.nan}, {}])
 def test_a_group_without_a_kl_begins_anew(gone: dict[str, float]) -> None:
     """No row is in it, so its metric is absent; or one of its rows has a KL that is not a number."""
     trends, rows = KlTrends(), _rows(2 * WINDOW)
-    rows[WINDOW] = {"policy/kl": 1.0, **gone}
+    rows[WINDOW] = {"policy/kl_sequence": 1.0, **gone}
     names = [trends.add(row).keys() for row in rows]
     assert [found == BOTH for found in names] == [False] * (WINDOW - 1) + [True] + [False] * WINDOW
     assert all("policy/kl_ahead" in found for found in names[WINDOW - 1 :])

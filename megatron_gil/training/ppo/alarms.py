@@ -117,14 +117,13 @@ class Alarms:
 
     def _of_trend(self, metrics: Metrics) -> Iterator[Alarm]:
         """Of the batch alone: the KL of a group whose penalty is low by intent goes further, and does no harm by it."""
-        most = self._section.kl_ahead
-        if most:
-            ahead = metrics.get("policy/kl_ahead", math.nan)  # not there yet: neither begins nor ends the alarm
-            text = (
-                f"KL {metrics['policy/kl']:.2g} nats a token, and {ahead:.2g} in {WINDOW} more iterations if it goes "
-            )
-            text += f"on as in the last {WINDOW}: above alarms.kl_ahead={most:g}"
-            yield Alarm("kl_ahead", ahead / most, text)
+        if self._section.kl_ahead:
+            now, ahead = metrics["policy/kl_sequence"], metrics.get("policy/kl_ahead", math.nan)  # nan: not known yet
+            entropy = self._baseline["policy/entropy"] * self._baseline["response/tokens"]
+            share = _ratio(ahead, entropy)
+            text = f"KL {now:.3g} nats a response will be {ahead:.3g} in {WINDOW} iterations if it goes on as in the "
+            text += f"last {WINDOW}: {share:.0%} of the {entropy:.3g} nats of entropy that a response had at first"
+            yield Alarm("kl_ahead", share / self._section.kl_ahead, text)
 
     def _of_groups(self, metrics: Metrics, warming_up: bool) -> Iterator[Alarm]:
         masses = _per_group(metrics, "group/mass_")

@@ -8,13 +8,13 @@ from typing import Any
 
 from megatron_gil.types import Metrics
 
-WINDOW = 20
+WINDOW = 15
 """Iterations that a line is laid through, and that it is drawn on for: so many that the noise of a batch does not
 decide."""
 
 
 class KlTrends:
-    """Remembers the KL a token of the last iterations."""
+    """Remembers the KL a response of the last iterations."""
 
     def __init__(self) -> None:
         self._past: dict[str, list[float]] = {}
@@ -22,8 +22,8 @@ class KlTrends:
     def add(self, metrics: Metrics) -> dict[str, float]:
         """With this iteration's KLs taken in, of the batch and, with the ending _group_G, of each group:
 
-        policy/kl_slope, nats a token and iteration, and policy/kl_ahead, the KL that the line reaches in WINDOW
-        iterations more, nats a token. Left out until there has been a finite KL in WINDOW iterations in a row.
+        policy/kl_slope, nats a response and iteration, and policy/kl_ahead, the KL that the line reaches in WINDOW
+        iterations more, nats a response. Left out until there has been a finite KL in WINDOW iterations in a row.
         """
         now = {ending: kl for ending, kl in _kls(metrics).items() if math.isfinite(kl)}
         self._past = {ending: [*self._past.get(ending, []), kl][-WINDOW:] for ending, kl in now.items()}
@@ -50,8 +50,7 @@ def slope_of(values: Sequence[float]) -> float:
 
 
 def _kls(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Ending of the metric's name -> KL a token."""
-    prefix = "policy/kl_group_"
-    groups = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
-    by_group = {f"_group_{g}": metrics[f"{prefix}{g}"] / metrics[f"response/tokens_group_{g}"] for g in groups}
-    return {"": metrics["policy/kl"], **by_group}
+    """Ending of the metric's name -> KL."""
+    prefix = "policy/kl"
+    groups = {name.removeprefix(prefix): kl for name, kl in metrics.items() if name.startswith(f"{prefix}_group_")}
+    return {"": metrics["policy/kl_sequence"], **groups}
