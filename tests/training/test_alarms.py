@@ -59,7 +59,7 @@ BAD = [
     (
         "kl_ahead",
         {"policy/kl_sequence": 2.5, "policy/kl_ahead": 28.8},
-        "KL 2.5 nats a response will be 28.8 in 15 iterations if it goes on as in the last 15: 72% of the 40 nats",
+        "KL 2.5 nats a response will be 28.8 in 20 iterations if it goes on as in the last 15: 72% of the 40 nats",
     ),
     ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a response (policy/kl_group_1) is 2.2 times the 3 of late"),
 ]

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_gil.training.ppo.trends import WINDOW, KlTrends, slope_of
+from megatron_gil.training.ppo.trends import AHEAD, WINDOW, KlTrends, slope_of
 
 BOTH = {f"policy/kl_{name}{ending}" for name in ("slope", "ahead") for ending in ("", "_group_0")}
 
@@ -44,7 +44,7 @@ def test_they_are_of_the_last_iterations_and_absent_before_there_are_as_many() -
         for ending, values in kls.items():
             line = np.polyfit(range(WINDOW), values, 1)
             assert found[f"policy/kl_slope{ending}"] == pytest.approx(line[0])
-            assert found[f"policy/kl_ahead{ending}"] == pytest.approx(np.polyval(line, 2 * WINDOW - 1))
+            assert found[f"policy/kl_ahead{ending}"] == pytest.approx(np.polyval(line, WINDOW - 1 + AHEAD))
 
 
 @pytest.mark.parametrize("gone", [{"policy/kl_group_0": math.nan}, {}])

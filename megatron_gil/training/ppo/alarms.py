@@ -13,7 +13,7 @@ from megatron_gil.config import AlarmSection
 from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.ppo.episodes import Episodes
-from megatron_gil.training.ppo.trends import WINDOW
+from megatron_gil.training.ppo.trends import AHEAD, WINDOW
 from megatron_gil.types import Metrics
 
 BASELINE = ("policy/entropy", "response/tokens")
@@ -121,7 +121,7 @@ class Alarms:
             now, ahead = metrics["policy/kl_sequence"], metrics.get("policy/kl_ahead", math.nan)  # nan: not known yet
             entropy = self._baseline["policy/entropy"] * self._baseline["response/tokens"]
             share = _ratio(ahead, entropy)
-            text = f"KL {now:.3g} nats a response will be {ahead:.3g} in {WINDOW} iterations if it goes on as in the "
+            text = f"KL {now:.3g} nats a response will be {ahead:.3g} in {AHEAD} iterations if it goes on as in the "
             text += f"last {WINDOW}: {share:.0%} of the {entropy:.3g} nats of entropy that a response had at first"
             yield Alarm("kl_ahead", share / self._section.kl_ahead, text)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_gil.types import Metrics
 
-WINDOW = 15
-"""Iterations that a line is laid through, and that it is drawn on for: so many that the noise of a batch does not
-decide."""
+WINDOW, AHEAD = 15, 20
+"""Iterations that a line is laid through, so that the noise of a batch does not decide; and that it is drawn on."""
 
 
 class KlTrends:
@@ -22,7 +21,7 @@ class KlTrends:
     def add(self, metrics: Metrics) -> dict[str, float]:
         """With this iteration's KLs taken in, of the batch and, with the ending _group_G, of each group:
 
-        policy/kl_slope, nats a response and iteration, and policy/kl_ahead, the KL that the line reaches in WINDOW
+        policy/kl_slope, nats a response and iteration, and policy/kl_ahead, the KL that the line reaches in AHEAD
         iterations more, nats a response. Left out until there has been a finite KL in WINDOW iterations in a row.
         """
         now = {ending: kl for ending, kl in _kls(metrics).items() if math.isfinite(kl)}
@@ -32,7 +31,7 @@ class KlTrends:
             if len(kls) == WINDOW:
                 slope = slope_of(kls)
                 found[f"policy/kl_slope{ending}"] = slope
-                found[f"policy/kl_ahead{ending}"] = math.fsum(kls) / WINDOW + slope * ((WINDOW - 1) / 2 + WINDOW)
+                found[f"policy/kl_ahead{ending}"] = math.fsum(kls) / WINDOW + slope * ((WINDOW - 1) / 2 + AHEAD)
         return found
 
     def state(self) -> dict[str, Any]:
