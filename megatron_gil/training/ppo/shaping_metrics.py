@@ -35,7 +35,6 @@ def add_shaping_means(
     means.add("policy/kl_weight", kl_weights)
     means.add("policy/entropy", scores.entropy, mask)
     means.add("policy/sampling_mismatch", (rollout.sampled_log_probs - scores.log_probs).abs(), mask)
-    means.add("policy/ref_nll", -scores.ref_log_probs, mask)
 
 
 def add_group_means(means: Means, rollout: Rollout, scores: Scores, repeated: Tensor, invariance: Invariance) -> None:
@@ -46,11 +45,9 @@ def add_group_means(means: Means, rollout: Rollout, scores: Scores, repeated: Te
     mask = rollout.response_mask
     kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0).sum(1)
     for group, weight in enumerate(scores.group_probs.double().unbind(1)):
-        tokens = mask * weight[:, None]
         means.add(f"reward/score_mean_group_{group}", scores.scores, weight)
         means.add(f"policy/kl_group_{group}", kl, weight)
-        means.add(f"policy/entropy_group_{group}", scores.entropy, tokens)
-        means.add(f"policy/ref_nll_group_{group}", -scores.ref_log_probs, tokens)
+        means.add(f"policy/entropy_group_{group}", scores.entropy, mask * weight[:, None])
         means.add(f"response/tokens_group_{group}", mask.sum(1), weight)
         means.add(f"response/duplicate_fraction_group_{group}", repeated, weight)
 
