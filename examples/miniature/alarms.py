@@ -23,6 +23,7 @@ FAULTS = {
     "duplicates": "canned",
     "length": "longer",
     "score": "ppo",
+    "kl_ahead": "ppo",
     "kl_spike": "kl_spike",
     "group_mass": "one_group",
     "group_information": "alike",

@@ -160,6 +160,9 @@ class AlarmSection(Section):
     kl_spike: float = real(2.0, least=0)
     """Warn where that KL is so many times its own running mean (of about ten iterations; counted as at least 3
     nats)."""
+    kl_ahead: float = real(0.7, least=0)
+    """Warn where the KL of the batch, if it goes on as in the last 15 iterations, is in 20 more above this share of the
+    entropy that a response had in the first iteration."""
     group_information: float = real(0.02, least=0)
     """Warn where the classifier's probabilities hardly differ between rows: their mutual information with the row, as a
     share of the log M that it can be at most, is below this."""

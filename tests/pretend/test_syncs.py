@@ -70,7 +70,6 @@ BUDGETS: dict[str, Budget] = {
         "algo/groups.py:HighGroup.update": {"iteration": 2},
         "algo/masked.py:ScoreMoments.merge": {"iteration": 2},
         "training/ppo/shaping_metrics.py:group_metrics": {"iteration": 2},
-        "training/ppo/alarms.py:duplicate_fraction": {"iteration": 4},
         "training/ppo/alarms.py:Alarms.out_of_range_fraction": {"iteration": 1},
         "training/run/metrics.py:Means.reduce": {"iteration": 1},
         "training/ppo/iteration.py:PpoTrainer.shape": {"iteration": 2},

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from megatron_gil.config import AlarmSection, ConfigError
-from megatron_gil.training.ppo.alarms import Alarms, duplicate_fraction
-from megatron_gil.types import Rollout
+from megatron_gil.training.ppo.alarms import Alarms
+from megatron_gil.training.ppo.episodes import RELEASE_AFTER
 from tests.ranks import run_ranks
 from tests.training.running import DP2, TP2, parallel
 
 FIRST = {
     "policy/entropy": 2.0,
     "policy/kl_sequence": 0.0,
+    "policy/kl_ahead": 0.0,
     "policy/kl_weight": 1.0,
     "policy/kl_group_0": 0.0,
     "policy/kl_group_1": 0.0,
@@ -34,6 +35,7 @@ FIRST = {
 SECTION = AlarmSection(
     max_kl=50,
     kl_spike=2,
+    kl_ahead=0.7,
     group_information=0.02,
     out_of_range_fraction=0.2,
     entropy_fraction=0.1,
@@ -54,11 +56,17 @@ BAD = [
         {"policy/sampling_mismatch": 0.22},
         "0.22 nats a token away from the log-probs that PPO uses: sa",
     ),
+    (
+        "kl_ahead",
+        {"policy/kl_sequence": 2.5, "policy/kl_ahead": 28.8},
+        "KL 2.5 nats a response will be 28.8 in 20 iterations if it goes on as in the last 15: 72% of the 40 nats",
+    ),
     ("kl_spike", {"policy/kl_group_1": 6.5}, "KL 6.5 nats a response (policy/kl_group_1) is 2.2 times the 3 of late"),
 ]
 NAMES = {
     "kl",
     "kl_spike",
+    "kl_ahead",
     "group_mass",
     "group_information",
     "duplicates",
@@ -84,7 +92,8 @@ def test_an_alarm_is_raised_alone_and_said_once(name: str, changes: dict[str, fl
         lines = alarms.take_lines()
         assert len(lines) == 1, episode
         assert text in lines[0]
-        assert alarms.check(FIRST) == QUIET
+        for quiet in range(1, RELEASE_AFTER + 1):
+            assert alarms.check(FIRST) == QUIET | {f"alarm/{name}": float(quiet < RELEASE_AFTER)}
     assert alarms.take_lines() == []
 
 
@@ -102,17 +111,30 @@ def test_a_kl_that_grows_slowly_is_no_spike_but_may_be_too_large() -> None:
 
 
 def test_a_leap_of_one_group_is_a_spike_until_its_mean_has_followed() -> None:
-    """The oracle: mean <- 0.9 mean + 0.1 KL; a spike is above 2 max(mean, 3)."""
+    """The oracle: mean <- 0.9 mean + 0.1 KL; a spike begins above 2 max(mean, 3) and is over after 5 iterations below
+    0.8 times that."""
     alarms, mean = _alarms(), 5.0
     for _ in range(40):
         assert alarms.check(_slow(5.0)) == QUIET
+    back = 0
     raised: list[bool] = []
     for _ in range(20):
+        back += 0.8 * 2 * mean > 20.0
         found = alarms.check(_slow(20.0))
-        assert found == QUIET | {"alarm/kl_spike": float(2 * mean < 20.0)}
+        assert found == QUIET | {"alarm/kl_spike": float(back < 5)}
         raised.append(bool(found["alarm/kl_spike"]))
         mean = 0.9 * mean + 2.0
-    assert (raised[0], raised[-1], sum(raised)) == (True, False, 4)
+    assert (raised[0], raised[-1], sum(raised)) == (True, False, 11)
+
+
+def test_where_the_kl_is_going_is_not_known_at_once() -> None:
+    alarms = _alarms()
+    unknown = {name: value for name, value in FIRST.items() if name != "policy/kl_ahead"}
+    assert alarms.check(unknown) == QUIET
+    assert alarms.check(unknown | {"policy/kl_ahead": 30.0, "policy/kl_ahead_group_0": 1.0})["alarm/kl_ahead"]
+    for _ in range(RELEASE_AFTER + 1):
+        assert alarms.check(unknown)["alarm/kl_ahead"], "an alarm that stands does not end by a number that is missing"
+    assert not _alarms().check(FIRST | {"policy/kl_ahead_group_0": 30.0})["alarm/kl_ahead"]
 
 
 def test_a_group_of_no_mass_has_no_kl_and_one_that_warms_up_may_know_nothing() -> None:
@@ -122,6 +144,7 @@ def test_a_group_of_no_mass_has_no_kl_and_one_that_warms_up_may_know_nothing() -
     assert alarms.check(empty) == QUIET | {"alarm/group_mass": 1.0}
     del empty["policy/kl_group_1"]  # no mass at all
     assert alarms.check(empty) == QUIET | {"alarm/group_mass": 1.0}
+    alarms = _alarms()
     alike = FIRST | {"group/information": 0.0}
     assert alarms.check(alike, warming_up=True) == QUIET
     assert alarms.check(alike) == QUIET | {"alarm/group_information": 1.0}
@@ -136,26 +159,6 @@ def test_zero_switches_off_and_one_group_has_no_mass() -> None:
         replace(section, max_kl=-1)
 
 
-def _rollout(responses: list[list[int]], row_ids: list[int]) -> Rollout:
-    """Prompts of lengths 1, 2, 3, ... with those responses."""
-    width = 12
-    prompt_lengths = torch.arange(1, len(responses) + 1)
-    tokens = torch.zeros(len(responses), width, dtype=torch.long)
-    for row, response in enumerate(responses):
-        tokens[row, : row + 1] = 50 + row
-        tokens[row, row + 1 : row + 1 + len(response)] = torch.tensor(response)
-    lengths = prompt_lengths + torch.tensor([len(response) for response in responses])
-    others: Any = dict.fromkeys(("response_mask", "sampled_log_probs", "finished", "sample_ids", "known_groups"))
-    return Rollout(
-        tokens=tokens, lengths=lengths, prompt_lengths=prompt_lengths, row_ids=torch.tensor(row_ids), **others
-    )
-
-
-RESPONSES = [[1, 2, 3], [1, 2, 3], [3, 2, 1], [1, 2], [1, 2], [1, 2, 3]]
-ROW_IDS = [7, 8, 9, 4, 4, 7]
-"""[1, 2, 3] answers prompts 7 (twice) and 8; [1, 2] answers prompt 4 twice, which is no duplicate."""
-
-
 ALONE: Any = SimpleNamespace(world_size=1, tp_rank=0)
 SCORES = [0.0, -1.0, 2.0, 2.1, -7.0, math.nan]
 
@@ -166,7 +169,6 @@ def _share(layout: dict[str, Any]) -> tuple[float, ...]:
         scores = torch.tensor(SCORES, dtype=torch.float64)[mine]
         first = _alarms(score_range=None)
         return (
-            duplicate_fraction(_rollout(RESPONSES[mine], ROW_IDS[mine]), started),
             _alarms().out_of_range_fraction(scores, started),
             first.out_of_range_fraction(scores[: 6 // started.dp_size - 1], started),  # NaN is left out, or 2.1 too
             first.out_of_range_fraction(scores, started),
@@ -174,22 +176,26 @@ def _share(layout: dict[str, Any]) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("layout", [DP2, TP2])
-def test_responses_are_counted_over_all_ranks(layout: dict[str, Any]) -> None:
+def test_scores_are_counted_over_all_ranks(layout: dict[str, Any]) -> None:
     """Range [-1, 2]: 2.1, -7 and NaN lie outside. Of the first scores, [-7, 2.1] or, over two ranks, [-7, 2]."""
-    assert duplicate_fraction(_rollout(RESPONSES, ROW_IDS), ALONE) == 3 / 6
     assert _alarms().out_of_range_fraction(torch.tensor(SCORES), ALONE) == 3 / 6
     found = run_ranks(_share, 2, layout)
     assert found[0] == found[1]
-    assert found[0][:2] == (3 / 6, 3 / 6)
+    assert found[0][0] == 3 / 6
 
 
 def test_what_a_checkpoint_holds_is_enough() -> None:
     alarms, resumed = _alarms(score_range=None), _alarms(score_range=None)
     alarms.out_of_range_fraction(torch.tensor([-1.0, 2.0]), ALONE)
     for kl in (0.0, 9.0, 4.0):
-        alarms.check(FIRST | {"policy/kl_group_0": kl})
+        alarms.check(FIRST | {"policy/kl_group_0": kl, "response/duplicate_fraction": 0.6 * (kl == 9.0)})
     resumed.load_state(json.loads(json.dumps(alarms.state())))
     later = FIRST | {"policy/entropy": 0.1, "policy/kl_group_0": 6.1, "policy/kl_sequence": math.nan}
-    assert resumed.check(later) == alarms.check(later) == QUIET | {"alarm/entropy": 1.0, "alarm/kl_spike": 1.0}
+    assert (
+        resumed.check(later)
+        == alarms.check(later)
+        == QUIET | dict.fromkeys(("alarm/entropy", "alarm/kl_spike", "alarm/duplicates"), 1.0)
+    )
+    assert (len(alarms.take_lines()), len(resumed.take_lines())) == (3, 1), "what stood before is not said again"
     assert resumed.state() == alarms.state()
     assert resumed.out_of_range_fraction(torch.tensor([3.0, 0.0]), ALONE) == 0.5

@@ -171,6 +171,8 @@ def test_the_state_is_not_trivial(runs: tuple[Path, dict[str, Any]]) -> None:
     assert state["moments"]["count"] == 16 * NUM_ITERATIONS
     assert None not in state["grouping"]["ema"]
     assert state["alarms"]["kl_means"].keys() == {"sequence", "group_0", "group_1"}
+    assert state["alarms"]["episodes"], "no alarm stands"
+    assert state["trends"]["past"].keys() == {"", "_group_0", "_group_1"}
     assert len(state["alarms"]["score_range"]) == 2  # of the first rollout: the reward model was trained elsewhere
 
 

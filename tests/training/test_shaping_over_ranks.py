@@ -59,6 +59,10 @@ def _rollout(seed: int) -> tuple[Rollout, Scores]:
     return rollout, scores
 
 
+def _repeated(rollout: Rollout) -> Tensor:
+    return rollout.row_ids % 5 < 2
+
+
 def _shape(layout: dict[str, Any]) -> list[tuple[Experience, ScoreMoments, dict[str, float], Any]]:
     """Two rollouts one after the other, so that running moments and averages have a past."""
     with parallel(layout) as started:
@@ -75,6 +79,7 @@ def _shape(layout: dict[str, Any]) -> list[tuple[Experience, ScoreMoments, dict[
                 ppo=PpoSection(kl_coef=0.3),
                 gil=GIL,
                 known_names=("a", "b"),
+                repeated=_repeated(rollout)[_mine(started)],
                 all_sum=sums,
             )
             found.append((gather_rows(experience, started), moments, metrics, grouping.state()))
@@ -101,6 +106,7 @@ def _shape_broken() -> list[Any]:
                     ppo=PpoSection(),
                     gil=GIL,
                     known_names=(),
+                    repeated=_repeated(rollout),
                     all_sum=sums,
                 )
                 assert bool(experience.advantages.isnan().any()) == (seed == 1), "the loss would not show the NaN"
@@ -154,5 +160,12 @@ def test_the_settled_numbers_are_those_of_the_whole_batch() -> None:
     expected = float((weight * scores.scores).sum() / weight.sum())
     assert metrics["reward/score_mean_group_2"] == pytest.approx(expected)
     assert metrics["reward/score_mean_known_b"] == pytest.approx(float(scores.scores[1::2].mean()))
+    repeated = _repeated(rollout)
+    assert metrics["response/duplicate_fraction"] == pytest.approx(float(repeated.double().mean()))
+    found = metrics["response/duplicate_fraction_group_2"]
+    assert found == pytest.approx(float(weight[repeated].sum() / weight.sum()))
+    total = sum(float(weight[i]) * float(scores.entropy[i][mask[i]].sum()) for i in range(NUM_ROWS))
+    tokens = sum(float(weight[i]) * int(mask[i].sum()) for i in range(NUM_ROWS))
+    assert metrics["policy/entropy_group_2"] == pytest.approx(total / tokens)
     kl = (scores.log_probs - scores.ref_log_probs)[mask]
     assert metrics["policy/kl"] == pytest.approx(float(kl.mean()))

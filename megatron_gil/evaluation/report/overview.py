@@ -85,7 +85,7 @@ TERMS: Mapping[str, str] = {
     "explained variance": "1 - variance of the critic's error / variance of the returns; 1 is perfect, 0 no help",
     "group": "a part of the data that the classifier infers, without labels, so that returns differ most between them",
     "group variance": "variance of the mean return between the inferred groups, which PPO-GIL penalises",
-    "alarm": "a warning of training (alarms.* in the config); 1 in metrics.jsonl while it stands",
+    "alarm": "a warning of training (alarms.* in the config); 1 in metrics.jsonl until it is clearly over",
 }
 """Terms that a reader may not know. A table's header shows the meaning of the longest term that it contains, as a
 hint."""
@@ -93,6 +93,7 @@ hint."""
 ALARMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "kl": ("KL above alarms.max_kl", ("policy/kl_sequence", "policy/kl")),
     "kl_spike": ("KL leaps against its own recent mean", ("policy/kl_sequence", "policy/kl")),
+    "kl_ahead": ("KL on its way to most of a first response's entropy", ("policy/kl_ahead", "policy/kl_sequence")),
     "score": (
         "scores outside what the reward model was trained on",
         ("reward/score_mean", "reward/out_of_range_fraction"),

@@ -53,6 +53,7 @@ CURVES: Mapping[str, str] = {
     "reward/out_of_range_fraction": "share of scores out of range",
     "policy/kl_sequence": "KL, nats a response",
     "policy/kl": "KL, nats a token",
+    "policy/kl_ahead": "KL in 20 iterations as it goes, nats a response",
     "policy/entropy": "entropy, nats a token",
     "response/tokens": "response length, tokens",
     "response/duplicate_fraction": "share of repeated responses",
@@ -77,6 +78,8 @@ GROUP_CURVES: Mapping[str, str] = {
     r"group/return_(\d+)": "return per inferred group",
     r"group/mass_(\d+)": "mass of the inferred group",
     r"policy/kl_group_(\d+)": "KL per inferred group",
+    r"policy/entropy_group_(\d+)": "entropy per inferred group",
+    r"response/duplicate_fraction_group_(\d+)": "share of repeated responses per inferred group",
 }
 """Patterns of metrics, a panel for each and a line per inferred group."""
 

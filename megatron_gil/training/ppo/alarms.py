@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron_gil.config import AlarmSection
 from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.types import Metrics, Rollout
+from megatron_gil.training.ppo.episodes import Episodes
+from megatron_gil.training.ppo.trends import AHEAD, WINDOW
+from megatron_gil.types import Metrics
 
 BASELINE = ("policy/entropy", "response/tokens")
 """Metrics of which later values are compared with that of the first iteration."""
@@ -24,12 +26,14 @@ the start of a run the mean is near 0, and any KL would be a leap."""
 @dataclass(frozen=True, slots=True)
 class Alarm:
     name: str
-    raised: bool
+    level: float
+    """How near the number is to its threshold: 1 there, above 1 beyond it."""
     text: str
 
 
 class Alarms:
-    """Looks at the metrics of each iteration. An alarm is a metric alarm/NAME, and a line when it begins."""
+    """Looks at the metrics of each iteration. An alarm is a metric alarm/NAME, and a line when it begins (when it does,
+    and when it ends: episodes.py)."""
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class Alarms:
         self._of_training = score_range is not None
         self._baseline: dict[str, float] = {}  # the metrics of BASELINE in the first iteration
         self._kl_means: dict[str, float] = {}  # of the batch and of each group
-        self._raised: frozenset[str] = frozenset()
+        self._episodes = Episodes()
         self._lines: list[str] = []
 
     def out_of_range_fraction(self, scores: Tensor, layout: ParallelLayout) -> float:
@@ -66,10 +70,10 @@ class Alarms:
         warming_up: the classifier is still in its warm-up, so groups that are alike are no reason to warn."""
         if not self._baseline:
             self._baseline = {name: metrics[name] for name in BASELINE}
-        alarms = [*self._of_kl(metrics), *self._of_groups(metrics, warming_up), *self._of_responses(metrics)]
-        self._lines += [f"warning: {a.text}" for a in alarms if a.raised and a.name not in self._raised]
-        self._raised = frozenset(a.name for a in alarms if a.raised)
-        return {f"alarm/{a.name}": float(a.raised) for a in alarms}
+        alarms = [*self._of_kl(metrics), *self._of_trend(metrics), *self._of_groups(metrics, warming_up)]
+        alarms += self._of_responses(metrics)
+        self._lines += [f"warning: {a.text}" for a in alarms if self._episodes.begins(a.name, a.level)]
+        return {f"alarm/{a.name}": float(self._episodes.stands(a.name)) for a in alarms}
 
     def take_lines(self) -> list[str]:
         """One for each alarm that began since the last call."""
@@ -77,11 +81,17 @@ class Alarms:
         return lines
 
     def state(self) -> dict[str, Any]:
-        return {"baseline": self._baseline, "kl_means": self._kl_means, "score_range": self._score_range}
+        return {
+            "baseline": self._baseline,
+            "kl_means": self._kl_means,
+            "score_range": self._score_range,
+            "episodes": self._episodes.state(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._baseline, self._kl_means = state["baseline"], state["kl_means"]
         self._score_range = state["score_range"] and tuple(state["score_range"])
+        self._episodes.load_state(state["episodes"])
 
     def _of_kl(self, metrics: Metrics) -> Iterator[Alarm]:
         section = self._section
@@ -94,16 +104,26 @@ class Alarms:
         if section.max_kl and kls:
             worst = max(kls, key=lambda name: kls[name])
             text = f"KL {kls[worst]:.3g} nats a response (policy/kl_{worst}) is above alarms.max_kl={section.max_kl:g}"
-            yield Alarm("kl", kls[worst] > section.max_kl, text)
+            yield Alarm("kl", kls[worst] / section.max_kl, text)
         if section.kl_spike and kls:
             recent = {name: max(KL_FLOOR, self._kl_means.get(name, kl)) for name, kl in kls.items()}
             rises = {name: kl / recent[name] for name, kl in kls.items()}
             worst = max(rises, key=lambda name: rises[name])
             text = f"KL {kls[worst]:.3g} nats a response (policy/kl_{worst}) is {rises[worst]:.2g} times the "
             text += f"{recent[worst]:.3g} of late (never counted below {KL_FLOOR:g})"
-            yield Alarm("kl_spike", rises[worst] > section.kl_spike, text)
+            yield Alarm("kl_spike", rises[worst] / section.kl_spike, text)
         for name, kl in kls.items():
             self._kl_means[name] = KL_DECAY * self._kl_means.get(name, kl) + (1 - KL_DECAY) * kl
+
+    def _of_trend(self, metrics: Metrics) -> Iterator[Alarm]:
+        """Of the batch alone: the KL of a group whose penalty is low by intent goes further, and does no harm by it."""
+        if self._section.kl_ahead:
+            now, ahead = metrics["policy/kl_sequence"], metrics.get("policy/kl_ahead", math.nan)  # nan: not known yet
+            entropy = self._baseline["policy/entropy"] * self._baseline["response/tokens"]
+            share = _ratio(ahead, entropy)
+            text = f"KL {now:.3g} nats a response will be {ahead:.3g} in {AHEAD} iterations if it goes on as in the "
+            text += f"last {WINDOW}: {share:.0%} of the {entropy:.3g} nats of entropy that a response had at first"
+            yield Alarm("kl_ahead", share / self._section.kl_ahead, text)
 
     def _of_groups(self, metrics: Metrics, warming_up: bool) -> Iterator[Alarm]:
         masses = _per_group(metrics, "group/mass_")
@@ -113,12 +133,12 @@ class Alarms:
         text = f"group {least} has {masses[least]:.2%} of the batch, below gil.min_group_mass"
         text += f"={self._min_group_mass:g}: it no longer counts"
         vanished = masses[least] < self._min_group_mass
-        yield Alarm("group_mass", vanished, text)
+        yield Alarm("group_mass", _ratio(self._min_group_mass, masses[least]), text)
         if self._section.group_information:
             found = metrics["group/information"]
             text = f"the classifier tells {found:.2%} of what it could: its groups are all alike"
-            alike = found < self._section.group_information and not vanished and not warming_up
-            yield Alarm("group_information", alike, text)
+            level = 0.0 if vanished or warming_up else _ratio(self._section.group_information, found)
+            yield Alarm("group_information", level, text)
 
     def _of_responses(self, metrics: Metrics) -> Iterator[Alarm]:
         section, baseline = self._section, self._baseline
@@ -126,38 +146,31 @@ class Alarms:
             found = metrics["policy/sampling_mismatch"]
             text = f"the sampler is {found:.2g} nats a token away from the log-probs that PPO uses: "
             text += f"{', '.join(self._truncations)}"
-            yield Alarm("sampling_mismatch", found > section.sampling_mismatch, text)
+            yield Alarm("sampling_mismatch", found / section.sampling_mismatch, text)
         if section.duplicate_fraction:
             found = metrics["response/duplicate_fraction"]
             text = f"{found:.0%} of the responses are the same as a response to another prompt"
-            yield Alarm("duplicates", found > section.duplicate_fraction, text)
+            yield Alarm("duplicates", found / section.duplicate_fraction, text)
         if section.out_of_range_fraction:
             found = metrics["reward/out_of_range_fraction"]
             low, high = self._score_range or (math.nan, math.nan)
             known = "what the reward model was trained on" if self._of_training else "those of the first iteration"
             text = f"{found:.0%} of the scores lie outside [{low:.3g}, {high:.3g}], {known}"
-            yield Alarm("score", found > section.out_of_range_fraction, text)
+            yield Alarm("score", found / section.out_of_range_fraction, text)
         if section.entropy_fraction:
             first, now = baseline["policy/entropy"], metrics["policy/entropy"]
             text = f"entropy {now:.3g} nats a token, {first:.3g} at first: the policy collapses"
-            yield Alarm("entropy", now < section.entropy_fraction * first, text)
+            yield Alarm("entropy", _ratio(section.entropy_fraction * first, now), text)
         if section.length_factor:
             first, now = baseline["response/tokens"], metrics["response/tokens"]
             text = f"responses have {now:.3g} tokens, {first:.3g} at first"
-            yield Alarm("length", not first / section.length_factor <= now <= first * section.length_factor, text)
+            factor = max(_ratio(now, first), _ratio(first, now))
+            yield Alarm("length", factor / section.length_factor, text)
 
 
-def duplicate_fraction(rollout: Rollout, layout: ParallelLayout) -> float:
-    """Share of the global batch's responses that equal, token for token, a response to another prompt."""
-    ends = zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
-    responses = [hash(tuple(row[start:end])) for row, (start, end) in zip(rollout.tokens.tolist(), ends, strict=True)]
-    mine = list(zip(responses, rollout.row_ids.tolist(), strict=True))
-    # The ranks that share a model copy all give the same pairs, which changes no share.
-    pairs = [pair for part in gather_objects(mine, layout) for pair in part]
-    prompts: dict[int, set[int]] = {}
-    for response, row_id in pairs:
-        prompts.setdefault(response, set()).add(row_id)
-    return sum(len(prompts[response]) > 1 for response, _ in pairs) / len(pairs)
+def _ratio(value: float, to: float) -> float:
+    """value / to, of numbers that are 0 or more; infinite where `to` is 0 (or, as rounding may leave it, below)."""
+    return value / to if to > 0 or math.isnan(to) else math.inf
 
 
 def _per_group(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

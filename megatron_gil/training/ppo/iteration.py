@@ -18,10 +18,12 @@ from megatron_gil.engine.optimizer import learning_rate
 from megatron_gil.engine.protocol import Engine, FrozenEngine, Part, Sampler, Scorer, Update
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.training.ppo.alarms import Alarms, duplicate_fraction
+from megatron_gil.training.ppo.alarms import Alarms
+from megatron_gil.training.ppo.duplicates import repeats_another
 from megatron_gil.training.ppo.grouping import Grouping
 from megatron_gil.training.ppo.shaping import shape_experience
 from megatron_gil.training.ppo.shaping_metrics import rollout_means, with_deviations
+from megatron_gil.training.ppo.trends import KlTrends
 from megatron_gil.training.row_source import PromptSource, RowSource, truncated_fraction
 from megatron_gil.training.run.metrics import Means
 from megatron_gil.training.run.progress import Progress
@@ -92,6 +94,7 @@ class PpoTrainer:
         self.prompts, self.eval_prompts, self.pretrain = prompts, eval_prompts, pretrain
         self.layout, self.all_sum = layout, all_sum(layout)
         self.moments = ScoreMoments()
+        self.trends = KlTrends()
         self.alarms = Alarms(
             config.alarms,
             min_group_mass=config.gil.min_group_mass,
@@ -116,6 +119,7 @@ class PpoTrainer:
         with timer("update"):
             metrics |= self.optimize(experience)
         self.last_rollout, self.last_scores = rollout, scores
+        metrics |= self.trends.add(metrics)
         metrics |= self.alarms.check(metrics, warming_up=self.grouping.warming_up(self.num_updates))
         return metrics | timer.metrics(num_tokens=metrics["response/tokens"] * self.prompts.num_rows)
 
@@ -151,6 +155,8 @@ class PpoTrainer:
 
     def shape(self, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
         """Rewards, advantages, and the group weights: constants of this iteration."""
+        ranks = self.layout.dp_rank, self.layout.dp_size
+        repeated = repeats_another(rollout, dp_rank=ranks[0], dp_size=ranks[1], all_sum=self.all_sum)
         experience, self.moments, metrics = shape_experience(
             rollout,
             scores,
@@ -160,6 +166,7 @@ class PpoTrainer:
             ppo=self.config.ppo,
             gil=self.config.gil,
             known_names=self.prompts.dataset.group_names,
+            repeated=repeated,
             all_sum=self.all_sum,
         )
         if self.models.critic:
@@ -172,7 +179,6 @@ class PpoTrainer:
         if scores.truncated is not None:
             cut["data/reward_truncated_fraction"] = scores.truncated
         metrics |= {name: truncated_fraction(flags, self.layout, self.all_sum) for name, flags in cut.items()}
-        metrics["response/duplicate_fraction"] = duplicate_fraction(rollout, self.layout)
         metrics["reward/out_of_range_fraction"] = self.alarms.out_of_range_fraction(scores.scores, self.layout)
         return experience, metrics
 
@@ -278,12 +284,14 @@ class PpoTrainer:
             "num_updates": self.num_updates,
             "moments": moments,
             "grouping": self.grouping.state(),
+            "trends": self.trends.state(),
             "alarms": self.alarms.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.num_updates, self.moments = state["num_updates"], ScoreMoments(**state["moments"])
         self.grouping.load_state(state["grouping"])
+        self.trends.load_state(state["trends"])
         self.alarms.load_state(state["alarms"])
 
     def extra_config(self) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from megatron_gil.algo.masked import ScoreMoments, whiten
 from megatron_gil.config import GilSection, PpoSection
 from megatron_gil.training.ppo.grouping import Grouping
 from megatron_gil.training.ppo.shaping_metrics import (
+    add_group_means,
     add_shaping_means,
     group_metrics,
     rollout_means,
@@ -33,12 +34,13 @@ def shape_experience(
     ppo: PpoSection,
     gil: GilSection,
     known_names: tuple[str, ...],
+    repeated: Tensor,
     all_sum: AllSum,
 ) -> tuple[Experience, ScoreMoments, dict[str, float]]:
     """(experience, moments with this rollout's scores, metrics over all ranks).
 
     num_updates: the critic's updates before this iteration (warm-up and ramp of the groups). known_names: of the labels
-    that came with the data, for metrics alone.
+    that came with the data, and repeated [B]: whether a response is the same to another prompt; for metrics alone.
     """
     mask = rollout.response_mask
     normalized = scores.scores
@@ -76,7 +78,10 @@ def shape_experience(
         row_ids=rollout.row_ids,
     )
     means = rollout_means(rollout, scores.scores, known_names)
+    means.add("response/duplicate_fraction", repeated)
     add_shaping_means(means, rollout, scores, trajectory_returns, kl_weights, invariance)
+    if scores.group_probs.shape[1] > 1:
+        add_group_means(means, rollout, scores, repeated, invariance)
     metrics = with_deviations(means.reduce(all_sum))
     if grouping.num_groups > 1:
         metrics |= group_metrics(grouping, invariance, flipped, metrics.pop("group/row_entropy"))

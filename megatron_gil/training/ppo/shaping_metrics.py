@@ -35,14 +35,21 @@ def add_shaping_means(
     means.add("policy/kl_weight", kl_weights)
     means.add("policy/entropy", scores.entropy, mask)
     means.add("policy/sampling_mismatch", (rollout.sampled_log_probs - scores.log_probs).abs(), mask)
-    if scores.group_probs.shape[1] > 1:
-        means.add("group/negative_weights", (invariance.weights < 0).double())
-        means.add("group/weight_squared", invariance.weights.double().square())
-        means.add("group/row_entropy", torch.special.entr(scores.group_probs.double()).sum(1))
-        for group, weight in enumerate(scores.group_probs.unbind(1)):
-            means.add(f"reward/score_mean_group_{group}", scores.scores, weight)
-            means.add(f"policy/kl_group_{group}", kl.sum(1), weight)
-            means.add(f"response/tokens_group_{group}", mask.sum(1), weight)
+
+
+def add_group_means(means: Means, rollout: Rollout, scores: Scores, repeated: Tensor, invariance: Invariance) -> None:
+    """Of each inferred group, every row weighted by its probability of being in it, and of omega."""
+    means.add("group/negative_weights", (invariance.weights < 0).double())
+    means.add("group/weight_squared", invariance.weights.double().square())
+    means.add("group/row_entropy", torch.special.entr(scores.group_probs.double()).sum(1))
+    mask = rollout.response_mask
+    kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0).sum(1)
+    for group, weight in enumerate(scores.group_probs.double().unbind(1)):
+        means.add(f"reward/score_mean_group_{group}", scores.scores, weight)
+        means.add(f"policy/kl_group_{group}", kl, weight)
+        means.add(f"policy/entropy_group_{group}", scores.entropy, mask * weight[:, None])
+        means.add(f"response/tokens_group_{group}", mask.sum(1), weight)
+        means.add(f"response/duplicate_fraction_group_{group}", repeated, weight)
 
 
 def with_deviations(metrics: dict[str, float]) -> dict[str, float]:
