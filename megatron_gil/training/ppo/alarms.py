@@ -91,7 +91,7 @@ class Alarms:
     def load_state(self, state: dict[str, Any]) -> None:
         self._baseline, self._kl_means = state["baseline"], state["kl_means"]
         self._score_range = state["score_range"] and tuple(state["score_range"])
-        self._episodes.load_state(state["episodes"])
+        self._episodes.load_state(state.get("episodes", {}))  # a checkpoint of an older version has none
 
     def _of_kl(self, metrics: Metrics) -> Iterator[Alarm]:
         section = self._section

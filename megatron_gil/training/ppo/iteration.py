@@ -291,7 +291,7 @@ class PpoTrainer:
     def load_state(self, state: dict[str, Any]) -> None:
         self.num_updates, self.moments = state["num_updates"], ScoreMoments(**state["moments"])
         self.grouping.load_state(state["grouping"])
-        self.trends.load_state(state["trends"])
+        self.trends.load_state(state.get("trends", {"past": {}}))  # a checkpoint of an older version has none
         self.alarms.load_state(state["alarms"])
 
     def extra_config(self) -> dict[str, dict[str, Any]]:
