@@ -2,7 +2,7 @@
 run.py --grid slow.yaml.
 
 Writes forewarning.csv.gz (one row per run and alarm) and forewarning.md: the alarms on runs that are hacked slowly, and
-on healthy ones.
+on those that a KL penalty holds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tidy import write_csv
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json, Run, read_run
 
-HACKED, HEALTHY = "ppo", ("ppo_kl", "ppo_kl_0.15", "gil_floor", "gil_floor_beta_0")
+HACKED, PENALISED = "ppo", ("ppo_kl", "ppo_kl_0.15", "gil_floor", "gil_floor_beta_0")
 SHARE, REACH, HELD = 0.05, 10, 10
 """Gold has fallen where its mean over REACH iterations before and after is this share below its best so far and stays
 there to the end, for HELD iterations or more."""
@@ -34,7 +34,7 @@ LEAD = 10
 def main() -> None:
     output = Path(sys.argv[1])
     results = Path(sys.argv[2]) if len(sys.argv) > 2 else output / "results"
-    found = [(name, path) for name in (HACKED, *HEALTHY) for path in sorted(output.glob(f"seed_*/{name}/rows.jsonl"))]
+    found = [(name, path) for name in (HACKED, *PENALISED) for path in sorted(output.glob(f"seed_*/{name}/rows.jsonl"))]
     rows = [row for name, path in found for row in of_run(name, path.parent / "run")]
     results.mkdir(parents=True, exist_ok=True)
     write_csv(results / "forewarning.csv.gz", list(rows[0]), rows)
@@ -61,8 +61,8 @@ def fall_of(gold: Sequence[float]) -> int | None:
     """The iteration from which gold, one mean for each, has fallen for good; None where it has not."""
     smooth = [fmean(gold[max(0, i - REACH) : i + REACH + 1]) for i in range(len(gold))]
     low = [now < (1 - SHARE) * best for now, best in zip(smooth, accumulate(smooth, max), strict=True)]
-    held = sum(1 for _ in takewhile(bool, reversed(low)))
-    return len(gold) - held if held >= HELD else None
+    num_low = sum(1 for _ in takewhile(bool, reversed(low)))
+    return len(gold) - num_low if num_low >= HELD else None
 
 
 def first_update(run: Run) -> int:
@@ -80,19 +80,29 @@ def _of_alarms(rows: Sequence[Json]) -> Table:
     for alarm in sorted({row["alarm"] for row in rows}):
         of_it = [row for row in rows if row["alarm"] == alarm]
         slow = [row for row in of_it if row["cell"] == HACKED and row["slow"]]
-        healthy = [row for row in of_it if row["cell"] != HACKED]
-        found = leads(slow)
-        known = [lead for lead in found if lead is not None]
-        early = sum(lead >= LEAD for lead in known)
+        held = [row for row in of_it if row["cell"] != HACKED]
+        fell = [row for row in held if row["fall"] is not None]
+        known = [lead for lead in leads(slow) if lead is not None]
         spread = f"{median(known):+g} [{min(known):+g}, {max(known):+g}] ({len(known)})" if known else ""
-        false = sum(row["first"] is not None for row in healthy)
-        table.append((alarm, f"{early} of {len(slow)}", spread, f"{false} of {len(healthy)}"))
+        table.append(
+            (alarm, _early(slow), spread, _stood(held), _stood([r for r in held if r not in fell]), _early(fell))
+        )
     note = (
         f"Early: the alarm began {LEAD} iterations or more before gold fell, of the runs of PPO without KL that were "
         f"hacked slowly (gold fell {SLOW} iterations or more after the policy's first update). Lead: iterations from "
-        "the alarm to the fall, median [least, most] of the runs with both. False: healthy runs in which it ever stood."
+        "the alarm to the fall, median [least, most] of the runs with both. False: runs with a KL penalty in which it "
+        "ever stood; those of them whose gold did not fall; and in how many of the others it was early."
     )
-    return Table(caption="Alarms before the damage", header=("alarm", "early", "lead", "false"), rows=table, note=note)
+    header = ("alarm", "early", "lead", "false", "false, gold did not fall", "early, gold fell in spite of the penalty")
+    return Table(caption="Alarms before the damage", header=header, rows=table, note=note)
+
+
+def _early(rows: Sequence[Json]) -> str:
+    return f"{sum(lead is not None and lead >= LEAD for lead in leads(rows))} of {len(rows)}"
+
+
+def _stood(rows: Sequence[Json]) -> str:
+    return f"{sum(row['first'] is not None for row in rows)} of {len(rows)}"
 
 
 def _of_runs(rows: Sequence[Json], labels: dict[str, str]) -> Table:

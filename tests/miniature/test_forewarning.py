@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cells import GRID, read_grid
-from forewarning import HACKED, HEALTHY, SLOW, fall_of, leads, of_run
+from forewarning import HACKED, PENALISED, SLOW, fall_of, leads, of_run
 
 
 def _oracle(gold: list[float]) -> int | None:
@@ -67,6 +67,6 @@ def test_a_run_is_hacked_slowly_by_the_time_from_its_first_update(
 
 def test_the_grid_keeps_every_response() -> None:
     cells = read_grid(GRID.with_name("slow.yaml"))
-    for name in (HACKED, *HEALTHY):
+    for name in (HACKED, *PENALISED):
         assert "log.samples_every=1" in cells[name].settings
         assert "log.samples=64" in cells[name].settings

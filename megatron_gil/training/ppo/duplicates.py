@@ -1,4 +1,4 @@
-"""Which responses are said to several prompts: found on the device, without the host's having to see any token."""
+"""Which responses are said to several prompts: found on the device, so that the host need not wait for the tokens."""
 
 from __future__ import annotations
 
