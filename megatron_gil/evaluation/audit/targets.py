@@ -69,10 +69,10 @@ def advise_targets(price: KlPrice) -> Advice:
     found += f"score and at {_shown(of_low)} for those of low score"
     if of_high.best_n == of_low.best_n:
         settings: dict[str, float] = {"gil.num_groups": 1, "ppo.kl_target": _target(of_high)}
-        line = f"the reward can be followed as far in both groups, one KL will do: {_text(settings)}; {found}"
+        line = f"The reward can be followed as far in both groups, one KL will do: {_text(settings)}; {found}"
     else:
         settings = {"gil.kl_target_high": _target(of_high), "gil.kl_target_low": _target(of_low)}
-        line = f"the reward can be followed further in one group than in the other: {_text(settings)}; {found}. One KL "
+        line = f"The reward can be followed further in one group than in the other: {_text(settings)}; {found}. One KL "
         line += f"for both would cost {price.price.value:.3f} [{price.price.low:.3f}, {price.price.high:.3f}] of them"
     is_certain = of_high.best_n_high < of_low.best_n_low or of_low.best_n_high < of_high.best_n_low
     if not is_certain:
