@@ -42,8 +42,8 @@ def correlate(
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """NaN where one of the two does not vary."""
-    values = (np.asarray(found, dtype=np.float64) for found in (x, y))
-    return float(_correlation(*values, np.ones((1, len(x))), ranked=True)[0])
+    a, b = (np.asarray(values, dtype=np.float64) for values in (x, y))
+    return float(_correlation(a, b, np.ones((1, len(x))), ranked=True)[0])
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

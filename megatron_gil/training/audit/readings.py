@@ -108,7 +108,7 @@ def audited_pairs(held_out: HeldOut, scores: list[Any], groups: list[list[str]])
 def audited_trusted(held_out: HeldOut, scores: list[Any], groups: list[list[str]]) -> list[TrustedRow]:
     found = []
     for row, (score, (group, *views)) in enumerate(zip(scores, groups, strict=True)):
-        fields = held_out.rows.fields(row)
+        fields: dict[str, Any] = dict(held_out.rows.fields(row))
         wanted = {name: fields[name] for name in ("prompt", "response", "trusted")}  # not its messages
         found.append(TrustedRow(**wanted, score=score, group=group, views=tuple(views)))
     return found
