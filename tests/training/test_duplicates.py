@@ -58,7 +58,7 @@ def test_the_rows_that_repeat_another_are_those_of_a_plain_loop() -> None:
 def test_no_two_short_responses_share_a_code() -> None:
     """All 5 + 25 + 125 + 625 of one to four tokens, among them 0 (as padding is) and a large one."""
     tokens: tuple[int, ...] = (0, 1, 2, 3, 2**18)
-    responses = [list(found) for length in range(1, 5) for found in product(tokens, repeat=length)]
+    responses: list[list[int]] = [list(found) for length in range(1, 5) for found in product(tokens, repeat=length)]
     codes = [int(response_codes(_rollout([response], [0]))) for response in responses]
     assert len(set(codes)) == len(responses) == 780
 
