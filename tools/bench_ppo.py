@@ -123,14 +123,15 @@ def run_gil(turns: Turns, root: Path, sizes: Sizes, num_steps: int) -> None:
 def _run_command(turns: Turns, root: Path, sizes: Sizes, num_steps: int, name: str, gil: dict[str, Any]) -> None:
     """`megatron-gil ppo`, whole; only its iterations wait for their turn."""
     from megatron_gil import config as c
-    from megatron_gil.commands import train as commands
+    from megatron_gil.commands import ppo as parts
+    from megatron_gil.commands.train import run_command
     from megatron_gil.training.run.signals import StopSignal
 
-    class Paced(commands.PpoTrainer):
+    class Paced(parts.PpoTrainer):
         def iterate(self, iteration: int) -> Any:
             if iteration:
-                parts = {part: done[f"time/{part}_s"] for part in ("rollout", "score", "update")}
-                turns.wait({**parts, "response_tokens": done["response/tokens"]})
+                seconds = {part: done[f"time/{part}_s"] for part in ("rollout", "score", "update")}
+                turns.wait({**seconds, "response_tokens": done["response/tokens"]})
             done.update(super().iterate(iteration))
             return dict(done)
 
@@ -152,8 +153,8 @@ def _run_command(turns: Turns, root: Path, sizes: Sizes, num_steps: int, name: s
         gil=c.GilSection(**gil),
         checkpoint=c.CheckpointSection(every=num_steps),
     )
-    with mock.patch.object(commands, "PpoTrainer", Paced):
-        commands.run_command("ppo", config, StopSignal())
+    with mock.patch.object(parts, "PpoTrainer", Paced):
+        run_command("ppo", config, StopSignal())
 
 
 def bench_ppo(*, rounds: int, num_threads: int = 2, sizes: Sizes | None = None, json_file: Path | None = None) -> str:
