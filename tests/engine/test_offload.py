@@ -202,7 +202,7 @@ def check_memory(offload: str, seen: dict[str, list[int]], held: dict[str, dict[
     whole = sum(sum(parts.values()) for parts in held.values())
     for phase, found in seen.items():
         # How a model is made has no part in what planning says of offload.
-        sized = {r: mock.Mock(spec=m.SizedModel, role=r, trained=r in trained) for r in held}
+        sized = {r: mock.Mock(spec=m.SizedModel, role=r, trained=r in trained, stays=False) for r in held}
         away = sum(m.waiting(sized[r], m.Resident(**parts), offload, phase).total for r, parts in held.items())
         assert max(found) == whole - away, phase  # less before the first step, which makes Adam's state
         assert offload != "all" or min(found) == max(found), phase

@@ -69,7 +69,7 @@ RUNS = {
     "ppo": ("ppo",),
     "ppo_own_model": ("ppo", "gil.classifier=own_model", "ppo.epochs=2", *KL_TARGETS),
     "dpo_offload": ("dpo", "models.offload=all"),
-    "ppo_own_model_offload": ("ppo", "gil.classifier=own_model", "ppo.epochs=2", "models.offload=all"),
+    "ppo_own_model_offload": ("ppo", "gil.classifier=own_model", "ppo.epochs=2", *KL_TARGETS, "models.offload=all"),
 }
 ACROSS_RANKS = {
     "ppo_dp2": ("ppo", "parallel.distributed_optimizer=true"),
