@@ -36,6 +36,8 @@ METHODS: Mapping[str, str] = {
 }
 """Directory name -> name in tables, in the order of tables."""
 POLICIES = tuple(METHODS)
+SHORT: Mapping[str, str] = {**METHODS, "ppo_gil": "GIL paper", "ppo_gil_targets": "GIL targets"}
+"""Names in a table that must fit a console of 80 columns."""
 OURS, PUBLISHED, OPPONENT = "ppo_gil_targets", "ppo_gil", "ppo_kl"
 """The recommended setting of PPO-GIL, that of the paper, and the baseline that is hardest to beat."""
 TIE_MARGIN = 0.05
@@ -137,7 +139,7 @@ def gold_table(results: Results, *, with_interval: bool = True) -> Table:
         gold = bootstrap([response.gold for response in known])
         rows.append(
             (
-                METHODS[method],
+                (METHODS if with_interval else SHORT)[method],
                 str(gold) if with_interval else number(gold.value),
                 *map(number, by_domain),
                 number(max(by_domain) - min(by_domain)),
