@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from cells import GRID, read_grid
-from tables import Numbers, collapsed, collect, difference_cell, mean_cell, read_csv, win_table
+from tables import Numbers, collapsed, collect, difference_cell, markdown_line, mean_cell, read_csv, win_table
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
 
@@ -90,7 +90,7 @@ def _domains(numbers: Numbers, labels: Mapping[str, str]) -> str:
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(map(markdown_line, lines))
 
 
 if __name__ == "__main__":

@@ -241,11 +241,11 @@ def win_table(rows: Sequence[Json], labels: Mapping[str, str]) -> Table:
 
 def markdown(table: Table) -> str:
     """The table for a Markdown page."""
-    lines = [f"### {table.caption}", "", _line(table.header), _line(["---"] * len(table.header))]
-    return "\n".join([*lines, *map(_line, table.rows), "", table.note, ""])
+    lines = [f"### {table.caption}", "", markdown_line(table.header), markdown_line(["---"] * len(table.header))]
+    return "\n".join([*lines, *map(markdown_line, table.rows), "", table.note, ""])
 
 
-def _line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

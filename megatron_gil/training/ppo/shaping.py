@@ -18,6 +18,7 @@ from megatron_gil.training.ppo.shaping_metrics import (
     add_shaping_means,
     group_metrics,
     rollout_means,
+    token_kl,
     with_deviations,
 )
 from megatron_gil.types import AllSum, Experience, Rollout, Scores
@@ -49,8 +50,7 @@ def shape_experience(
         normalized = moments.normalize(scores.scores, clip=ppo.score_clip)
 
     flipped = grouping.observe_scores(scores.group_probs, scores.scores)
-    kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0).sum(1)
-    grouping.observe_kl(scores.group_probs, kl, num_updates)
+    grouping.observe_kl(scores.group_probs, token_kl(rollout, scores).sum(1), num_updates)
     kl_weights = grouping.kl_weights(scores.group_probs, num_updates)
     rewards = shape_rewards(
         normalized, scores.log_probs, scores.ref_log_probs, mask, kl_coef=ppo.kl_coef, kl_weights=kl_weights

@@ -24,11 +24,16 @@ def rollout_means(rollout: Rollout, scores: Tensor, known_names: tuple[str, ...]
     return means
 
 
+def token_kl(rollout: Rollout, scores: Scores) -> Tensor:
+    """[B, S] log pi - log pi_ref of the response's tokens, nats; 0 elsewhere."""
+    return torch.where(rollout.response_mask, scores.log_probs - scores.ref_log_probs, 0)
+
+
 def add_shaping_means(
     means: Means, rollout: Rollout, scores: Scores, returns: Tensor, kl_weights: Tensor, invariance: Invariance
 ) -> None:
     mask = rollout.response_mask
-    kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0)
+    kl = token_kl(rollout, scores)
     means.add("reward/return_mean", returns)
     means.add("policy/kl", kl, mask)
     means.add("policy/kl_sequence", kl.sum(1))
@@ -43,7 +48,7 @@ def add_group_means(means: Means, rollout: Rollout, scores: Scores, repeated: Te
     means.add("group/weight_squared", invariance.weights.double().square())
     means.add("group/row_entropy", torch.special.entr(scores.group_probs.double()).sum(1))
     mask = rollout.response_mask
-    kl = torch.where(mask, scores.log_probs - scores.ref_log_probs, 0).sum(1)
+    kl = token_kl(rollout, scores).sum(1)
     for group, weight in enumerate(scores.group_probs.double().unbind(1)):
         means.add(f"reward/score_mean_group_{group}", scores.scores, weight)
         means.add(f"policy/kl_group_{group}", kl, weight)
