@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cells import LONGER_CHOSEN, Cell, Place, commands, read_grid, write_longer_chosen
+from cells import LONGER_CHOSEN, Cell, Place, commands, read_grid, write_longer_chosen, write_repeated
 from measure import measure
+from reach import measure_reach
 
 from megatron_gil import cli
 from megatron_gil.demo.stages import serve
@@ -31,18 +32,22 @@ def main(argv: list[str], stop: StopSignal) -> int:
 def run_cell(place: Place, cells: Mapping[str, Cell], stop: StopSignal) -> int:
     """Exit code of the first command that fails, or 0 once the cell's rows are written."""
     started = time.monotonic()
-    for unfinished in ("replies.jsonl", place.replies.name):
+    for unfinished in ("replies.jsonl", place.replies.name, place.pairs.name):
         (place.cell_dir / unfinished).unlink(missing_ok=True)
     if any(LONGER_CHOSEN in setting for setting in place.cell.settings):
         write_longer_chosen(place.seed_dir)
+    if place.cell.command == "sample":
+        write_repeated(place.seed_dir)
     for command in commands(place, cells):
         code = cli.main(command, stop)
         if code:
             return code
-    seconds = {"seconds": time.monotonic() - started}
+    sampled = place.cell.command == "sample"
+    numbers = measure_reach(place.replies, place.pairs) if sampled else measure(place.run_dir, place.replies)
+    numbers["seconds"] = time.monotonic() - started
     rows = [
         {"seed": place.seed, "method": place.cell.name, "metric": metric, "value": value}
-        for metric, value in (measure(place.run_dir, place.replies) | seconds).items()
+        for metric, value in numbers.items()
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     partial = place.rows.with_suffix(".partial")

@@ -21,6 +21,9 @@ from megatron_gil.jsonl import iter_jsonl
 GRID = Path(__file__).with_name("grid.yaml")
 EASY_HARD_PROMPTS = "prompts_easy_hard.jsonl"
 """The world's prompts, labelled easy or hard in the place of their domains."""
+REPEATED_PROMPTS = "prompts_repeated.jsonl"
+"""The world's unseen prompts of the training domains, SAMPLED times each; only for cells that sample."""
+SAMPLED = 16
 LONGER_CHOSEN = "preferences_longer.jsonl"
 """The world's preferences as annotators would have them who look at length alone; only for cells that name it."""
 NEEDED = ("sft_model", "reward")
@@ -30,7 +33,7 @@ ROLES = {"sft": "policy", "reward": "reward_model", "dpo": "policy", "ppo": "pol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A method. Command "none" trains nothing and answers with the SFT model."""
+    """A method. Command "none" trains nothing and answers with the SFT model; "sample" answers each prompt 16 times."""
 
     name: str
     label: str
@@ -96,6 +99,11 @@ class Place:
         return self.cell_dir / "scored_replies.jsonl"
 
     @property
+    def pairs(self) -> Path:
+        """The world's held-out pairs, scored; of cells that sample."""
+        return self.cell_dir / "scored_pairs.jsonl"
+
+    @property
     def model(self) -> Path:
         """What the cell trained."""
         return self.run_dir / "checkpoints" / f"iter_{self.cell.iterations:07}" / ROLES[self.cell.command]
@@ -133,6 +141,12 @@ def take_world(seed_dir: Path, seed: int, annotators: Annotators = USUAL) -> Non
     done.write_bytes(world.prompts_eval.read_bytes() + world.prompts_heldout.read_bytes())
 
 
+def write_repeated(seed_dir: Path) -> None:
+    prompts = world_at(seed_dir / "world").prompts_eval.read_text(encoding="utf-8").splitlines(keepends=True)
+    repeated = "".join(line * SAMPLED for line in prompts)
+    (seed_dir / REPEATED_PROMPTS).write_text(repeated, encoding="utf-8")
+
+
 def write_longer_chosen(seed_dir: Path) -> None:
     def choose(row: Json) -> Json:
         shorter, longer = sorted((row["chosen"], row["rejected"]), key=len)
@@ -158,12 +172,16 @@ def commands(place: Place, cells: Mapping[str, Cell]) -> list[list[str]]:
     train = [cell.command, "--config", str(RECIPES / f"{cell.command}.yaml"), *fixed, *files, *settings]
     if cell.command in ("sft", "reward"):  # the reward model, which scores replies, is not there yet
         return [train]
-    policy, replies = sft if cell.command == "none" else place.model, place.cell_dir / "replies.jsonl"
-    answer = ["generate", f"models.policy={policy}", f"data.train={place.seed_dir / HELD_OUT_PROMPTS}"]
+    policy, replies = place.model if cell.command in ROLES else sft, place.cell_dir / "replies.jsonl"
+    prompts = place.seed_dir / (REPEATED_PROMPTS if cell.command == "sample" else HELD_OUT_PROMPTS)
+    answer = ["generate", f"models.policy={policy}", f"data.train={prompts}"]
     answer += ["data.max_prompt_tokens=40", "sampling.max_new_tokens=24", f"run.seed={place.seed}", f"output={replies}"]
-    score = ["score", f"models.reward_model={reward}", f"data.train={replies}", f"output={place.replies}"]
-    score += ["data.max_prompt_tokens=40", "data.max_tokens=72", "batch.micro_size=64"]
-    return [answer, score] if cell.command == "none" else [train, answer, score]
+    score = ["score", f"models.reward_model={reward}", "data.max_prompt_tokens=40", "data.max_tokens=72"]
+    score += ["batch.micro_size=64"]
+    judged = [answer, [*score, f"data.train={replies}", f"output={place.replies}"]]
+    if cell.command == "sample":
+        return [*judged, [*score, f"data.train={world.preferences_eval}", f"output={place.pairs}"]]
+    return judged if cell.command == "none" else [train, *judged]
 
 
 def _training_files(command: str, world: World, sft: Path, reward: Path) -> list[str]:
@@ -174,8 +192,7 @@ def _training_files(command: str, world: World, sft: Path, reward: Path) -> list
         ],
         "dpo": [f"models.policy={sft}", f"data.train={world.preferences}"],
         "ppo": [f"models.policy={sft}", f"models.reward_model={reward}", f"data.train={world.prompts}"],
-        "none": [],
-    }[command]  # fmt: skip
+    }.get(command, [])  # fmt: skip
 
 
 def _at(place: Place, cell: Cell) -> Place:

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, choices=range(1, MAX_WORKERS + 1), default=MAX_WORKERS)
     parser.add_argument("--results", type=Path, metavar="DIR", help="tables and pictures go there, not to --output")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     console = Console(stderr=True, highlight=False)
     try:
         failures = run_grid(arguments, console)
@@ -70,8 +70,8 @@ def run_grid(arguments: argparse.Namespace, console: Console) -> list[Exception]
         runner = Runner(output / "logs", worker=worker, workers=arguments.workers, show=progress.show)
         *needed, last = waves(places)
         for wave in needed:
-            runner.run_all([_stage(place, arguments.grid) for place in wave])
-        return list(runner.run_all([_stage(place, arguments.grid) for place in last], keep_going=True))
+            runner.run_all([stage(place, arguments.grid) for place in wave])
+        return list(runner.run_all([stage(place, arguments.grid) for place in last], keep_going=True))
 
 
 def choose(cells: dict[str, Cell], only: Sequence[str] | None) -> dict[str, Cell]:
@@ -89,10 +89,10 @@ def waves(places: Sequence[Place]) -> list[list[Place]]:
     return [*found, [p for p in places if p.cell.name not in early]]
 
 
-def _stage(place: Place, grid: Path) -> Stage:
+def stage(place: Place, grid: Path, world: str = "") -> Stage:
     where = ["--grid", str(grid), "--output", str(place.output), "--seed", str(place.seed), "--cell", place.cell.name]
     return Stage(
-        name=f"{place.cell.name} seed {place.seed}",
+        name=f"{world} {place.cell.name} seed {place.seed}".strip(),
         arguments=where,
         product=place.rows,
         run_dir=place.run_dir,
@@ -138,7 +138,7 @@ class Progress:
         return shown
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
