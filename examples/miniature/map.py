@@ -121,10 +121,15 @@ class World:
         added: dict[str, Any] = {}
         chosen: dict[str, str] = {}
         for name, method in self._map.methods.items():
-            eta = f"_{self._best_eta(method.tuned)}" if method.tuned else ""
-            like, settings = f"{method.like}{eta}", [*method.settings, *([] if method.tuned else self._targets())]
-            chosen[name] = f"{name}{eta}" if settings else like
-            if settings:
+            if method.tuned:
+                eta = self._best_eta(method.tuned)
+                chosen[name], like, settings = f"{name}_{eta}", f"{method.like}_{eta}", list(method.settings)
+            else:
+                targets = self._targets()
+                chosen[name] = "_".join([name, *(f"{v:g}" for key, v in targets.items() if "target" in key)])
+                like = method.like
+                settings = [*method.settings, *(f"{key}={value:g}" for key, value in targets.items())]
+            if chosen[name] != like:
                 added[chosen[name]] = {"label": method.label, "command": "ppo", "like": like, "set": settings}
         self._write_grid(added)
         return chosen
@@ -134,12 +139,12 @@ class World:
         best = max(cells, key=lambda cell: fmean(self.numbers(cell, seed)["gold"] for seed in self._map.tuning_seeds))
         return best.rpartition("_")[2]
 
-    def _targets(self) -> list[str]:
+    def _targets(self) -> Mapping[str, float]:
         """What an audit advises where all prompts of the tuning seeds are trusted rows."""
         rows = [row for seed in self._map.tuning_seeds for row in read_trusted(self.place("best_of_n", seed).replies)]
         found = price_of(rows)
         assert found is not None
-        return [f"{key}={value:g}" for key, value in advise_targets(found).settings.items()]
+        return advise_targets(found).settings
 
     def numbers(self, cell: str, seed: int) -> dict[str, float]:
         """Of a finished cell."""
