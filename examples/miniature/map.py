@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from cells import Place, read_grid, take_world
+from map_tables import REACH, write_map, write_numbers
 from omegaconf import OmegaConf
 from reach import read_trusted
 from run import MAX_WORKERS, STOPPED, interrupt, stage
@@ -28,6 +29,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.demo.annotators import Annotators
 from megatron_gil.demo.stages import Runner, Stage, StageFailed
 from megatron_gil.evaluation.audit.targets import advise_targets, price_of
+from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.jsonl import iter_jsonl
 
 MAP = Path(__file__).with_name("map.yaml")
@@ -141,7 +143,7 @@ class World:
 
     def _targets(self) -> Mapping[str, float]:
         """What an audit advises where all prompts of the tuning seeds are trusted rows."""
-        rows = [row for seed in self._map.tuning_seeds for row in read_trusted(self.place("best_of_n", seed).replies)]
+        rows = [row for seed in self._map.tuning_seeds for row in read_trusted(self.place(REACH, seed).replies)]
         found = price_of(rows)
         assert found is not None
         return advise_targets(found).settings
@@ -162,8 +164,8 @@ class World:
         self.grid.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)), encoding="utf-8")
 
 
-def run_map(drawn: Map, output: Path, workers: int) -> dict[str, dict[str, str]]:
-    """Run what is not finished; world -> method -> cell."""
+def run_map(drawn: Map, output: Path, workers: int) -> list[Json]:
+    """Run what is not finished; a row for each world, seed, method and metric."""
     worlds = [World(output / name, annotators, drawn) for name, annotators in drawn.worlds.items()]
     tuning, seeds = drawn.tuning_seeds, drawn.seeds
     every = [*tuning, *seeds]
@@ -182,11 +184,18 @@ def run_map(drawn: Map, output: Path, workers: int) -> dict[str, dict[str, str]]
         for seed in every:
             world.link_shared(worlds[0], seed)
     run("reward models", [s for world in worlds for s in world.stages(["reward"], every)])
-    run("best of n", [s for world in worlds for s in world.stages(["best_of_n", "sft"], every)])
+    run("best of n", [s for world in worlds for s in world.stages([REACH, "sft"], every)])
     run("tuning", [s for world in worlds for s in world.stages(world.tuned_cells(), tuning)])
-    chosen = {world.name: world.choose() for world in worlds}
-    run("methods", [s for world in worlds for s in world.stages(chosen[world.name].values(), seeds)])
-    return chosen
+    chosen = [(world, world.choose()) for world in worlds]
+    run("methods", [s for world, cells in chosen for s in world.stages(cells.values(), seeds)])
+    shown = {REACH: REACH, "sft": "sft"}
+    return [
+        {"world": world.name, "seed": seed, "method": method, "cell": cell, "metric": metric, "value": value}
+        for world, cells in chosen
+        for method, cell in (shown | cells).items()
+        for seed in seeds
+        for metric, value in world.numbers(cell, seed).items()
+    ]
 
 
 class Lines:
@@ -222,15 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         drawn = read_map(arguments.worlds)
-        chosen = run_map(drawn, arguments.output.absolute(), arguments.workers)
+        rows = run_map(drawn, arguments.output.absolute(), arguments.workers)
     except (ConfigError, StageFailed) as error:
         print(f"examples/miniature: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return STOPPED
-    for world, cells in chosen.items():
-        print(world, cells)
+    results = arguments.results or arguments.output / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    write_numbers(results / f"{arguments.worlds}.csv.gz", rows)
+    write_map(results, {name: method.label for name, method in drawn.methods.items()})
     return 0
 
 

@@ -154,8 +154,8 @@ def _of_means(
     return Table(caption=caption, header=("method", *columns.values()), rows=rows, note=note)
 
 
-def mean_cell(by_seed: Mapping[int, float]) -> str:
-    return _short(t_interval(list(by_seed.values()))) if by_seed else ""
+def mean_cell(by_seed: Mapping[int, float], form: str = ".2f") -> str:
+    return _short(t_interval(list(by_seed.values())), form) if by_seed else ""
 
 
 def _short(estimate: Estimate, form: str = ".2f") -> str:
