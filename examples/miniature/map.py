@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from cells import Place, read_grid, take_world
-from map_tables import REACH, write_map, write_numbers
+from map_tables import OPPONENT, REACH, write_map, write_numbers
 from omegaconf import OmegaConf
 from reach import read_trusted
 from run import MAX_WORKERS, STOPPED, interrupt, stage
@@ -59,14 +59,21 @@ class Map:
     worlds: Mapping[str, Annotators]
 
 
-def read_map(worlds: str = "map") -> Map:
-    """worlds: name of one of the sets of worlds in map.yaml."""
+def read_map(
+    worlds: str = "map",
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    tuning_seeds: Sequence[int] | None = None,
+) -> Map:
+    """worlds: name of one of the sets of worlds in map.yaml. The others: what is to run in the place of all."""
     tree: Any = OmegaConf.to_container(OmegaConf.load(MAP))
     if worlds not in tree["worlds"]:
         raise ConfigError(f"--worlds {worlds}: {MAP} has {', '.join(tree['worlds'])}")
+    if unknown := sorted(set(methods or ()) - set(tree["methods"])):
+        raise ConfigError(f"--methods {' '.join(unknown)}: {MAP} has {', '.join(tree['methods'])}")
     return Map(
-        tuning_seeds=tree["tuning_seeds"],
-        seeds=tree["seeds"],
+        tuning_seeds=tuning_seeds or tree["tuning_seeds"],
+        seeds=seeds or tree["seeds"],
         methods={
             name: Method(
                 label=entry["label"],
@@ -75,6 +82,7 @@ def read_map(worlds: str = "map") -> Map:
                 settings=entry.get("set", []),
             )
             for name, entry in tree["methods"].items()
+            if methods is None or name in (OPPONENT, *methods)
         },
         worlds={name: Annotators(**entry) for name, entry in tree["worlds"][worlds].items()},
     )
@@ -225,12 +233,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/map"), metavar="DIR")
     parser.add_argument("--worlds", default="map", metavar="NAME", help="a set of worlds of map.yaml (default: map)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the methods (PPO w/ KL is always there)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="in the place of those in map.yaml")
+    parser.add_argument("--tuning-seeds", type=int, nargs="+", help="in the place of those in map.yaml")
     parser.add_argument("--workers", type=int, choices=range(1, MAX_WORKERS + 1), default=MAX_WORKERS)
     parser.add_argument("--results", type=Path, metavar="DIR", help="tables and pictures go there, not to --output")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        drawn = read_map(arguments.worlds)
+        drawn = read_map(arguments.worlds, arguments.methods, arguments.seeds, arguments.tuning_seeds)
         rows = run_map(drawn, arguments.output.absolute(), arguments.workers)
     except (ConfigError, StageFailed) as error:
         print(f"examples/miniature: {error}", file=sys.stderr)

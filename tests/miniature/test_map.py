@@ -77,7 +77,7 @@ def test_a_world_is_written_as_its_annotators_say(world: World) -> None:
 
 
 def test_unknown_worlds_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"--worlds nowhere: .* has map"):
+    with pytest.raises(ConfigError, match=r"--worlds nowhere: .* has map, new, unseen"):
         read_map("nowhere")
 
 
