@@ -11,6 +11,7 @@ followed no further; where groups differ in that, one KL coefficient for all of 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ def _curve(prompt: Candidates, largest: int) -> np.ndarray:
     return np.array([_weights_by_rank(len(values), n) @ values for n in range(1, largest + 1)])
 
 
+@functools.cache  # most prompts have as many responses
 def _weights_by_rank(count: int, n: int) -> np.ndarray:
     """[count] probability that the response of each rank, from the lowest score up, is the highest of n drawn."""
     return np.array([math.comb(rank, n - 1) for rank in range(count)], dtype=np.float64) / math.comb(count, n)
