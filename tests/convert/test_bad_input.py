@@ -29,8 +29,12 @@ def _refusal(source: Path, tmp_path: Path) -> str:
 
 
 CONFIGS = {
-    "qwen": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, ["model_type", "'qwen2'", "'llama'"]),
-    "mistral": ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, ["'mistral'", "'llama'"]),
+    "gemma": ({"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]}, ["model_type", "'gemma3'", "'llama'"]),
+    "another family": ({"model_type": "qwen3"}, ["architectures", "'LlamaForCausalLM'", "Qwen3ForCausalLM"]),
+    "no bias": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+        ["no tensor model.layers.0.self_attn.q_proj.bias", "[32]"],
+    ),
     "mixture": ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, ["'mixtral'", "'llama'"]),
     "architecture": ({"architectures": ["LlamaMoEForCausalLM"]}, ["'LlamaMoEForCausalLM'", "LlamaForCausalLM"]),
     "linear rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'", "'llama3'"]),

@@ -19,7 +19,7 @@ from megatron_gil.engine.slots import STEPS, Answers, Slots
 from megatron_gil.models.heads import output_weight
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.types import PromptBatch
-from tests.models.tiny import SIZES, VARIANTS, make_llama, sample_tokens
+from tests.models.tiny import SIZES, VARIANTS, make_model, sample_tokens
 from tests.ranks import run_ranks
 from tests.training.running import ONE, PP2, TP2, TP2_PP2, build, layout_name, parallel, world_size
 
@@ -30,7 +30,7 @@ LENGTHS, NUM_NEW = (9, 3, 1, 7), 6  # of the prompts, and the tokens fed after t
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("llamas")
     for name, sizes in VARIANTS.items():
-        make_llama(root / name, **sizes)
+        make_model(root / name, **sizes)
     return root
 
 
@@ -130,8 +130,8 @@ def _count_operations(root: Path) -> list[Counter[str]]:
 
 
 def test_a_layer_takes_few_operations(tmp_path: Path) -> None:
-    make_llama(tmp_path / "two", num_hidden_layers=2)
-    make_llama(tmp_path / "four", num_hidden_layers=4)
+    make_model(tmp_path / "two", num_hidden_layers=2)
+    make_model(tmp_path / "four", num_hidden_layers=4)
     two, four = run_ranks(_count_operations, 1, tmp_path)[0]
     more = four - two
     print(more)

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from megatron_gil.models.attention import RowAttention, RowLayout
 from megatron_gil.models.norm import RMSNorm
 from tests.models.running import LAYOUTS, load_model, parallel
-from tests.models.tiny import make_llama
+from tests.models.tiny import make_model
 from tests.ranks import run_ranks
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}  # rounding of another order of sums
@@ -64,7 +64,7 @@ def _compare_attention(hf_dir: Path, dtype: torch.dtype, lengths: tuple[int, ...
 @pytest.fixture(scope="module")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
-    make_llama(path)
+    make_model(path)
     return path
 
 
