@@ -15,7 +15,7 @@ BOS_ID, EOS_ID, UNK_ID, PAD_ID = 1, 2, 0, 3
 INIT_STD = 0.08
 """About 1 / sqrt(hidden size): from the usual 0.02 so small a model takes twice the updates to learn to copy."""
 LAST_OF_BRANCH = ("proj", "down")
-"""The matrices that write into the residual stream, by the table's names (models/llama/tensors.py)."""
+"""The matrices that write into the residual stream, by the table's names (models/families/tensors.py)."""
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int) -> None:

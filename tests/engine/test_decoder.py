@@ -103,6 +103,27 @@ def _fed(whole: Tensor) -> Tensor:
     return torch.stack([whole[row, length - 1 : length - 1 + NUM_NEW] for row, length in enumerate(LENGTHS)])
 
 
+def _finish_early(root: Path) -> bool:
+    """Of the logits of a row whose slot another row has left far behind the columns that are attended now."""
+    with parallel(ONE) as layout, torch.no_grad():
+        model = build(root / "mistral", layout, "lm")
+        decoder = Decoder(collect_weights(model), model.spec, layout, num_slots=2, num_columns=64)
+        slot, token = torch.tensor([1]), torch.tensor([5])
+        for place in (40, 0):
+            decoder.position.index_copy_(0, slot, torch.tensor([place]))
+            decoder.newest.index_copy_(0, slot, token)
+            decoder.show(slot, torch.tensor([place]))
+            decoder.step(64 if place else 16)
+            if place:
+                decoder.step(16)  # idle: its place lies behind the columns
+        return bool(decoder.step(64).isfinite().all())
+
+
+def test_a_slot_that_has_ended_leaves_no_nan_behind(llamas: Path) -> None:
+    """Within a window it could see none of the columns that the others attend."""
+    assert run_ranks(_finish_early, 1, llamas) == [True]
+
+
 class _Operations(TorchDispatchMode):
     """Counts every operation, views too."""
 
@@ -115,11 +136,11 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _count_operations(root: Path) -> list[Counter[str]]:
+def _count_operations(root: Path, family: str) -> list[Counter[str]]:
     """Of a step that has been done before, in the model and in the same with twice the layers."""
     counts = []
     with parallel(ONE) as layout, torch.no_grad():
-        for name in ("two", "four"):
+        for name in (f"{family}2", f"{family}4"):
             model = build(root / name, layout, "lm")
             decoder = Decoder(collect_weights(model), model.spec, layout, num_slots=6, num_columns=32)
             decoder.step(32)
@@ -129,13 +150,14 @@ def _count_operations(root: Path) -> list[Counter[str]]:
     return counts
 
 
-def test_a_layer_takes_few_operations(tmp_path: Path) -> None:
-    make_model(tmp_path / "two", num_hidden_layers=2)
-    make_model(tmp_path / "four", num_hidden_layers=4)
-    two, four = run_ranks(_count_operations, 1, tmp_path)[0]
+@pytest.mark.parametrize(("family", "limit"), [("Llama", 24), ("Mistral", 24), ("Qwen2", 24), ("Qwen3", 36)])
+def test_a_layer_takes_few_operations(family: str, limit: int, tmp_path: Path) -> None:
+    for num_layers in (2, 4):
+        make_model(tmp_path / f"{family}{num_layers}", family=family, num_hidden_layers=num_layers)
+    two, four = run_ranks(_count_operations, 1, tmp_path, family)[0]
     more = four - two
     print(more)
-    assert more.total() / 2 <= 24, more
+    assert more.total() / 2 <= limit, more
 
 
 class _HostReads:
