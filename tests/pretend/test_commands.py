@@ -68,7 +68,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("one", "dpo", (*OFFLOAD, *DETERMINISTIC)),
     ("one", "ppo", ("qwen3", *DETERMINISTIC)),
     ("tp2_sp", "ppo", ("mistral", *FULL, *BFLOAT16)),
-    ("pp2", "ppo", ("qwen2", "ppo.advantages=rloo", *PAIRS)),
+    ("pp2", "ppo", ("qwen2", "ppo.advantages=rloo", *PAIRS, *OWN_MODEL)),
 ]
 
 
