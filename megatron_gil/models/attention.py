@@ -63,7 +63,8 @@ class RowAttention(torch.nn.Module):
         order, cos, sin, mask = self._layout.of(places, len(query), query.dtype)
         query, key, value = (_Lay.apply(x.squeeze(1), places, order) for x in (query, key, value))
         query, key = (_Rotate.apply(x, cos, sin) for x in (query, key))
-        output = attend(*(x.transpose(1, 2) for x in (query, key, value)), mask, scale=self.softmax_scale)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        output = attend(query, key, value, mask, scale=self.softmax_scale)
         return _Pack.apply(output.transpose(1, 2), places, order).flatten(1).unsqueeze(1)
 
 

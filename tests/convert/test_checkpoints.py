@@ -121,18 +121,16 @@ def test_every_family_comes_back_from_a_checkpoint(world: Path, tmp_path: Path) 
     for name in FAMILIES:
         (tmp_path / name).mkdir()
     run_ranks(_save_families, 4, {"tensor_size": 2, "pipeline_size": 2}, world, tmp_path)
+    kinds: dict[str, Any] = {"policy": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
     for name in FAMILIES:
-        for role, source, kind in (
-            ("policy", name, AutoModelForCausalLM),
-            ("reward", f"{name}_reward", AutoModelForSequenceClassification),
-        ):
+        for role, source in (("policy", name), ("reward", f"{name}_reward")):
             target = tmp_path / f"{source}_out"
             export_model(tmp_path / name, target, role=role, note=pytest.fail)  # type: ignore[arg-type]
             assert_equal_bits(read_tensors(target), read_tensors(world / source))
             assert read_spec(target) == read_spec(world / source)
-            theirs, report = kind.from_pretrained(target, output_loading_info=True)
+            theirs, report = kinds[role].from_pretrained(target, output_loading_info=True)
             assert not any(report.values()), report
-            before = kind.from_pretrained(world / source)
+            before = kinds[role].from_pretrained(world / source)
             tokens = _batch().tokens
             with torch.no_grad():
                 assert torch.equal(theirs(tokens).logits, before(tokens).logits), "config.json says something else"

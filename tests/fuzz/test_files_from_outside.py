@@ -31,6 +31,7 @@ from megatron_gil.evaluation.report.runs import read_run
 from megatron_gil.jsonl import iter_jsonl
 from megatron_gil.models.families import read_spec
 from megatron_gil.models.hf_files import HfTensors
+from tests.models.tiny import FAMILIES, WINDOW
 
 KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")
 _CHECKS = [
@@ -211,8 +212,11 @@ def test_weight_index(content: bytes, weights: bytes, place: Path) -> None:
 @fuzzed
 @given(data=st.data())
 def test_config_json(data: st.DataObject, world: Path, place: Path) -> None:
-    whole = json.loads((world / "policy" / "config.json").read_text())
-    keys = sorted({*whole, "rope_scaling", "rope_theta", "rms_norm_eps", "id2label", "torch_dtype"})
+    name = data.draw(st.sampled_from(["policy", *FAMILIES]))
+    whole = json.loads((world / name / "config.json").read_text())
+    keys = sorted(
+        {*whole, "rope_scaling", "rope_theta", "rms_norm_eps", "id2label", "torch_dtype", "layer_types", *WINDOW}
+    )
     rope = st.dictionaries(st.sampled_from(ROPE), json_values, max_size=5)
     changes = st.dictionaries(st.sampled_from(keys), json_values | rope, min_size=1, max_size=3)
     changed = changes.map(lambda found: json.dumps({**whole, **found}).encode())
