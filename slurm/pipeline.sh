@@ -4,7 +4,7 @@
 #
 #   slurm/pipeline.sh --llama DIR --data DIR --output DIR [options] [[STAGE:]section.key=value ...]
 #
-#   --llama DIR            a Hugging Face Llama
+#   --llama DIR            a Hugging Face directory of a Llama, Qwen or Mistral
 #   --data DIR             preferences and prompts: train/ and eval/ as prepare-data writes them
 #   --demonstrations DIR   the same for SFT (default: --data)
 #   --output DIR           everything is written below it; given again, the chain goes on with what is not done

@@ -134,6 +134,33 @@ def _byte_level(directory: Path) -> None:
     write_json(directory / "tokenizer_config.json", {**config, "eos_token": eos})
 
 
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_qwen_tokenizer(directory: Path) -> None:
+    """As Qwen2.5 has it: byte-level in NFC, no bos, and padded with one of the tokens that end a text."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    fast = Tokenizer(models.BPE())
+    fast.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_WORDS), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=PIECES, initial_alphabet=alphabet, show_progress=False)
+    fast.train_from_iterator(CORPUS.split("\n"), trainer)
+    special = ("<|endoftext|>", *TURNS, "<|object_ref_start|>", "<|vision_pad|>")
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    fast.save(str(directory / "tokenizer.json"))
+    ends = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "chat_template": CHATML, **ends}
+    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "generation_config.json", {"eos_token_id": [PIECES + 2, PIECES], "pad_token_id": PIECES})
+
+
 def _fast_added(directory: Path) -> None:
     """tokenizer.json with tokens that only added_tokens.json has."""
     _metaspace(directory)
@@ -151,6 +178,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "prepend": _prepend,
     "byte_level": _byte_level,
     "fast_added": _fast_added,
+    "qwen": write_qwen_tokenizer,
 }
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_gil.demo.tiny_llama import BOS_ID, EOS_ID, PAD_ID, train_tokenizer
-from tests.models.tiny import SIZES, make_llama
+from tests.models.tiny import FAMILIES, SIZES, VARIANTS, make_model
 
 WORDS = ("sun", "moon", "sea", "tree", "bird", "stone", "rain", "snow", "wind", "fire")
 NUM_ROWS = 24
@@ -27,19 +27,24 @@ IDS = {
 
 
 def write_world(root: Path) -> Path:
-    """root/{policy, tied, other, reward_model}, and {prompts, demonstrations, preferences}.jsonl beside them."""
+    """root/{policy, tied, other, reward_model}, root/{F, F_reward} of each other family F, and {prompts,
+    demonstrations, preferences}.jsonl beside them."""
     rng = random.Random(5)
     texts = [_words(rng, rng.randint(1, 9)) for _ in range(6 * NUM_ROWS)]
-    make_llama(root / "policy", **IDS)
-    make_llama(root / "tied", **IDS, tie_word_embeddings=True)
-    make_llama(root / "other", **IDS, rms_norm_eps=1e-4)
-    _shift_weights(root / "other", LlamaForCausalLM)
-    make_llama(root / "reward_model", kind=LlamaForSequenceClassification, **IDS)
-    _shift_weights(root / "reward_model", LlamaForSequenceClassification)
+    make_model(root / "policy", **IDS)
+    make_model(root / "tied", **IDS, tie_word_embeddings=True)
+    make_model(root / "other", **IDS, rms_norm_eps=1e-4)
+    _shift_weights(root / "other", AutoModelForCausalLM)
+    make_model(root / "reward_model", head="score", **IDS)
+    _shift_weights(root / "reward_model", AutoModelForSequenceClassification)
+    for name in FAMILIES:
+        make_model(root / name, **VARIANTS[name], **IDS)
+        make_model(root / f"{name}_reward", head="score", **VARIANTS[name], **IDS)
+        _shift_weights(root / f"{name}_reward", AutoModelForSequenceClassification)
     train_tokenizer(texts, root / "tokenizer.model", vocab_size=SIZES["vocab_size"])
-    for name in ("policy", "tied", "other", "reward_model"):
-        shutil.copyfile(root / "tokenizer.model", root / name / "tokenizer.model")
-        write_json(root / name / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **SPECIAL})
+    for config in root.glob("*/config.json"):
+        shutil.copyfile(root / "tokenizer.model", config.with_name("tokenizer.model"))
+        write_json(config.with_name("tokenizer_config.json"), {"tokenizer_class": "LlamaTokenizer", **SPECIAL})
     prompts, responses, worse = (texts[i::3][:NUM_ROWS] for i in range(3))
     groups = ["even" if i % 2 else "odd" for i in range(NUM_ROWS)]
     write_rows(root / "prompts.jsonl", [{"prompt": p, "group": g} for p, g in zip(prompts, groups, strict=True)])

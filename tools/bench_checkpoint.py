@@ -213,7 +213,7 @@ def _save(directory: Path, tokenizer: Path) -> None:
     from megatron_gil.engine.checkpoint import CheckpointStore
     from megatron_gil.engine.files import FileWriter
     from megatron_gil.engine.megatron import TrainableModel
-    from megatron_gil.models.llama import LlamaSpec
+    from megatron_gil.models.families import spec_from_config
     from megatron_gil.parallel.collectives import barrier
     from megatron_gil.parallel.layout import start_parallel, stop_parallel
 
@@ -221,7 +221,7 @@ def _save(directory: Path, tokenizer: Path) -> None:
     tp_size, pp_size = CUTS[int(os.environ["WORLD_SIZE"])]
     layout = start_parallel(ParallelSection(tensor_size=tp_size, pipeline_size=pp_size, timeout_s=600.0), seed=1)
     model = TrainableModel(
-        LlamaSpec.from_config(CONFIG, source="bench"),
+        spec_from_config(CONFIG, source="bench"),
         layout,
         head="lm",
         micro_size=1,

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 
 from megatron_gil.models.convert.check import expected_shapes
 from megatron_gil.models.convert.weight_files import SafetensorsFile, StoredTensor
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import spec_from_config
 
 TOOL = Path(__file__).with_name("convert_hf.py")
 NUM_SHARDS = 2
@@ -148,7 +148,7 @@ def write_run(model: Path, run: Path) -> None:
 
 
 def _tensors(config: dict[str, Any]) -> dict[str, StoredTensor]:
-    spec = LlamaSpec.from_config(config, source="synthetic")
+    spec = spec_from_config(config, source="synthetic")
     return {name: StoredTensor("BF16", shape) for name, shape in expected_shapes(spec, "lm")}
 
 

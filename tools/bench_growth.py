@@ -22,7 +22,7 @@ from bench_memory import added_bytes
 from bench_turns import spread
 
 from megatron_gil.demo.tiny_llama import llama_config
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec, spec_from_config
 from megatron_gil.planning.memory import Cut, Precision, Rows, SizedModel, resident, update_peak
 from megatron_gil.types import TokenBatch
 
@@ -184,14 +184,14 @@ class _Run:
         return self.found
 
 
-def _spec(point: Point) -> LlamaSpec:
+def _spec(point: Point) -> ModelSpec:
     config = llama_config(
         vocab_size=point.vocabulary,
         hidden_size=point.hidden,
         ffn_size=3 * point.hidden,
         num_layers=point.layers,
     )
-    return LlamaSpec.from_config(config | {"max_position_embeddings": point.length}, source="the bench's config")
+    return spec_from_config(config | {"max_position_embeddings": point.length}, source="the bench's config")
 
 
 def planned_bytes(point: Point, pp_rank: int) -> int:

@@ -25,7 +25,7 @@ from megatron_gil.engine.decoder import Decoder
 from megatron_gil.engine.decoder_weights import DecoderWeights, collect_weights
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec, read_spec
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.types import PromptBatch
 
@@ -127,7 +127,7 @@ def _bench_shape(
     )
     write_inputs(root, sizes)
     theirs = LlamaForCausalLM.from_pretrained(root / "policy", dtype=torch.float32).to(layout.device).eval()  # type: ignore[arg-type]
-    ours = MegatronModel(LlamaSpec.read(root / "policy"), layout, head="lm", micro_size=1)
+    ours = MegatronModel(read_spec(root / "policy"), layout, head="lm", micro_size=1)
     ours.load(root / "policy")
     cases = [
         Case(shape=shape, num_rows=count, num_slots=count, new_tokens=shape.new_tokens, ragged=False) for count in rows
@@ -232,7 +232,7 @@ def _multiply(weights: DecoderWeights, case: Case) -> float:
     return case.num_slots * steps
 
 
-def _memory_seconds(weights: DecoderWeights, spec: LlamaSpec, case: Case) -> float:
+def _memory_seconds(weights: DecoderWeights, spec: ModelSpec, case: Case) -> float:
     block = torch.ones(BANDWIDTH_BYTES // 4, device=weights.head.device)
     start = time.perf_counter()
     float(block.sum())

@@ -120,7 +120,7 @@ class TokenCount:
 def run_engine(turns: Turns, place: Place, num_steps: int) -> None:
     """`TrainableModel.update` on the policy of an sft run."""
     from megatron_gil.engine.protocol import Part
-    from megatron_gil.models.llama import LlamaSpec
+    from megatron_gil.models.families import read_spec
     from megatron_gil.models.uses import model_uses
     from megatron_gil.parallel.layout import start_parallel
     from megatron_gil.training.build import build_model
@@ -129,7 +129,7 @@ def run_engine(turns: Turns, place: Place, num_steps: int) -> None:
     config = _our_config(place)
     layout = start_parallel(config.parallel, seed=SEED)
     [use] = model_uses(config)
-    model: Any = build_model(config, use, LlamaSpec.read(place.root / "policy"), layout)
+    model: Any = build_model(config, use, read_spec(place.root / "policy"), layout)
     batches = [_token_batch(rows, place) for rows in place.batches]
 
     def step(number: int) -> None:

@@ -22,7 +22,7 @@ from megatron_gil.data.rows.order import RowOrder
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.protocol import Part
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.parallel.collectives import all_sum
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.training.build import start_group_head
@@ -43,7 +43,7 @@ CPU_MEMORY = 1 << 50  # on the CPU nothing is refused for its size
 class Ids:
     """The end cannot be sampled: every response has its full length."""
 
-    def __init__(self, spec: LlamaSpec) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         self.pad_id, self.eos_ids = 0, (spec.vocab_size,)
 
 
@@ -52,7 +52,7 @@ class RandomPrompts:
 
     group_names = ()
 
-    def __init__(self, spec: LlamaSpec, num_tokens: int) -> None:
+    def __init__(self, spec: ModelSpec, num_tokens: int) -> None:
         self._vocab_size, self._num_tokens = spec.vocab_size, num_tokens
 
     def collate(self, row_ids: Sequence[int], sample_ids: Sequence[int], **_: Any) -> PromptBatch:
@@ -252,7 +252,7 @@ def fill(model: MegatronModel, seed: int) -> None:
             parameter.normal_(std=0.02, generator=generator)
 
 
-def _rows(spec: LlamaSpec, work: Work, layout: ParallelLayout) -> TokenBatch:
+def _rows(spec: ModelSpec, work: Work, layout: ParallelLayout) -> TokenBatch:
     tokens = torch.randint(0, spec.vocab_size, (work.rows, work.tokens), generator=torch.Generator().manual_seed(2))
     batch = TokenBatch(
         tokens=tokens,

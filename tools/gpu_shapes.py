@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_gil import config as c
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.planning.memory import OVERHEAD_BYTES, Cut, SizedModel, num_parameters
 from megatron_gil.planning.presets import SPECS
 from megatron_gil.planning.rank import rank_memory
@@ -67,7 +67,7 @@ class Plan:
     tensor_bytes: int
 
 
-def plan_train(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | None:
+def plan_train(spec: ModelSpec, work: Work, memory_bytes: int) -> Plan | None:
     """SFT with the largest microbatch that fits; None where none does."""
 
     def config(micro_size: int, recompute: Any) -> c.SftConfig:
@@ -82,7 +82,7 @@ def plan_train(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | None:
     return _choose("sft", {"policy": spec}, config, work.rows, memory_bytes)
 
 
-def plan_iteration(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | None:
+def plan_iteration(spec: ModelSpec, work: Work, memory_bytes: int) -> Plan | None:
     """PPO-GIL with four models of this size, and both updates in every iteration."""
     rows = work.prompts * work.responses_per_prompt
 
@@ -105,7 +105,7 @@ def plan_iteration(spec: LlamaSpec, work: Work, memory_bytes: int) -> Plan | Non
 
 
 def _choose(
-    command: str, specs: dict[str, LlamaSpec], config: Callable[[int, Any], Any], rows: int, memory_bytes: int
+    command: str, specs: dict[str, ModelSpec], config: Callable[[int, Any], Any], rows: int, memory_bytes: int
 ) -> Plan | None:
     """The largest microbatch that fits easily, without recomputation where that goes; else what needs least."""
     plans = []
@@ -125,18 +125,18 @@ def _halves(size: int) -> Iterator[int]:
         size //= 2
 
 
-def forward_flops(spec: LlamaSpec, num_tokens: int) -> float:
+def forward_flops(spec: ModelSpec, num_tokens: int) -> float:
     """Of one token in a row of `num_tokens`: 2 for each weight that it is multiplied with, the head's among them, the
     embedding's not; and causal attention's two products, each over half the row on average."""
     weights = num_parameters(_use(spec), Cut(), 0) - spec.vocab_size * spec.hidden_size * (not spec.tied)
     return 2 * weights + 2 * spec.num_layers * spec.num_heads * spec.head_dim * num_tokens
 
 
-def decoding_bytes(spec: LlamaSpec, num_rows: int, num_columns: float) -> float:
+def decoding_bytes(spec: ModelSpec, num_rows: int, num_columns: float) -> float:
     """What one decoding step must read in bfloat16: every weight but the embedding, and the key-value cache."""
     cache = 2 * spec.num_layers * num_rows * num_columns * spec.num_kv_heads * spec.head_dim
     return 2 * (forward_flops(spec, 0) / 2 + cache)
 
 
-def _use(spec: LlamaSpec) -> SizedModel:
+def _use(spec: ModelSpec) -> SizedModel:
     return SizedModel(role="policy", spec=spec, head="lm", trained=False)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.planning.hardware import GPUS, Assumptions
 from megatron_gil.planning.memory import GIB, Cut, Precision, SizedModel
 from megatron_gil.planning.presets import SPECS
@@ -34,8 +34,8 @@ NEMO_RL = (
 class PublishedRun:
     name: str
     source: str
-    policy: LlamaSpec
-    critic: LlamaSpec | None
+    policy: ModelSpec
+    critic: ModelSpec | None
     """Also of the reward model; None: neither is there."""
     gpu: Literal["a100", "h100"]
     num_gpus: int
@@ -51,7 +51,7 @@ class PublishedRun:
     """None: not told."""
 
     def workload(self) -> Workload:
-        def model(role: str, spec: LlamaSpec, *, trained: bool = False) -> SizedModel:
+        def model(role: str, spec: ModelSpec, *, trained: bool = False) -> SizedModel:
             head = {"critic": "critic", "reward_model": "score"}.get(role, "lm")
             return SizedModel(role=role, spec=spec, head=head, trained=trained)  # type: ignore[arg-type]
 
@@ -76,7 +76,7 @@ class PublishedRun:
         )
 
 
-def _opt(hidden_size: int, num_layers: int, num_heads: int) -> LlamaSpec:
+def _opt(hidden_size: int, num_layers: int, num_heads: int) -> ModelSpec:
     """Sizes of OPT: its two matrices of the feed-forward part, 4 times as wide as hidden, are as many parameters as
     three of 8/3."""
     ffn_size = round(8 * hidden_size / 3 / 64) * 64
@@ -85,7 +85,7 @@ def _opt(hidden_size: int, num_layers: int, num_heads: int) -> LlamaSpec:
     return replace(SPECS["7b"], **sizes, **heads, tied=True)
 
 
-def _deepspeed_chat(name: str, policy: LlamaSpec, num_gpus: int, hours: float) -> PublishedRun:
+def _deepspeed_chat(name: str, policy: ModelSpec, num_gpus: int, hours: float) -> PublishedRun:
     """131.9k queries of 256 + 256 tokens in one epoch; critic and reward model OPT-350M. An iteration has at most 1,024
     rows, and how many it had is not told: with fewer, more of the time would go into decoding."""
     return PublishedRun(
@@ -106,7 +106,7 @@ def _deepspeed_chat(name: str, policy: LlamaSpec, num_gpus: int, hours: float) -
 
 def _nemo_rl(
     name: str,
-    policy: LlamaSpec,
+    policy: ModelSpec,
     cut: Cut,
     *,
     new_tokens: int,

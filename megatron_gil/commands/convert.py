@@ -1,4 +1,4 @@
-"""`megatron-gil convert`: Hugging Face Llama directories in and out of training, and a check that both say the same.
+"""`megatron-gil convert`: Hugging Face model directories in and out of training, and a check that both say the same.
 
     megatron-gil convert import HF_DIR CKPT_DIR               models.policy=CKPT_DIR loads at any layout
     megatron-gil convert export RUN_DIR HF_DIR --role policy  transformers and vLLM load HF_DIR

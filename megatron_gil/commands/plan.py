@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_gil.config import PpoConfig
 from megatron_gil.config.files import load_config
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.planning.hardware import GPUS, Assumptions, Gpu
 from megatron_gil.planning.memory import GIB, MIB, OVERHEAD_BYTES, Cut, SizedModel, num_parameters
 from megatron_gil.planning.presets import ppo_config, read_model, recipe
@@ -135,7 +135,7 @@ def memory_table(rank: RankMemory, title: str) -> Table:
     return table
 
 
-def _recipe_table(spec: LlamaSpec, num_gpus: int, memory: int, gpu: Gpu, assume: Assumptions) -> Table:
+def _recipe_table(spec: ModelSpec, num_gpus: int, memory: int, gpu: Gpu, assume: Assumptions) -> Table:
     """Days of every training run of the reproduction, each in its own best layout."""
     table = _table("the reproduction's recipe")
     for name in ("run", "tp x pp x dp", "offload", "iterations", "s each", "days"):

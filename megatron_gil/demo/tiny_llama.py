@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import spec_from_config
 
 BOS_ID, EOS_ID, UNK_ID, PAD_ID = 1, 2, 0, 3
 INIT_STD = 0.08
 """About 1 / sqrt(hidden size): from the usual 0.02 so small a model takes twice the updates to learn to copy."""
 LAST_OF_BRANCH = ("proj", "down")
-"""The matrices that write into the residual stream, by the table's names (models/llama/tensors.py)."""
+"""The matrices that write into the residual stream, by the table's names (models/families/tensors.py)."""
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int) -> None:
@@ -73,7 +73,7 @@ def llama_config(*, vocab_size: int, hidden_size: int, ffn_size: int, num_layers
 def llama_weights(config: dict[str, object], *, seed: int) -> dict[str, Tensor]:
     """Random float32 weights under transformers' names; matrices are normal with std 0.08, the residual
     branches' last ones with 0.08 / sqrt(2 * layers) (GPT-2's rule)."""
-    spec = LlamaSpec.from_config(config, source="the tiny Llama's config.json")
+    spec = spec_from_config(config, source="the tiny Llama's config.json")
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for weight, tensor in spec.weights("lm").hf_tensors(spec.num_layers):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_gil.engine.decoder_weights import DecoderWeights, LayerWeights
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.attention import attend, window_mask
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.models.rope import rope_frequencies
 from megatron_gil.parallel.collectives import concat_over_tp, sum_over_tp
 from megatron_gil.parallel.layout import ParallelLayout
@@ -31,7 +32,7 @@ class Decoder:
     def __init__(
         self,
         weights: DecoderWeights,
-        spec: LlamaSpec,
+        spec: ModelSpec,
         layout: ParallelLayout,
         *,
         num_slots: int,
@@ -65,6 +66,7 @@ class Decoder:
         line that it writes now."""
         lines = [layer.view(2, -1, self.spec.head_dim) for layer in self.cache]
         self._cache_lines = [(layer[0], layer[1]) for layer in lines]
+        self._columns = torch.arange(self.num_columns, device=device)
         self._attended: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def step(self, columns: int) -> Tensor:
@@ -75,8 +77,7 @@ class Decoder:
         work, position = self._tokens, self.position[:, None]
         torch.index_select(self._angles, 0, self.position, out=work.angles)
         torch.add(self._first_lines, position, out=self._lines)
-        self.mask.scatter_(1, position, 0.0)
-        mask, lines = self.mask[:, None, None, :columns], self._lines.view(-1)
+        mask, lines = self._seen(position, columns), self._lines.view(-1)
         work.embed(self.newest)
         for layer, cache, (keys, values) in zip(
             self.weights.layers, self._cache_lines, self._first(columns), strict=True
@@ -98,7 +99,7 @@ class Decoder:
         work = _Tokens(tokens.numel(), self.weights, self.spec, self.layout)
         work.angles.view(num_rows, *self._angles[:width].shape).copy_(self._angles[:width])
         work.embed(tokens.flatten())
-        heads = work.queries.shape[2]
+        heads, mask = work.queries.shape[2], window_mask(width, self.spec.window, tokens.device)
         for number, layer in enumerate(self.weights.layers):
             work.project(layer)
             keys, values = (
@@ -109,7 +110,7 @@ class Decoder:
             if number == len(self.weights.layers) - 1:
                 break  # the rest of the last layer would only be needed for logits
             queries = work.queries.reshape(num_rows, width, self.groups * heads, -1).transpose(1, 2)
-            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=heads > 1)
+            attended = attend(queries, keys, values, mask)
             work.add_attention(attended.transpose(1, 2).reshape(num_rows * width, -1), layer)
             work.add_feed_forward(layer)
 
@@ -131,6 +132,16 @@ class Decoder:
         self.cache, self.num_slots = self.cache[:, :, : len(slots)], len(slots)
         self._prepare()
 
+    def _seen(self, position: Tensor, columns: int) -> Tensor:
+        """[S, 1, 1, columns] what is added to the scores, with `position` [S, 1] seen from now on. Within a window at
+        least one column is seen too, wherever an idle slot has stopped."""
+        self.mask.scatter_(1, position, 0.0)
+        mask, window = self.mask[:, :columns], self.spec.window
+        if window is not None and window < columns:
+            distance = position.clamp(max=columns - 1) - self._columns[:columns]
+            mask = mask.masked_fill(distance >= window, -math.inf)
+        return mask[:, None, None]
+
     def _first(self, columns: int) -> list[tuple[Tensor, Tensor]]:
         """Of each layer, keys and values [S, G, columns, D]. The views are kept: to make them takes time."""
         if columns not in self._attended:
@@ -142,7 +153,7 @@ class Decoder:
 class _Tokens:
     """The inside of the layers for N tokens, and the buffers for it."""
 
-    def __init__(self, num_tokens: int, weights: DecoderWeights, spec: LlamaSpec, layout: ParallelLayout) -> None:
+    def __init__(self, num_tokens: int, weights: DecoderWeights, spec: ModelSpec, layout: ParallelLayout) -> None:
         self._weights, self._spec, self._layout = weights, spec, layout
         dtype, device = weights.embedding.dtype, weights.embedding.device
         groups, heads = spec.num_kv_heads // layout.tp_size, spec.num_heads // spec.num_kv_heads
@@ -162,6 +173,9 @@ class _Tokens:
         self._cosine = cosine[:, :, :, None]
         projected, rotated = empty(groups, heads + 2, 2, half), empty(groups, heads + 1, 2, half)
         self._projected, self._unrotated, self._rotated = projected.view(num_tokens, -1), projected[:, :, :-1], rotated
+        self._projected_heads = projected.view(num_tokens, groups, heads + 2, size)[:, :, :-1]  # [N, G, R + 1, D]
+        self._head_norm = empty(groups, heads + 1, 1, dtype=_wide(dtype))
+        self._least_head_norm = torch.full((), math.sqrt(spec.norm_eps * size), dtype=_wide(dtype), device=device)
         self._halves = (*self._unrotated.unbind(3), *rotated.unbind(3))
         self.queries = rotated.view(num_tokens, groups, heads + 1, size)[:, :, :-1]  # [N, G, R, D]
         self.keys = rotated.view(num_tokens * groups, heads + 1, size)[:, -1]  # [N * G, D]
@@ -183,7 +197,12 @@ class _Tokens:
     def project(self, layer: LayerWeights) -> None:
         """`queries`, `keys` and `values`, rotated by `angles`."""
         self._normalize(layer.attention_norm)
-        torch.mm(self._normed, layer.qkv, out=self._projected)
+        if layer.qkv_bias is None:
+            torch.mm(self._normed, layer.qkv, out=self._projected)
+        else:
+            torch.addmm(layer.qkv_bias, self._normed, layer.qkv, out=self._projected)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            self._normalize_heads(layer.query_norm, layer.key_norm)
         first, second, rotated_first, rotated_second = self._halves
         torch.mul(self._unrotated, self._cosine, out=self._rotated)
         rotated_first.addcmul_(second, self._minus_sine)
@@ -221,8 +240,17 @@ class _Tokens:
         torch.addcdiv(self._zero, self._hidden, self._norm, value=scale, out=self._normed)
         self._normed.mul_(weight)
 
+    def _normalize_heads(self, query_weight: Tensor, key_weight: Tensor) -> None:
+        """The same of every query and key head, in place."""
+        heads, norm = self._projected_heads, self._head_norm
+        torch.linalg.vector_norm(heads, dim=3, keepdim=True, dtype=norm.dtype, out=norm)
+        torch.hypot(norm, self._least_head_norm, out=norm)
+        torch.addcdiv(self._zero, heads, norm, value=math.sqrt(self._spec.head_dim), out=heads)
+        heads[:, :, :-1].mul_(query_weight)
+        heads[:, :, -1].mul_(key_weight)
 
-def _rope_table(spec: LlamaSpec, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+
+def _rope_table(spec: ModelSpec, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[positions, 3, D / 2]: cosine, minus sine and sine; the angles in float32, as megatron's."""
     positions = torch.arange(num_positions, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rope_frequencies(spec, device))

@@ -22,6 +22,9 @@ class LayerWeights:
 
     attention_norm: Tensor  # [H]
     qkv: Tensor  # [H, G * (R + 2) * D]: each key-value head after the query heads that read it, the value last
+    qkv_bias: Tensor | None = None  # [G * (R + 2) * D], in the order of qkv's columns
+    query_norm: Tensor | None = None  # [D]
+    key_norm: Tensor | None = None  # [D]
     proj: Tensor  # [G * R * D, H]
     mlp_norm: Tensor  # [H]
     gate_up: Tensor  # [H, 2 * F]

@@ -27,8 +27,8 @@ from megatron_gil.engine.packing import Microbatch, cut
 from megatron_gil.engine.protocol import Part, Update
 from megatron_gil.engine.readout import read_output
 from megatron_gil.engine.skipped import SkippedUpdate
+from megatron_gil.models.families import Head, ModelSpec
 from megatron_gil.models.hf import load_weights
-from megatron_gil.models.llama import Head, LlamaSpec
 from megatron_gil.models.transformer import build_model
 from megatron_gil.parallel.collectives import all_sum, gather_objects, share_from_last_pp_stage
 from megatron_gil.parallel.layout import ParallelLayout
@@ -70,7 +70,7 @@ class MegatronModel:
 
     def __init__(
         self,
-        spec: LlamaSpec,
+        spec: ModelSpec,
         layout: ParallelLayout,
         *,
         head: Head,
@@ -212,7 +212,7 @@ class TrainableModel(MegatronModel):
 
     def __init__(
         self,
-        spec: LlamaSpec,
+        spec: ModelSpec,
         layout: ParallelLayout,
         *,
         optimizer: OptimizerSection | None,

@@ -16,8 +16,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_gil.engine.packing import Microbatch
+from megatron_gil.models.families import Head
 from megatron_gil.models.heads import output_weight
-from megatron_gil.models.llama import Head
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.parallel.vocab import vocab_parallel_log_probs, vocab_parallel_log_probs_and_entropy
 from megatron_gil.types import Readout

@@ -16,8 +16,8 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.models.convert.copy import ModelDirectory
 from megatron_gil.models.convert.locate import Role, find_model
+from megatron_gil.models.families import check_layout
 from megatron_gil.models.heads import output_weight
-from megatron_gil.models.llama import check_layout
 from megatron_gil.parallel.collectives import broadcast_object, concat_over_tp, share_from_last_pp_stage
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.parallel.pipeline import receive_from_previous_pp_stage, send_to_next_pp_stage
@@ -119,7 +119,7 @@ def _their_outputs(directory: ModelDirectory, rows: Sequence[Tensor], device: to
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    kind: Any = getattr(transformers, directory.spec.architectures[directory.head])
+    kind: Any = getattr(transformers, directory.spec.architectures()[directory.head])
     is_safe = any(path.path.suffix == ".safetensors" for path in directory.files)
     model = kind.from_pretrained(directory.path, dtype=torch.float32, use_safetensors=is_safe, local_files_only=True)
     model = model.to(device).eval()

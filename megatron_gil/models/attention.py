@@ -15,27 +15,31 @@ from megatron_gil.models.kernels import expands_kv_heads
 class RowLayout:
     """What every layer of a model needs of the places of a microbatch: derived by the first one that asks."""
 
-    def __init__(self, frequencies: Tensor) -> None:
-        """frequencies: [D / 2] radians per position, of models/rope.py."""
-        self._frequencies = frequencies
+    def __init__(self, frequencies: Tensor, window: int | None = None) -> None:
+        """frequencies: [D / 2] radians per position, of models/rope.py. window: of the model's spec."""
+        self._frequencies, self._window = frequencies, window
         self._places: Tensor | None = None
-        self._found: tuple[Tensor | None, Tensor, Tensor]
+        self._found: tuple[Tensor | None, Tensor, Tensor, Tensor | None]
 
-    def of(self, places: Tensor, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
-        """(which of the places holds each packed token, None where every place holds one; cos, sin [W, 1, D / 2])."""
+    def of(
+        self, places: Tensor, num_tokens: int, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """(which of the places holds each packed token, None where every place holds one; cos, sin [W, 1, D / 2]; the
+        mask of `attend`)."""
         if places is not self._places:
             order = None if places.numel() == num_tokens else packed_order(places, num_tokens)
             angles = torch.outer(torch.arange(places.shape[1], device=places.device), self._frequencies)
             cos, sin = (part[:, None].to(dtype) for part in (angles.cos(), angles.sin()))
-            self._places, self._found = places, (order, cos, sin)
+            mask = window_mask(places.shape[1], self._window, places.device)
+            self._places, self._found = places, (order, cos, sin, mask)
         return self._found
 
 
 class RowAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(D)) v, causal, for every row of its own.
+    """softmax(q k^T / sqrt(D)) v, causal, within the model's window, for every row of its own.
 
     The layers around it see one sequence of real tokens, all rows one after the other. Here alone they are laid out as
-    rows again, padded on the right to the longest: no real token sees what is right of it, so that no mask is needed.
+    rows again, padded on the right to the longest: no real token sees what is right of it, so padding needs no mask.
     """
 
     def __init__(
@@ -56,21 +60,31 @@ class RowAttention(torch.nn.Module):
     ) -> Tensor:
         """[N, 1, heads * D]."""
         places = attention_mask
-        order, cos, sin = self._layout.of(places, len(query), query.dtype)
+        order, cos, sin, mask = self._layout.of(places, len(query), query.dtype)
         query, key, value = (_Lay.apply(x.squeeze(1), places, order) for x in (query, key, value))
         query, key = (_Rotate.apply(x, cos, sin) for x in (query, key))
-        groups = query.shape[2] // key.shape[2]
-        if key.device.type == "cuda" and expands_kv_heads(key.dtype, query.shape[2], key.shape[2]):
-            key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
-        output = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        output = attend(query, key, value, mask, scale=self.softmax_scale)
         return _Pack.apply(output.transpose(1, 2), places, order).flatten(1).unsqueeze(1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None = None) -> Tensor:
+    """Causal attention of rows [R, heads, W, D], over keys and values that may have fewer heads. mask: see window_mask.
+    scale None: 1 / sqrt(D)."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if key.device.type == "cuda" and expands_kv_heads(key.dtype, heads, kv_heads, masked=mask is not None):
+        key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != key.shape[1]
+    )
+
+
+def window_mask(width: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[W, W], True where a position sees another: the last `window` up to itself. None where it sees all before it."""
+    if window is None or width <= window:
+        return None
+    seen = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    return seen.triu(1 - window)
 
 
 def packed_order(places: Tensor, num_tokens: int) -> Tensor:

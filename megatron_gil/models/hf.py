@@ -14,9 +14,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.models.heads import ScalarHead
 from megatron_gil.models.hf_files import HfTensors
-from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.slices import Index, index_shape
 from megatron_gil.models.weight_table import Shape, Weight, WeightTable
 from megatron_gil.parallel.layout import ParallelLayout
@@ -69,7 +69,7 @@ class Piece:
 class WeightMap:
     """The entries of one pipeline stage of one model, and the two directions."""
 
-    def __init__(self, spec: LlamaSpec, model: GPTModel, layout: ParallelLayout) -> None:
+    def __init__(self, spec: ModelSpec, model: GPTModel, layout: ParallelLayout) -> None:
         self.model, self.layout = model, layout
         table = _weight_table(spec, model)
         weights = {name: weight for weight in (*table.first, *table.layer, *table.last) for name in weight.param_names}
@@ -162,7 +162,7 @@ class WeightMap:
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, spec: LlamaSpec, hf_dir: Path, layout: ParallelLayout) -> list[str]:
+def load_weights(model: GPTModel, spec: ModelSpec, hf_dir: Path, layout: ParallelLayout) -> list[str]:
     """Fill the model from a Hugging Face directory, each rank reading only its part, cast to the model's dtype.
 
     Returns the head tensors (score.weight, group_head.weight) that the directory lacks, for the caller to start;
@@ -200,7 +200,7 @@ def _as_slice(rows: Tensor) -> slice | Tensor:
     return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
-def _weight_table(spec: LlamaSpec, model: GPTModel) -> WeightTable:
+def _weight_table(spec: ModelSpec, model: GPTModel) -> WeightTable:
     """A pipeline rank without the last layer holds no head: there, all heads' tables say the same."""
     head = getattr(model, "output_layer", None)
     if isinstance(head, ScalarHead):

@@ -75,10 +75,10 @@ def attention_backend(dtype: torch.dtype, *, num_heads: int, num_kv_heads: int, 
     return "memory-efficient" if torch.backends.cuda.can_use_efficient_attention(asked) else "math (slow)"
 
 
-def expands_kv_heads(dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> bool:
+def expands_kv_heads(dtype: torch.dtype, num_heads: int, num_kv_heads: int, *, masked: bool = False) -> bool:
     """Whether keys and values are repeated for every query head before attention.
 
-    torch's flash kernel takes grouped queries as they are, but not float32; its memory-efficient kernel takes float32,
-    but not grouped queries, and what neither takes goes to the math kernel, which stores all scores.
+    torch's flash kernel takes grouped queries as they are, but no float32 and no mask; its memory-efficient kernel
+    takes both, but not grouped queries, and what neither takes goes to the math kernel, which stores all scores.
     """
-    return num_heads != num_kv_heads and dtype not in (torch.float16, torch.bfloat16)
+    return num_heads != num_kv_heads and (masked or dtype not in (torch.float16, torch.bfloat16))

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_gil.models.llama import Llama3Scaling, LlamaSpec
+from megatron_gil.models.families import Llama3Scaling, ModelSpec
 
 
-def rope_frequencies(spec: LlamaSpec, device: torch.device) -> Tensor:
+def rope_frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
     """[head_dim / 2] radians per position, float32 whatever the model's dtype; made on the CPU, equal everywhere."""
     exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
     frequencies = 1.0 / (spec.rope_theta**exponents)

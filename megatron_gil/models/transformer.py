@@ -17,17 +17,17 @@ from torch import Tensor
 
 from megatron_gil.config import ModelsSection
 from megatron_gil.models.attention import RowAttention, RowLayout
+from megatron_gil.models.families import Head, ModelSpec, check_layout
 from megatron_gil.models.heads import ScalarHead, hand_on
 from megatron_gil.models.hf import WeightMap
 from megatron_gil.models.kernels import Kernels
-from megatron_gil.models.llama import Head, LlamaSpec, check_layout
 from megatron_gil.models.norm import RMSNorm
 from megatron_gil.models.rope import rope_frequencies
 from megatron_gil.parallel.layout import ParallelLayout
 
 
 def build_model(
-    spec: LlamaSpec,
+    spec: ModelSpec,
     layout: ParallelLayout,
     *,
     head: Head,
@@ -84,9 +84,10 @@ def _mark_sharded_parameters(weights: WeightMap) -> None:
 
 
 def _transformer_config(
-    spec: LlamaSpec, layout: ParallelLayout, dtype: torch.dtype, recompute: str, kernels: Kernels
+    spec: ModelSpec, layout: ParallelLayout, dtype: torch.dtype, recompute: str, kernels: Kernels
 ) -> TransformerConfig:
     """One per model: the config carries the hooks of the schedule and the optimizer."""
+    parts = {weight.name for weight in spec.layer_weights()}
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -99,6 +100,8 @@ def _transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias="qkv_bias" in parts,
+        qk_layernorm="query_norm" in parts,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,
@@ -123,7 +126,7 @@ def _transformer_config(
     )
 
 
-def _pipeline_options(spec: LlamaSpec, pp_size: int) -> dict[str, Any]:
+def _pipeline_options(spec: ModelSpec, pp_size: int) -> dict[str, Any]:
     """megatron-core divides layers evenly unless told what lies where."""
     if spec.num_layers % pp_size == 0:
         return {}
@@ -139,7 +142,7 @@ def _recompute_options(recompute: str) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def _layer_specs(kernels: Kernels, llama: LlamaSpec, layout: ParallelLayout) -> Any:
+def _layer_specs(kernels: Kernels, model: ModelSpec, layout: ParallelLayout) -> Any:
     spec: Any
     if kernels.transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec()  # its norms are part of the linear layers after them
@@ -147,8 +150,11 @@ def _layer_specs(kernels: Kernels, llama: LlamaSpec, layout: ParallelLayout) -> 
         spec = get_gpt_layer_local_spec()
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-    rows = RowLayout(rope_frequencies(llama, layout.device))
+    if "query_norm" in {weight.name for weight in model.layer_weights()}:
+        spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+        spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    rows = RowLayout(rope_frequencies(model, layout.device), model.window)
     attention = ModuleSpec(module=RowAttention, params={"layout": rows})
     spec.submodules.self_attention.submodules.core_attention = attention
-    num_layers = len(llama.layers_of(layout.pp_rank, layout.pp_size))
+    num_layers = len(model.layers_of(layout.pp_rank, layout.pp_size))
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=ModuleSpec(module=RMSNorm))

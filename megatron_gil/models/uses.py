@@ -15,7 +15,7 @@ from megatron_gil.config import (
     ScoreConfig,
     SftConfig,
 )
-from megatron_gil.models.llama import Head
+from megatron_gil.models.families import Head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,10 @@ Shape = tuple[int, ...]
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 SCORE_HEAD = "score.weight"
+SCORE_BIAS = "score.bias"
 GROUP_HEAD = "group_head.weight"
-"""Our group classifier, beside the critic's score.weight; the other three are transformers' names in every family."""
+"""Our group classifier, beside the critic's score.weight; the others are transformers' names in every family, save the
+bias, which is in none: other programs write it."""
 
 
 @dataclass(frozen=True, slots=True)

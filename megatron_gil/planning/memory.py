@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_gil.models.llama import Head, LlamaSpec
+from megatron_gil.models.families import Head, ModelSpec
 from megatron_gil.models.weight_table import Weight
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -50,7 +50,7 @@ class SizedModel:
     """One model of a run."""
 
     role: str
-    spec: LlamaSpec
+    spec: ModelSpec
     head: Head
     trained: bool
     num_groups: int = 0
@@ -234,7 +234,7 @@ def _logits_work(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) 
     return count * (8 if size == 4 else 8 + size)
 
 
-def layer_work(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
+def layer_work(spec: ModelSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
     """Of one layer without gradient: the feed-forward part's inside and what goes around it."""
     inside = rows.total * precision.dtype_bytes * (5 * spec.ffn_size // cut.tp_size + 4 * spec.hidden_size)
     return inside + _gathered_bytes(spec, cut, rows, precision)
@@ -272,22 +272,24 @@ def prefill_work(model: SizedModel, cut: Cut, rows: Rows, precision: Precision) 
     return layer_work(model.spec, whole, Rows(num_rows=num_rows, num_tokens=rows.num_tokens), precision)
 
 
-def _layer_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, size: int) -> int:
+def _layer_bytes(spec: ModelSpec, cut: Cut, rows: Rows, size: int) -> int:
     """Saved in one layer: two norms with the input of the linear layer after each; queries and keys before and after
     the rotation, values, attention's output and its log-sum-exp; five vectors of the feed-forward size (gate and value
-    before and after the gate is split off, SwiGLU and its product)."""
+    before and after the gate is split off, SwiGLU and its product). Norms of heads save what those of tokens do."""
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     attention = size * (3 * queries + 3 * keys) + 4 * spec.num_heads
+    if any(weight.name == "query_norm" for weight in spec.layer_weights()):
+        attention += (4 + size) * (queries + keys) + 4 * (spec.num_heads + spec.num_kv_heads)
     inside = rows.total * (attention + size * 5 * spec.ffn_size) // cut.tp_size
     return 2 * _norm_bytes(spec, cut, rows.total, size) + inside
 
 
-def _norm_bytes(spec: LlamaSpec, cut: Cut, tokens: int, size: int) -> int:
+def _norm_bytes(spec: ModelSpec, cut: Cut, tokens: int, size: int) -> int:
     """The input in float32, the quotient, and the product that the next linear layer reads."""
     return tokens * ((4 + 2 * size) * spec.hidden_size + 4) // (cut.tp_size if cut.sequence_parallel else 1)
 
 
-def _gathered_bytes(spec: LlamaSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
+def _gathered_bytes(spec: ModelSpec, cut: Cut, rows: Rows, precision: Precision) -> int:
     """Under sequence parallelism, a linear layer's whole input and its gradient, for as long as it runs."""
     return 2 * rows.total * spec.hidden_size * precision.dtype_bytes if cut.sequence_parallel else 0
 

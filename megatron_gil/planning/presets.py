@@ -1,4 +1,4 @@
-"""Sizes of published Llamas by name, and the reproduction's training runs, read from the recipe's YAML files."""
+"""Sizes of published models by name, and the reproduction's training runs, read from the recipe's YAML files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from megatron_gil import config as c
 from megatron_gil.config.files import load_config
-from megatron_gil.models.llama import LlamaSpec, read_config
+from megatron_gil.models.families import LlamaSpec, MistralSpec, ModelSpec, Qwen2Spec, Qwen3Spec, read_spec
 
 
-def _llama(
+def _sizes(
     hidden_size: int,
     ffn_size: int,
     num_layers: int,
@@ -20,15 +20,17 @@ def _llama(
     num_kv_heads: int,
     vocab_size: int = 32000,
     tied: bool = False,
-) -> LlamaSpec:
+    head_dim: int | None = None,
+    family: type[ModelSpec] = LlamaSpec,
+) -> ModelSpec:
     """Positions, RoPE and token ids are those of Llama 2: they change neither memory nor time."""
-    return LlamaSpec(
+    return family(
         hidden_size=hidden_size,
         ffn_size=ffn_size,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=hidden_size // num_heads,
+        head_dim=head_dim or hidden_size // num_heads,
         vocab_size=vocab_size,
         max_positions=4096,
         norm_eps=1e-5,
@@ -42,18 +44,23 @@ def _llama(
 
 
 SPECS = {
-    "160m": _llama(768, 3072, 12, 12, 12),  # JackFram/llama-160m
-    "1.3b": _llama(2048, 5504, 24, 16, 16),  # Sheared-LLaMA 1.3B
-    "3b": _llama(3072, 8192, 28, 24, 8, vocab_size=128256, tied=True),  # Llama 3.2: a large vocabulary, tied
-    "7b": _llama(4096, 11008, 32, 32, 32),
-    "8b": _llama(4096, 14336, 32, 32, 8, vocab_size=128256),  # Llama 3
-    "13b": _llama(5120, 13824, 40, 40, 40),
-    "70b": _llama(8192, 28672, 80, 64, 8),
+    "160m": _sizes(768, 3072, 12, 12, 12),  # JackFram/llama-160m
+    "1.3b": _sizes(2048, 5504, 24, 16, 16),  # Sheared-LLaMA 1.3B
+    "3b": _sizes(3072, 8192, 28, 24, 8, vocab_size=128256, tied=True),  # Llama 3.2: a large vocabulary, tied
+    "7b": _sizes(4096, 11008, 32, 32, 32),
+    "8b": _sizes(4096, 14336, 32, 32, 8, vocab_size=128256),  # Llama 3
+    "13b": _sizes(5120, 13824, 40, 40, 40),
+    "70b": _sizes(8192, 28672, 80, 64, 8),
+    "mistral-7b": _sizes(4096, 14336, 32, 32, 8, vocab_size=32768, family=MistralSpec),  # v0.3, which has no window
+    "qwen2.5-0.5b": _sizes(896, 4864, 24, 14, 2, vocab_size=151936, tied=True, family=Qwen2Spec),
+    "qwen2.5-7b": _sizes(3584, 18944, 28, 28, 4, vocab_size=152064, family=Qwen2Spec),
+    "qwen3-0.6b": _sizes(1024, 3072, 28, 16, 8, vocab_size=151936, tied=True, head_dim=128, family=Qwen3Spec),
+    "qwen3-8b": _sizes(4096, 12288, 36, 32, 8, vocab_size=151936, head_dim=128, family=Qwen3Spec),
 }
 """Sizes of Llama 2 where no other model is named."""
 
 
-def read_model(name: str) -> LlamaSpec:
+def read_model(name: str) -> ModelSpec:
     """A preset's sizes, or those of a config.json or its directory."""
     if name in SPECS:
         return SPECS[name]
@@ -61,7 +68,7 @@ def read_model(name: str) -> LlamaSpec:
     if path.is_file():
         path = path.parent if path.name == "config.json" else path
     if path.is_dir():
-        return LlamaSpec.from_config(read_config(path), source=str(path / "config.json"))
+        return read_spec(path)
     raise c.ConfigError(f"--model {name} is neither {', '.join(SPECS)} nor a config.json or its directory")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_gil.config import ConfigError
-from megatron_gil.models.llama import check_layout
+from megatron_gil.models.families import check_layout
 from megatron_gil.planning.hardware import Assumptions, Gpu
 from megatron_gil.planning.memory import GIB, HOST_BANDWIDTH, Cut
 from megatron_gil.planning.rank import RankMemory, rank_memory
@@ -89,7 +89,7 @@ def advice(plans: Sequence[Plan], memory_bytes: int) -> list[str]:
         lines.append("shorten data.max_prompt_tokens and sampling.max_new_tokens (or data.max_tokens)")
         lines.append("or use twice as many GPUs")
     if any(model.role in ("critic", "classifier") and model.trained for model in best.workload.models):
-        lines.append("or start critic and reward model from a smaller Llama, or set ppo.advantages=rloo: no critic")
+        lines.append("or start critic and reward model from a smaller model, or set ppo.advantages=rloo: no critic")
     return lines
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_gil.config import BatchSection, CommandConfig, DpoConfig, PpoConfig, RewardConfig
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.models.uses import model_uses
 from megatron_gil.planning.memory import Cut, Precision, Rows, SizedModel
 
@@ -83,7 +83,7 @@ class Workload:
         return replace(self, offload=offload)
 
 
-def read_workload(config: CommandConfig, spec_of: Callable[[str], LlamaSpec]) -> Workload:
+def read_workload(config: CommandConfig, spec_of: Callable[[str], ModelSpec]) -> Workload:
     """spec_of: the sizes of a model by its role."""
     models = tuple(
         SizedModel(

@@ -13,8 +13,8 @@ import torch
 
 from megatron_gil.config import CommandConfig, GilSection, ParallelSection, PpoConfig, TrainConfig
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.models.heads import ScalarHead
-from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.uses import ModelUse
 from megatron_gil.parallel.collectives import agree, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
@@ -43,7 +43,7 @@ def trained(models: Mapping[str, MegatronModel]) -> dict[str, TrainableModel]:
 def build_model(
     config: CommandConfig,
     use: ModelUse,
-    spec: LlamaSpec,
+    spec: ModelSpec,
     layout: ParallelLayout,
     *,
     kind: type[TrainableModel] = TrainableModel,

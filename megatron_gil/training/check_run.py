@@ -32,9 +32,9 @@ from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.rows.records import read_scored_kind
 from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.models.convert.check import check_tensors
+from megatron_gil.models.convert.check import check_tensors, expected_shapes
 from megatron_gil.models.convert.weight_files import read_safetensors
-from megatron_gil.models.llama import LlamaSpec, check_layout
+from megatron_gil.models.families import ModelSpec, check_layout, read_spec
 from megatron_gil.models.uses import ModelUse, model_uses
 from megatron_gil.models.weight_table import SCORE_HEAD
 from megatron_gil.training.audit.rows import AuditRows, read_audit_rows
@@ -50,7 +50,7 @@ class CheckedRun:
     """What a command starts from."""
 
     uses: tuple[ModelUse, ...]
-    specs: Mapping[str, LlamaSpec]
+    specs: Mapping[str, ModelSpec]
     """By role."""
     tokenizers: RunTokenizers
     train: Any
@@ -76,7 +76,7 @@ class CheckedRun:
 def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None = None) -> CheckedRun:
     """Raises ConfigError, in one line, for whatever would keep the command from starting on so many processes.
 
-    sizes_from: a Llama directory that stands for models that an earlier stage has yet to write (dry runs alone).
+    sizes_from: a model directory that stands for models that an earlier stage has yet to write (dry runs alone).
     """
     dp_size = data_parallel_size(world_size, config.parallel)
     if isinstance(config, TrainConfig):
@@ -132,14 +132,14 @@ def path_of(config: CommandConfig, key: str) -> str:
 def model_path(config: CommandConfig, use: ModelUse) -> Path:
     """The directory that a model starts from."""
     value = getattr(config.models, use.key)
-    require(bool(value), f"models.{use.key} is not set; give the directory of a Llama, as models.{use.key}=DIR")
+    require(bool(value), f"models.{use.key} is not set; give the directory of a model, as models.{use.key}=DIR")
     return Path(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _FoundModel:
     directory: Path
-    spec: LlamaSpec
+    spec: ModelSpec
     note: str
     """Empty where the model is there; else what stands for it."""
 
@@ -151,10 +151,10 @@ def _find_model(config: CommandConfig, use: ModelUse, sizes_from: Path | None) -
         if sizes_from is None:
             raise ConfigError(
                 f"models.{use.key}={directory} is not a directory; where an earlier stage has yet to write it, "
-                "--dry-run takes --sizes-from LLAMA_DIR"
+                "--dry-run takes --sizes-from MODEL_DIR"
             )
         directory, note = sizes_from, f"models.{use.key}={directory} is not there yet: sizes of {sizes_from}"
-    spec, parallel = LlamaSpec.read(directory), config.parallel
+    spec, parallel = read_spec(directory), config.parallel
     check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
     if not note:
         _check_weights(use, spec, directory)
@@ -167,12 +167,17 @@ def _is_to_come(config: CommandConfig, sizes_from: Path | None) -> bool:
     return answers and sizes_from is not None and bool(path) and not Path(path or "").exists()
 
 
-def _check_weights(use: ModelUse, spec: LlamaSpec, path: Path) -> None:
+def _check_weights(use: ModelUse, spec: ModelSpec, path: Path) -> None:
     """The headers of the weight files: every tensor is there, as config.json says, and no file is cut off."""
     files = read_safetensors(path)
     has_scores = any(SCORE_HEAD in file.tensors for file in files)
     if use.scores_from_start and not has_scores:
-        raise ConfigError(f"models.{use.key}={path} has no score.weight; train it with `megatron-gil reward` first")
+        known = {name for name, _ in expected_shapes(spec, "lm")}
+        others = [name for file in files for name in file.tensors if name not in known]
+        found = f", and its {others[0]} is no head that is read" if others else ""
+        raise ConfigError(
+            f"models.{use.key}={path} has no score.weight{found}; train it with `megatron-gil reward` first"
+        )
     if use.head == "lm":
         check_tensors(files, spec, "lm", path, others=True)
     elif has_scores:
@@ -227,7 +232,7 @@ def _read_pretrain(config: CommandConfig, tokenizer: Tokenizer) -> TextDataset |
 
 
 def _read_audit(
-    config: CommandConfig, tokenizers: RunTokenizers, specs: Mapping[str, LlamaSpec], train: Any
+    config: CommandConfig, tokenizers: RunTokenizers, specs: Mapping[str, ModelSpec], train: Any
 ) -> AuditRows | None:
     if not isinstance(config, AuditConfig):
         return None

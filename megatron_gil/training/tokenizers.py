@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_gil.config import CommandConfig, ConfigError, GenerateConfig, PpoConfig, require
 from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.models.uses import ModelUse
 
 PROBE = (
@@ -28,7 +28,7 @@ class RunTokenizers:
 
 
 def read_tokenizers(
-    config: CommandConfig, uses: Sequence[ModelUse], paths: Mapping[str, Path], specs: Mapping[str, LlamaSpec]
+    config: CommandConfig, uses: Sequence[ModelUse], paths: Mapping[str, Path], specs: Mapping[str, ModelSpec]
 ) -> RunTokenizers:
     """The command's tokenizer, checked against each of its models. ConfigError names both directories, the first
     difference, and the fix.
@@ -94,7 +94,7 @@ def _fix(config: CommandConfig, use: ModelUse) -> str:
     return "give models that share a tokenizer" + (", or set data.tokenizer=null" if config.data.tokenizer else "")
 
 
-def _check_size(tokenizer: Tokenizer, name: str, spec: LlamaSpec, model: str) -> None:
+def _check_size(tokenizer: Tokenizer, name: str, spec: ModelSpec, model: str) -> None:
     require(
         tokenizer.num_ids <= spec.vocab_size,
         f"{name} makes {tokenizer.num_ids} different tokens, {model} has a vocabulary of {spec.vocab_size}; take the "
@@ -103,7 +103,7 @@ def _check_size(tokenizer: Tokenizer, name: str, spec: LlamaSpec, model: str) ->
 
 
 def _check_positions(
-    config: CommandConfig, uses: Sequence[ModelUse], paths: Mapping[str, Path], specs: Mapping[str, LlamaSpec]
+    config: CommandConfig, uses: Sequence[ModelUse], paths: Mapping[str, Path], specs: Mapping[str, ModelSpec]
 ) -> None:
     data = config.data
     whole = (data.max_tokens, f"data.max_tokens={data.max_tokens}")

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_gil.config import ConfigError
+from megatron_gil.config import ConfigError, ScoreConfig
+from megatron_gil.config.files import load_config
 from megatron_gil.models.convert.copy import export_model, import_model
+from megatron_gil.training.check_run import check_run
 from tests.convert.directories import copy_as, edit_config, files_under, read_tensors, write_tensors
+from tests.models.tiny import FAMILIES
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
@@ -29,8 +32,12 @@ def _refusal(source: Path, tmp_path: Path) -> str:
 
 
 CONFIGS = {
-    "qwen": ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, ["model_type", "'qwen2'", "'llama'"]),
-    "mistral": ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, ["'mistral'", "'llama'"]),
+    "gemma": ({"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]}, ["model_type", "'gemma3'", "'llama'"]),
+    "another family": ({"model_type": "qwen3"}, ["architectures", "'LlamaForCausalLM'", "Qwen3ForCausalLM"]),
+    "no bias": (
+        {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+        ["no tensor model.layers.0.self_attn.q_proj.bias", "[32]"],
+    ),
     "mixture": ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, ["'mixtral'", "'llama'"]),
     "architecture": ({"architectures": ["LlamaMoEForCausalLM"]}, ["'LlamaMoEForCausalLM'", "LlamaForCausalLM"]),
     "linear rope": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'", "'llama3'"]),
@@ -123,6 +130,43 @@ def test_files(world: Path, tmp_path: Path, name: str) -> None:
     damage(source)
     message = _refusal(source, tmp_path)
     assert all(part in message for part in [str(source), *parts]), message
+
+
+def _edit_score(source: Path, **tensors: torch.Tensor) -> None:
+    write_tensors(source, {**read_tensors(source), **{f"score.{name}": tensor for name, tensor in tensors.items()}})
+
+
+@pytest.mark.parametrize("name", ["reward_model", *(f"{family}_reward" for family in FAMILIES)])
+@pytest.mark.parametrize(
+    ("tensors", "parts"),
+    [
+        ({"weight": torch.zeros(5, 32)}, ["score.weight gives 5 labels, expected 1", "num_labels"]),
+        ({"bias": torch.ones(1)}, ["score.bias", "ForSequenceClassification", "moves all scores alike"]),
+        ({"weight": torch.zeros(1, 31)}, ["score.weight has shape [1, 31], expected [1, 32]"]),
+    ],
+    ids=["labels", "bias", "shape"],
+)
+def test_another_score_head(
+    world: Path, tmp_path: Path, name: str, tensors: dict[str, torch.Tensor], parts: list[str]
+) -> None:
+    """A run says the same as the import."""
+    source = copy_as(world / name, tmp_path / "source")
+    _edit_score(source, **tensors)
+    message = _refusal(source, tmp_path)
+    assert all(part in message for part in [str(source), *parts]), message
+    arguments = [f"models.reward_model={source}", f"data.train={world / 'preferences.jsonl'}", "output=scores.jsonl"]
+    with pytest.raises(ConfigError) as raised:
+        check_run(load_config(ScoreConfig, None, arguments), 1)
+    assert str(raised.value) == message
+
+
+def test_a_head_of_another_name(world: Path, tmp_path: Path) -> None:
+    source = copy_as(world / "policy", tmp_path / "source")
+    write_tensors(source, {**read_tensors(source), "v_head.summary.weight": torch.zeros(1, 32)})
+    assert "tensor v_head.summary.weight is not expected in a Llama" in _refusal(source, tmp_path)
+    arguments = [f"models.reward_model={source}", f"data.train={world / 'preferences.jsonl'}", "output=scores.jsonl"]
+    with pytest.raises(ConfigError, match=r"no score\.weight, and its v_head\.summary\.weight is no head"):
+        check_run(load_config(ScoreConfig, None, arguments), 1)
 
 
 SECOND = "model-00002-of-00003.safetensors"

@@ -10,17 +10,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from megatron_gil.config import CheckpointSection, ConfigError, OptimizerSection
 from megatron_gil.engine.checkpoint import CheckpointStore
 from megatron_gil.engine.files import digest, write_manifest
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.models.convert.copy import export_model, import_model
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import read_spec
 from megatron_gil.types import TokenBatch
 from tests.convert.directories import assert_equal_bits, files_under, read_tensors
 from tests.models.running import parallel
+from tests.models.tiny import FAMILIES
 from tests.ranks import run_ranks
 
 HEADS: dict[str, Any] = {"policy": "lm", "reward_model": "score", "critic": "critic"}
@@ -47,7 +53,7 @@ def _save(layout: dict[str, Any], world: Path, run: Path) -> Tensor:
         for role, head in HEADS.items():
             source = world / ("policy" if head == "lm" else "reward_model")
             models[role] = TrainableModel(
-                LlamaSpec.read(source),
+                read_spec(source),
                 started,
                 head=head,
                 num_groups=2 if head == "critic" else 0,
@@ -97,6 +103,37 @@ def test_transformers_gives_the_same_scores(trained: tuple[Path, Tensor], tmp_pa
         scores = model(batch.tokens, attention_mask=mask.long()).logits[:, 0]
     assert trained[1].std() > 0.05, "scores too alike to tell positions apart"
     torch.testing.assert_close(scores, trained[1], atol=1e-6, rtol=1e-5)  # float32 sums in another order
+
+
+def _save_families(layout: dict[str, Any], world: Path, run: Path) -> None:
+    with parallel(layout) as started:
+        for name in FAMILIES:
+            models = {}
+            for role, head, source in (("policy", "lm", name), ("reward_model", "score", f"{name}_reward")):
+                spec: Any = read_spec(world / source)
+                models[role] = TrainableModel(spec, started, head=head, micro_size=1, optimizer=OptimizerSection())
+                models[role].load(world / source)
+            directory = run / name / "checkpoints"
+            CheckpointStore(directory, started, CheckpointSection(), tokenizer_dir=world / name).save(1, models, {})
+
+
+def test_every_family_comes_back_from_a_checkpoint(world: Path, tmp_path: Path) -> None:
+    for name in FAMILIES:
+        (tmp_path / name).mkdir()
+    run_ranks(_save_families, 4, {"tensor_size": 2, "pipeline_size": 2}, world, tmp_path)
+    kinds: dict[str, Any] = {"policy": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
+    for name in FAMILIES:
+        for role, source in (("policy", name), ("reward", f"{name}_reward")):
+            target = tmp_path / f"{source}_out"
+            export_model(tmp_path / name, target, role=role, note=pytest.fail)  # type: ignore[arg-type]
+            assert_equal_bits(read_tensors(target), read_tensors(world / source))
+            assert read_spec(target) == read_spec(world / source)
+            theirs, report = kinds[role].from_pretrained(target, output_loading_info=True)
+            assert not any(report.values()), report
+            before = kinds[role].from_pretrained(world / source)
+            tokens = _batch().tokens
+            with torch.no_grad():
+                assert torch.equal(theirs(tokens).logits, before(tokens).logits), "config.json says something else"
 
 
 def test_the_policy_is_taken_where_no_role_is_named(trained: tuple[Path, Tensor], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.models.convert.copy import export_model, import_model
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import read_spec
 from megatron_gil.types import PromptBatch
 from tests.convert.directories import assert_equal_bits, read_tensors
 from tests.models.running import parallel
@@ -35,7 +35,7 @@ def _greedy(directory: Path) -> list[str]:
         known_groups=torch.full((len(rows),), -1),
     )
     with parallel({"tensor_size": 2, "pipeline_size": 2}) as layout:  # five layers: three and two
-        model = MegatronModel(LlamaSpec.read(directory), layout, head="lm", micro_size=1)
+        model = MegatronModel(read_spec(directory), layout, head="lm", micro_size=1)
         model.load(directory)
         section = SamplingSection(temperature=0.0, max_new_tokens=NUM_NEW)
         rollout = Generator(model, section, tokenizer=tokenizer, seed=1).sample(prompts)

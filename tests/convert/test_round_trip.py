@@ -9,28 +9,43 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.convert.copy import export_model, import_model
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import read_spec, spec_from_config
 from megatron_gil.models.rope import rope_frequencies
 from tests.convert.directories import assert_equal_bits, copy_as, edit_config, files_under, read_tensors, write_tensors
-from tests.models.tiny import LLAMA3_ROPE
+from tests.models.tiny import FAMILIES, LLAMA3_ROPE
+from tests.tokenizer_kinds import write_qwen_tokenizer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS: dict[str, Any] = {
     "policy": LlamaForCausalLM,
     "tied": LlamaForCausalLM,
     "reward_model": LlamaForSequenceClassification,
+    **dict.fromkeys(FAMILIES, AutoModelForCausalLM),
+    **{f"{name}_reward": AutoModelForSequenceClassification for name in FAMILIES},
 }
+CASES = [
+    (name, dtype, form)
+    for name in KINDS
+    for dtype in DTYPES
+    for form in ("single", "index", "shards")
+    if KINDS[name] in (LlamaForCausalLM, LlamaForSequenceClassification) or (dtype, form) == (torch.bfloat16, "index")
+]
 
 
-@pytest.mark.parametrize("form", ["single", "index", "shards"])
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_bit_comes_back(world: Path, tmp_path: Path, dtype: torch.dtype, name: str, form: Any) -> None:
+@pytest.mark.parametrize(("name", "dtype", "form"), CASES, ids=str)
+def test_every_bit_comes_back(world: Path, tmp_path: Path, name: str, dtype: torch.dtype, form: Any) -> None:
     source = copy_as(world / name, tmp_path / "source", dtype=dtype, form=form)
     import_model(source, tmp_path / "imported")
     export_model(tmp_path / "imported", tmp_path / "exported", role=None, note=pytest.fail)
@@ -90,11 +105,11 @@ def test_rope_is_written_for_both_generations(world: Path, tmp_path: Path, spell
     import_model(source, tmp_path / "imported")
     written = json.loads((tmp_path / "imported/config.json").read_text())
     assert "auto_map" not in written
-    spec = LlamaSpec.read(source)
+    spec = read_spec(source)
     for keys in (("rope_theta", "rope_scaling"), ("rope_parameters",)):  # each generation finds all it needs in its own
         others = {"rope_theta", "rope_scaling", "rope_parameters"} - set(keys)
         alone = {key: value for key, value in written.items() if key not in others}
-        assert LlamaSpec.from_config(alone, "alone") == spec
+        assert spec_from_config(alone, "alone") == spec
         theirs = LlamaRotaryEmbedding(LlamaConfig.from_dict(alone)).inv_freq
         assert torch.equal(rope_frequencies(spec, torch.device("cpu")), theirs)
 
@@ -125,6 +140,27 @@ def test_a_score_is_read_where_no_text_ends(world: Path, tmp_path: Path, pad: in
     assert model.config.pad_token_id == expected
     assert model.config.num_labels == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").pad_token_id == expected
+
+
+def test_qwens_score_is_read_before_a_token_that_no_row_holds(world: Path, tmp_path: Path) -> None:
+    """Qwen's tokenizers pad with one of the tokens that end a text, and config.json calls it the first of one."""
+    source = copy_as(world / "qwen3_reward", tmp_path / "source")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (source / name).unlink()
+    write_qwen_tokenizer(source)
+    edit_config(source, vocab_size=512, bos_token_id=420, eos_token_id=422, pad_token_id=None)
+    tensors = read_tensors(source)
+    tensors["model.embed_tokens.weight"] = torch.zeros(512, 32)
+    write_tensors(source, tensors)
+    export_model(source, tmp_path / "exported", role="reward", note=pytest.fail)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported")
+    assert model.config.pad_token_id == 424
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|vision_pad|>", "<|im_end|>")
+    ours = Tokenizer.read(tmp_path / "exported")
+    assert not ours.adds_bos
+    text = "Tell me\u0301 about the  lighthouse <|im_end|>"  # what is written in a text is no control token
+    assert tokenizer(text, split_special_tokens=True)["input_ids"] == ours.encode(text, bos=True)
 
 
 def test_a_pad_token_outside_the_vocabulary_is_left_out(world: Path, tmp_path: Path) -> None:

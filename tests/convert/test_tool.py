@@ -41,10 +41,10 @@ def test_in_and_out(by: tuple[str, ...], world: Path, tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_one_line_and_exit_code_2(world: Path, tmp_path: Path) -> None:
     source = copy_as(world / "policy", tmp_path / "source")
-    edit_config(source, model_type="qwen2")
+    edit_config(source, model_type="gemma3")
     done = _run("import", source, tmp_path / "imported")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"megatron-gil convert import: {source / 'config.json'}: model_type is 'qwen2'")
+    assert done.stderr.startswith(f"megatron-gil convert import: {source / 'config.json'}: model_type is 'gemma3'")
     assert done.stderr.count("\n") == 1
     assert files_under(tmp_path) == ["source"]
 

@@ -14,6 +14,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.engine.verify import verify
 from megatron_gil.models.convert.copy import import_model
 from tests.convert.directories import copy_as, read_tensors, write_tensors
+from tests.models.tiny import FAMILIES
 from tests.ranks import run_ranks
 
 DEFAULTS: dict[str, Any] = {
@@ -33,7 +34,7 @@ def _verify(hf_dir: Path, ckpt_dir: Path, options: dict[str, Any]) -> tuple[int,
 
 
 @pytest.mark.parametrize(("tensor_size", "pipeline_size"), [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("name", ["policy", "reward_model"])
+@pytest.mark.parametrize("name", ["policy", "reward_model", *FAMILIES, "qwen3_reward"])
 def test_equal_models(world: Path, tmp_path: Path, name: str, tensor_size: int, pipeline_size: int) -> None:
     """The vocabulary of 61 is padded at tensor_size 2; the comparison is of all 61 and no more."""
     import_model(world / name, tmp_path / "imported")

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_gil.algo.sampling import choose_tokens
 from megatron_gil.config import SamplingSection
@@ -24,6 +24,7 @@ from megatron_gil.engine.slots import STEPS
 from megatron_gil.parallel.collectives import begin_max_over_ranks
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.types import PromptBatch, Rollout, take_rows
+from tests.models.tiny import FAMILIES
 from tests.ranks import run_ranks
 from tests.sampling_oracle import choose, penalize
 from tests.training.running import DP2, ONE, PP2, TP2_PP2, TP2_SP, build, layout_name, parallel, world_size
@@ -50,21 +51,25 @@ def _prompts() -> PromptBatch:
     )
 
 
+CASES = {**{name: ("policy", name) for name in SECTIONS}, **{name: (name, "plain") for name in FAMILIES}}
+"""Name -> the model, and how it samples."""
+
+
 def _sample(root: Path, layout: ParallelLayout, name: str, prompts: PromptBatch, micro_size: int = 64) -> Rollout:
-    section = replace(SECTIONS[name], micro_size=micro_size)
-    model = build(root / "policy", layout, "lm")
-    return Generator(model, section, tokenizer=Tokenizer.read(root / "policy"), seed=SEED).sample(prompts)
+    directory, section = root / CASES[name][0], replace(SECTIONS[CASES[name][1]], micro_size=micro_size)
+    model = build(directory, layout, "lm")
+    return Generator(model, section, tokenizer=Tokenizer.read(directory), seed=SEED).sample(prompts)
 
 
 def _at_layout(layout: dict[str, Any], root: Path) -> dict[str, Rollout]:
     with parallel(layout) as started:
-        return {name: _sample(root, started, name, _prompts()) for name in SECTIONS}
+        return {name: _sample(root, started, name, _prompts()) for name in CASES}
 
 
 def _one_rank(root: Path) -> dict[str, Any]:
     with parallel(ONE) as layout:
         prompts = _prompts()
-        rollouts = {name: _sample(root, layout, name, prompts) for name in SECTIONS}
+        rollouts = {name: _sample(root, layout, name, prompts) for name in CASES}
         plain = rollouts["plain"]
         read = build(root / "policy", layout, "lm").evaluate(plain)
         return {
@@ -86,8 +91,10 @@ def found(world: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def llama(world: Path) -> Any:
-    return LlamaForCausalLM.from_pretrained(world / "policy").eval()
+def theirs(world: Path) -> dict[str, Any]:
+    """transformers' models by directory."""
+    names = {directory for directory, _ in CASES.values()}
+    return {name: AutoModelForCausalLM.from_pretrained(world / name).eval() for name in names}
 
 
 def _responses(rollout: Rollout) -> list[list[int]]:
@@ -98,38 +105,38 @@ def _responses(rollout: Rollout) -> list[list[int]]:
 @pytest.mark.parametrize("layout", [PP2, TP2_SP, TP2_PP2], ids=layout_name)
 def test_the_same_tokens_at_every_layout(layout: dict[str, Any], world: Path, found: dict[str, Any]) -> None:
     for rank in run_ranks(_at_layout, world_size(layout), layout, world):
-        for name in SECTIONS:
+        for name in CASES:
             assert torch.equal(rank[name].tokens, found[name].tokens), name
             # float32 logits summed in another order
             torch.testing.assert_close(rank[name].sampled_log_probs, found[name].sampled_log_probs, atol=1e-5, rtol=0)
 
 
-def test_greedy_is_transformers_generate(found: dict[str, Any], world: Path, llama: Any) -> None:
-    prompts = _prompts()
+def test_greedy_is_transformers_generate(found: dict[str, Any], theirs: dict[str, Any]) -> None:
+    prompts, model = _prompts(), theirs["policy"]
     for row, response in enumerate(_responses(found["greedy"])):
         prompt = _alone(prompts, row).tokens
         options = {"do_sample": False, "max_new_tokens": MAX_NEW, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
-        expected = llama.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :]
+        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, prompt.shape[1] :]
         assert response == expected.tolist()
 
 
-@pytest.mark.parametrize("name", ["plain", "warped"])
-def test_equals_a_slow_loop_over_transformers(name: str, found: dict[str, Any], world: Path, llama: Any) -> None:
-    section, prompts, rollout = SECTIONS[name], _prompts(), found[name]
+@pytest.mark.parametrize("name", ["plain", "warped", *FAMILIES])
+def test_equals_a_slow_loop_over_transformers(name: str, found: dict[str, Any], theirs: dict[str, Any]) -> None:
+    model, section, prompts, rollout = theirs[CASES[name][0]], SECTIONS[CASES[name][1]], _prompts(), found[name]
     for row, response in enumerate(_responses(rollout)):
-        tokens, log_probs = _slowly(llama, _alone(prompts, row).tokens[0].tolist(), 100 + row, section)
+        tokens, log_probs = _slowly(model, _alone(prompts, row).tokens[0].tolist(), 100 + row, section)
         assert response == tokens
         chosen = rollout.sampled_log_probs[row][rollout.response_mask[row]]
         torch.testing.assert_close(chosen, torch.tensor(log_probs), atol=2e-5, rtol=0)  # float32 logits
 
 
-def _slowly(llama: Any, prompt: list[int], sample_id: int, section: SamplingSection) -> tuple[list[int], list[float]]:
+def _slowly(model: Any, prompt: list[int], sample_id: int, section: SamplingSection) -> tuple[list[int], list[float]]:
     uniforms = np.random.Generator(np.random.Philox(key=[SEED, sample_id])).random(MAX_NEW, np.float32)
     response: list[int] = []
     log_probs = []
     for step in range(MAX_NEW):
         with torch.no_grad():
-            logits = llama(torch.tensor([prompt + response])).logits[0, -1].tolist()
+            logits = model(torch.tensor([prompt + response])).logits[0, -1].tolist()
         logits = penalize(logits, prompt + response, section.repetition_penalty)
         if len(response) + 1 < section.min_new_tokens:
             logits[EOS_ID] = -float("inf")

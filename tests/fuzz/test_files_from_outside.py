@@ -29,8 +29,9 @@ from megatron_gil.engine.files import read_manifest
 from megatron_gil.evaluation.comparisons import read_responses
 from megatron_gil.evaluation.report.runs import read_run
 from megatron_gil.jsonl import iter_jsonl
+from megatron_gil.models.families import read_spec
 from megatron_gil.models.hf_files import HfTensors
-from megatron_gil.models.llama import LlamaSpec
+from tests.models.tiny import FAMILIES, WINDOW
 
 KINDS = ("prompts", "demonstrations", "responses", "preferences", "texts")
 _CHECKS = [
@@ -211,13 +212,16 @@ def test_weight_index(content: bytes, weights: bytes, place: Path) -> None:
 @fuzzed
 @given(data=st.data())
 def test_config_json(data: st.DataObject, world: Path, place: Path) -> None:
-    whole = json.loads((world / "policy" / "config.json").read_text())
-    keys = sorted({*whole, "rope_scaling", "rope_theta", "rms_norm_eps", "id2label", "torch_dtype"})
+    name = data.draw(st.sampled_from(["policy", *FAMILIES]))
+    whole = json.loads((world / name / "config.json").read_text())
+    keys = sorted(
+        {*whole, "rope_scaling", "rope_theta", "rms_norm_eps", "id2label", "torch_dtype", "layer_types", *WINDOW}
+    )
     rope = st.dictionaries(st.sampled_from(ROPE), json_values, max_size=5)
     changes = st.dictionaries(st.sampled_from(keys), json_values | rope, min_size=1, max_size=3)
     changed = changes.map(lambda found: json.dumps({**whole, **found}).encode())
     (place / "config.json").write_bytes(data.draw(changed | damaged(json.dumps(whole).encode())))
-    _accept_or_refuse(lambda: LlamaSpec.read(place), place)
+    _accept_or_refuse(lambda: read_spec(place), place)
 
 
 @fuzzed

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForSequenceClassification
 
 from megatron_gil.demo.tiny_llama import PAD_ID
 from tests.gpu.sides import WIDE, Found
-from tests.models.tiny import make_llama
+from tests.models.tiny import make_model
 from tests.world import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +46,7 @@ class Sides:
     def run(self, device: str, dtype: str = "float32", name: str = "") -> Found:
         wide, out = self.place / "wide", self.place / f"{name}{device}_{dtype}.pt"
         if not wide.exists():
-            make_llama(wide, **WIDE)
+            make_model(wide, **WIDE)
         more: list[object] = []
         if device != "pretended" and dtype != "float32":
             self.of("cpu")
@@ -90,8 +89,8 @@ def write_long_world(world: Path, place: Path) -> Path:
     """A model that takes long rows, and rows of 2,000 words: gigabytes of cache and logits beside megabytes of weights.
     The tokenizer is the tiny world's."""
     sizes: dict[str, Any] = {**WIDE, "max_position_embeddings": 8192, "pad_token_id": PAD_ID}
-    make_llama(place / "policy", **sizes)
-    make_llama(place / "reward_model", kind=LlamaForSequenceClassification, **sizes)
+    make_model(place / "policy", **sizes)
+    make_model(place / "reward_model", head="score", **sizes)
     for name in ("policy", "reward_model"):
         for file in ("tokenizer.model", "tokenizer_config.json"):
             shutil.copyfile(world / name / file, place / name / file)

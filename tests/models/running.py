@@ -17,9 +17,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_gil.config import ModelsSection, ParallelSection
+from megatron_gil.models.families import Head, ModelSpec, read_spec
 from megatron_gil.models.heads import ScalarHead, output_weight
 from megatron_gil.models.hf import load_weights
-from megatron_gil.models.llama import Head, LlamaSpec
 from megatron_gil.models.transformer import build_model
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 
@@ -59,8 +59,8 @@ def load_model(
     num_groups: int = 0,
     dtype: torch.dtype = torch.float32,
     recompute: Any = "none",
-) -> tuple[LlamaSpec, Any]:
-    spec = LlamaSpec.read(hf_dir)
+) -> tuple[ModelSpec, Any]:
+    spec = read_spec(hf_dir)
     model = build_model(
         spec, layout, head=head, num_groups=num_groups, dtype=dtype, models=ModelsSection(recompute=recompute)
     )

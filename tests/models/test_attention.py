@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from megatron_gil.models.attention import RowAttention, RowLayout
 from megatron_gil.models.norm import RMSNorm
 from tests.models.running import LAYOUTS, load_model, parallel
-from tests.models.tiny import make_llama
+from tests.models.tiny import make_model
 from tests.ranks import run_ranks
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}  # rounding of another order of sums
@@ -64,7 +64,7 @@ def _compare_attention(hf_dir: Path, dtype: torch.dtype, lengths: tuple[int, ...
 @pytest.fixture(scope="module")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
-    make_llama(path)
+    make_model(path)
     return path
 
 
@@ -78,9 +78,11 @@ def test_rows_attend_as_megatrons_do(dtype: torch.dtype, lengths: tuple[int, ...
         torch.testing.assert_close(ours, theirs, atol=TOLERANCES[dtype] * float(theirs.abs().max()), rtol=0)
 
 
-def test_a_token_sees_no_other_row_and_nothing_after_it() -> None:
+@pytest.mark.parametrize("window", [None, 1, 2, 3])
+def test_a_token_sees_its_window_and_nothing_else(window: int | None) -> None:
+    """No other row, and nothing after it."""
     config: Any = None
-    attention = RowAttention(config, layout=RowLayout(FREQUENCIES))
+    attention = RowAttention(config, layout=RowLayout(FREQUENCIES, window))
     places = torch.tensor([[0, 1, -1], [2, 3, 4]])
     base = [torch.randn(5, 1, heads, 8, dtype=torch.float64) for heads in (4, 2, 2)]
     before = attention(*base, places)
@@ -90,7 +92,8 @@ def test_a_token_sees_no_other_row_and_nothing_after_it() -> None:
             x[token] += 1
         moved = (attention(*changed, places) != before).flatten(1).any(1).tolist()
         row = range(2) if token < 2 else range(2, 5)
-        assert moved == [other in row and other >= token for other in range(5)]
+        seen_by = row[row.index(token) :][:window]
+        assert moved == [other in seen_by for other in range(5)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,4 +1,4 @@
-"""The model at every layout against transformers' Llama on the same weights: outputs, then every gradient."""
+"""The model at every layout against transformers' on the same weights: outputs, then every gradient."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForSequenceClassification
 
 from megatron_gil.models.hf import WeightMap
 from megatron_gil.parallel.layout import ParallelLayout
 from tests.gathered import full_tensors
 from tests.models.running import LAYOUTS, forward, gradients, layout_name, load_model, parallel, world_size
-from tests.models.tiny import SIZES, VARIANTS, make_llama, sample_tokens
+from tests.models.tiny import FAMILIES, SIZES, VARIANTS, make_model, sample_tokens
 from tests.ranks import run_ranks
 
 WHOLE = (LAYOUTS[0], LAYOUTS[5], LAYOUTS[6])  # the others cut a model in part of the ways that these do
 CUTS = [each if each in WHOLE else pytest.param(each, marks=pytest.mark.long) for each in LAYOUTS]
 NUM_GROUPS = 3
-HEADS = {"tied": "lm", "grouped_heads": "lm", "score": "critic"}  # whose gradients are compared
+LMS = ("tied", "grouped_heads", *FAMILIES)
+HEADS = {**dict.fromkeys(LMS, "lm"), "score": "critic"}  # whose gradients are compared
 # float32 sums in another order; logits reach 2 to 4.
 OUTPUT_TOLERANCE = 1e-5
 
@@ -28,8 +28,8 @@ OUTPUT_TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     root = tmp_path_factory.mktemp("llamas")
-    models = {name: make_llama(root / name, **sizes) for name, sizes in VARIANTS.items()}
-    models["score"] = make_llama(root / "score", kind=LlamaForSequenceClassification)
+    models = {name: make_model(root / name, **sizes) for name, sizes in VARIANTS.items()}
+    models["score"] = make_model(root / "score", head="score")
     return root, models
 
 

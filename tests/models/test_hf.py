@@ -12,27 +12,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForSequenceClassification
 
 from megatron_gil.config import ConfigError
+from megatron_gil.models.families import ModelSpec, read_spec
 from megatron_gil.models.hf import WeightMap, load_weights
 from megatron_gil.models.hf_files import HfTensors
-from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.models.transformer import build_model
 from tests.gathered import full_tensors
 from tests.models.running import LAYOUTS, layout_name, load_model, parallel, world_size
-from tests.models.tiny import make_llama
+from tests.models.tiny import FAMILIES, VARIANTS, make_model
 from tests.ranks import run_ranks
 
-NAMES = {"tied": "lm", "untied": "lm", "score": "critic"}
+NAMES = {"tied": "lm", "untied": "lm", "score": "critic", **dict.fromkeys(FAMILIES, "lm")}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("llamas")
-    make_llama(root / "tied", tie_word_embeddings=True)
-    make_llama(root / "untied", max_shard_size="20KB")  # several files and an index
-    make_llama(root / "score", kind=LlamaForSequenceClassification)
+    make_model(root / "tied", tie_word_embeddings=True)
+    make_model(root / "untied", max_shard_size="20KB")  # several files and an index
+    make_model(root / "score", head="score")
+    for name in FAMILIES:
+        make_model(root / name, **VARIANTS[name])
     return root
 
 
@@ -45,7 +46,7 @@ def _round_trip(layout: dict[str, Any], root: Path) -> dict[str, dict[str, Tenso
         return {name: _read_back(*load_model(root / name, started, head), started) for name, head in NAMES.items()}  # type: ignore[arg-type]
 
 
-def _read_back(spec: LlamaSpec, model: Any, layout: Any) -> dict[str, Tensor]:
+def _read_back(spec: ModelSpec, model: Any, layout: Any) -> dict[str, Tensor]:
     """Full tensors, after a check that cutting them again gives this rank's parameters."""
     weights = WeightMap(spec, model, layout)
     written = {}
@@ -99,7 +100,7 @@ def test_the_sharded_directory_has_several_files(root: Path) -> None:
 
 def _load_heads(hf_dir: Path, num_groups: int) -> tuple[list[str], bool]:
     with parallel(LAYOUTS[0]) as layout:
-        spec = LlamaSpec.read(hf_dir)
+        spec = read_spec(hf_dir)
         model: Any = build_model(spec, layout, head="critic", num_groups=num_groups, dtype=torch.bfloat16)
         absent = load_weights(model, spec, hf_dir, layout)
         return absent, bool(model.output_layer.score.weight.any())

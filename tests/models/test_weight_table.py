@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
+from megatron_gil.models.families import Head, read_spec
 from megatron_gil.models.hf import WeightMap
-from megatron_gil.models.llama import Head, LlamaSpec
-from tests.models.tiny import VARIANTS, make_llama
+from tests.models.tiny import VARIANTS, make_model
 
-KINDS: dict[Head, Any] = {"lm": LlamaForCausalLM, "score": LlamaForSequenceClassification}
+HEADS: tuple[Head, ...] = ("lm", "score")
 
 
-@pytest.mark.parametrize("head", KINDS)
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_table_lists_what_transformers_has(name: str, head: Head, tmp_path: Path) -> None:
-    theirs = make_llama(tmp_path, kind=KINDS[head], **VARIANTS[name])
-    spec = LlamaSpec.read(tmp_path)
+    theirs = make_model(tmp_path, head=head, **VARIANTS[name])
+    spec = read_spec(tmp_path)
     tensors = [tensor for _, tensor in spec.weights(head).hf_tensors(spec.num_layers)]
     expected = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}  # tied ones once
     assert {tensor.name: tensor.shape for tensor in tensors} == expected
@@ -29,8 +28,8 @@ def test_the_table_lists_what_transformers_has(name: str, head: Head, tmp_path: 
 
 
 def test_a_group_classifier_needs_two_groups(tmp_path: Path) -> None:
-    make_llama(tmp_path)
-    spec = LlamaSpec.read(tmp_path)
+    make_model(tmp_path)
+    spec = read_spec(tmp_path)
     shapes = {w.name: w.local_shape(2) for w in spec.weights("critic", num_groups=3).last}
     assert shapes == {"final_norm": (32,), "score": (1, 32), "group_head": (3, 32)}
     assert [w.name for w in spec.weights("critic", num_groups=1).last] == ["final_norm", "score"]
@@ -38,7 +37,7 @@ def test_a_group_classifier_needs_two_groups(tmp_path: Path) -> None:
 
 def test_transformer_engines_names_are_those_of_the_same_tensors(tmp_path: Path) -> None:
     """It cannot be built here: two layers' parameters under its names, of the second of two pipeline ranks."""
-    make_llama(tmp_path)
+    make_model(tmp_path)
     shapes = {
         "self_attention.linear_qkv.layer_norm_weight": (32,),
         "self_attention.linear_qkv.weight": (64, 32),
@@ -52,7 +51,7 @@ def test_transformer_engines_names_are_those_of_the_same_tensors(tmp_path: Path)
     ]
     model: Any = SimpleNamespace(named_parameters=lambda: parameters)
     layout: Any = SimpleNamespace(pp_rank=1, pp_size=2, tp_rank=0, tp_size=1)
-    found = {entry.param_name: entry.hf_names for entry in WeightMap(LlamaSpec.read(tmp_path), model, layout).entries}
+    found = {entry.param_name: entry.hf_names for entry in WeightMap(read_spec(tmp_path), model, layout).entries}
     assert found["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"] == (
         "model.layers.2.input_layernorm.weight",
     )

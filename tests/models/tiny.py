@@ -1,4 +1,4 @@
-"""Small random Llamas, written by transformers: the other side of every comparison in this folder."""
+"""Small random models, written by transformers: the other side of every comparison in this folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+import transformers
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -34,6 +34,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped_heads": {},
     "tied": {"tie_word_embeddings": True},
@@ -41,24 +43,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide_heads": {"head_dim": 16},  # heads x head_dim is not the hidden size
     "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
     "other_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    "qwen2": {"family": "Qwen2", "tie_word_embeddings": True},
+    "qwen2_window": {"family": "Qwen2", **WINDOW},
+    "qwen3": {"family": "Qwen3", "head_dim": 16},
+    "mistral": {"family": "Mistral", "sliding_window": 6},
 }
+FAMILIES = ("qwen2", "qwen3", "mistral")
+"""A variant of each, beside Llama."""
 
 
-def make_llama(
-    path: Path,
-    *,
-    kind: type[LlamaForCausalLM] | type[LlamaForSequenceClassification] = LlamaForCausalLM,
-    max_shard_size: str = "5GB",
-    **sizes: Any,
-) -> LlamaForCausalLM | LlamaForSequenceClassification:
-    """A model with random weights, its norms' too, saved under `path`."""
+def make_model(
+    path: Path, *, family: str = "Llama", head: str = "lm", max_shard_size: str = "5GB", **sizes: Any
+) -> Any:
+    """A model of transformers with random weights, its norms' and biases' too, saved under `path`."""
     torch.manual_seed(7)
-    config = LlamaConfig(**{**SIZES, **sizes}, num_labels=1)  # type: ignore[arg-type]
-    model = kind(config).float().eval()  # type: ignore[arg-type]
+    kind: Any = getattr(transformers, family + {"lm": "ForCausalLM", "score": "ForSequenceClassification"}[head])
+    model = kind(kind.config_class(**{**SIZES, **sizes}, num_labels=1)).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.5)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return model
 

@@ -22,7 +22,7 @@ from megatron_gil.engine.decoder_weights import collect_weights
 from megatron_gil.engine.generation import num_columns
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.protocol import Part
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import FAMILIES, LlamaSpec, ModelSpec
 from megatron_gil.parallel import vocab
 from megatron_gil.training.supervised.objectives import sft_loss
 from megatron_gil.types import LossSum, Readout, TokenBatch
@@ -45,6 +45,15 @@ SPEC = LlamaSpec(
     eos_token_id=2,
     pad_token_id=3,
 )
+
+
+def spec_of(settings: dict[str, Any]) -> ModelSpec:
+    """The same sizes in the case's family."""
+    return FAMILIES[settings.get("family", "llama")](
+        **{field.name: getattr(SPEC, field.name) for field in fields(SPEC)}
+    )
+
+
 ROWS, TOKENS, MICROBATCHES = 4, 64, 3
 PROMPT_TOKENS, NEW_TOKENS = 12, 20
 
@@ -56,7 +65,7 @@ def measure(layout: dict[str, Any], head: Any, settings: dict[str, Any]) -> dict
     with parallel(layout) as started:
         torch.manual_seed(started.rank)
         model = TrainableModel(
-            SPEC,
+            spec_of(settings),
             started,
             head=head,
             num_groups=2 if head == "critic" else 0,
@@ -139,9 +148,11 @@ def _optimizer_bytes(model: TrainableModel) -> int:
 def _decoder_bytes(model: TrainableModel) -> dict[str, int]:
     """Of the keys and values of every slot, and of the weights that this rank has of other pipeline ranks."""
     weights = collect_weights(model)
-    decoder = Decoder(weights, SPEC, model.layout, num_slots=ROWS, num_columns=num_columns(PROMPT_TOKENS, NEW_TOKENS))
+    decoder = Decoder(
+        weights, model.spec, model.layout, num_slots=ROWS, num_columns=num_columns(PROMPT_TOKENS, NEW_TOKENS)
+    )
     own = {parameter.data_ptr() for parameter in model.module.parameters()}
     parts = [weights.embedding, weights.final_norm, weights.head]
-    parts += [getattr(layer, field.name) for layer in weights.layers for field in fields(layer)]
+    parts += [part for layer in weights.layers for f in fields(layer) if (part := getattr(layer, f.name)) is not None]
     received = {part.data_ptr(): part.nbytes for part in parts if part.data_ptr() not in own}
     return {"cache": decoder.cache.nbytes, "received": sum(received.values())}

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_gil.parallel import vocab
 from megatron_gil.planning import memory as m
-from tests.planning.measured import MICROBATCHES, NEW_TOKENS, PROMPT_TOKENS, ROWS, SPEC, TOKENS, measure
+from tests.planning.measured import MICROBATCHES, NEW_TOKENS, PROMPT_TOKENS, ROWS, TOKENS, measure, spec_of
 from tests.ranks import run_ranks
 from tests.training.running import DP2, ONE, PP2, TP2, TP2_PP2, TP2_SP, layout_name, world_size
 
@@ -25,6 +25,9 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     (PP2, "critic", MIXED),
     (DP2, "lm", {**MIXED, "distributed_optimizer": True}),
     (TP2_PP2, "lm", MIXED),
+    (ONE, "lm", {**FLOAT, "family": "qwen3"}),
+    (TP2, "lm", {**MIXED, "family": "qwen3"}),
+    (PP2, "lm", {**FLOAT, "family": "qwen2"}),
 ]
 assert m.CHUNK_ELEMENTS == vocab._CHUNK_ELEMENTS
 TOLERANCE = 0.10  # what the formula leaves out: masks, counts, positions, small products in passing
@@ -58,7 +61,9 @@ def test_formula_agrees_with_what_is_allocated(
 
 
 def predict(head: Any, cut: m.Cut, pp_rank: int, settings: dict[str, Any]) -> dict[str, int]:
-    model = m.SizedModel(role="policy", spec=SPEC, head=head, trained=True, num_groups=2 if head == "critic" else 0)
+    model = m.SizedModel(
+        role="policy", spec=spec_of(settings), head=head, trained=True, num_groups=2 if head == "critic" else 0
+    )
     precision = m.Precision(
         dtype_bytes=2 if settings["dtype"] == "bfloat16" else 4, recompute=settings.get("recompute", "none")
     )

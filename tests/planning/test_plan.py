@@ -41,6 +41,11 @@ def plans(size: str, num_gpus: int, memory_gib: int = 80) -> list[Plan]:
         ("8b", 8.030e9),
         ("13b", 13.016e9),
         ("70b", 68.977e9),
+        ("mistral-7b", 7.248e9),
+        ("qwen2.5-0.5b", 0.494e9),
+        ("qwen2.5-7b", 7.616e9),
+        ("qwen3-0.6b", 0.596e9),
+        ("qwen3-8b", 8.191e9),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(size: str, published: float) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.running import final_weights, metrics_of
+from tests.models.tiny import FAMILIES
 from tests.pretend.running import (
     LAYOUTS,
     Answer,
@@ -65,6 +66,9 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("one", "ppo", (*OFFLOAD, *BFLOAT16, *OWN_MODEL, "eval")),
     ("dp2", "ppo", (*ROLLOUT_OFFLOAD, *DISTRIBUTED, *BACKGROUND)),
     ("one", "dpo", (*OFFLOAD, *DETERMINISTIC)),
+    ("one", "ppo", ("qwen3", *DETERMINISTIC)),
+    ("tp2_sp", "ppo", ("mistral", *FULL, *BFLOAT16)),
+    ("pp2", "ppo", ("qwen2", "ppo.advantages=rloo", *PAIRS, *OWN_MODEL)),
 ]
 
 
@@ -78,12 +82,14 @@ def root(world: Path) -> Path:
 
 
 def changes(root: Path, command: str, options: tuple[str, ...]) -> list[str]:
-    """`eval` and `ptx` stand for what needs a file."""
+    """`eval`, `ptx` and a family stand for what needs a file."""
     data = {"ppo": "prompts", "sft": "demonstrations"}.get(command, "preferences")
     files = {
         "eval": [f"data.eval={root / data}.jsonl", "log.eval_every=1"],
         "ptx": ["ppo.ptx_coef=0.5", f"data.pretrain={root / 'texts.jsonl'}"],
     }
+    for name in FAMILIES:
+        files[name] = [f"models.policy={root / name}", f"models.reward_model={root / name}_reward"]
     return [change for option in options for change in files.get(option, [option])]
 
 

@@ -18,8 +18,8 @@ from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.megatron import MegatronModel, TrainableModel
 from megatron_gil.engine.protocol import Update
+from megatron_gil.models.families import read_spec
 from megatron_gil.models.hf import WeightMap
-from megatron_gil.models.llama import LlamaSpec
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
 from megatron_gil.training.build import build_model
 from megatron_gil.training.check_run import check_run
@@ -80,7 +80,7 @@ def build(
     micro_size: int = 4,
     **kwargs: Any,
 ) -> Any:
-    model = kind(LlamaSpec.read(hf_dir), layout, head=head, micro_size=micro_size, **kwargs)
+    model = kind(read_spec(hf_dir), layout, head=head, micro_size=micro_size, **kwargs)
     model.load(hf_dir)
     return model
 

@@ -15,7 +15,7 @@ from megatron_gil.config.files import load_config
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.demo.tiny_llama import train_tokenizer
 from megatron_gil.jsonl import iter_jsonl
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import read_spec
 from megatron_gil.models.uses import model_uses
 from megatron_gil.training.tokenizers import first_difference, read_tokenizers
 from tests.models.tiny import SIZES
@@ -61,7 +61,7 @@ def _check(command: str, world: Path, *overrides: str) -> Any:
     config = load_config(CONFIGS[command], None, [*common, *extra, *overrides])
     uses = model_uses(config)
     paths = {use.role: Path(getattr(config.models, use.key)) for use in uses}
-    return read_tokenizers(config, uses, paths, {role: LlamaSpec.read(path) for role, path in paths.items()})
+    return read_tokenizers(config, uses, paths, {role: read_spec(path) for role, path in paths.items()})
 
 
 @pytest.mark.parametrize("command", CONFIGS)

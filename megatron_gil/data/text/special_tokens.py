@@ -58,9 +58,11 @@ def read_special_tokens(directory: str, files: Mapping[str, bytes]) -> SpecialTo
     added |= parsed["added_tokens.json"]
     listed = [*_list(tokenizer_config), *_list(special_map)]
     add_bos = tokenizer_config.get("add_bos_token")
+    has_none = "bos_token" in tokenizer_config and "bos_token" not in tokens  # Qwen's; its config.json names another
+    bos = () if has_none else _ids(model_configs, "bos_token_id")
     return SpecialTokens(
         tokens=tokens,
-        ids={name: _ids(model_configs, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+        ids={"bos": bos, **{name: _ids(model_configs, f"{name}_token_id") for name in ("eos", "pad")}},
         added_tokens={token: i for token, i in added.items() if token},
         added_are_special={token: bool(special) for token, special in flags.items() if token},
         named=frozenset([*tokens.values(), *(token for token in map(_content, listed) if token)]),

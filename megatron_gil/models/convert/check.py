@@ -1,4 +1,4 @@
-"""Whether the tensors of a directory are those of the Llama that its config.json describes."""
+"""Whether the tensors of a directory are those of the model that its config.json describes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from pathlib import Path
 
 from megatron_gil.config import ConfigError
 from megatron_gil.models.convert.weight_files import WeightFile
-from megatron_gil.models.llama import Head, LlamaSpec
-from megatron_gil.models.weight_table import EMBEDDING, GROUP_HEAD, LM_HEAD, Shape
+from megatron_gil.models.families import Head, ModelSpec
+from megatron_gil.models.weight_table import EMBEDDING, GROUP_HEAD, LM_HEAD, SCORE_BIAS, SCORE_HEAD, Shape
 
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # written by early transformers 4
 
 
-def expected_shapes(spec: LlamaSpec, head: Head) -> Iterator[tuple[str, Shape]]:
+def expected_shapes(spec: ModelSpec, head: Head) -> Iterator[tuple[str, Shape]]:
     """Name and shape of every tensor such a model must have."""
     for _, tensor in spec.weights(head).hf_tensors(spec.num_layers):
         yield tensor.name, tensor.shape
 
 
 def check_tensors(
-    files: Sequence[WeightFile], spec: LlamaSpec, head: Head, directory: Path, *, others: bool = False
+    files: Sequence[WeightFile], spec: ModelSpec, head: Head, directory: Path, *, others: bool = False
 ) -> None:
-    """ConfigError names the first tensor that is missing, of another shape, there twice, or not a Llama's.
+    """ConfigError names the first tensor that is missing, of another shape, there twice, or not one of its family's.
 
     others: allow tensors that the model does not need, which training leaves alone; then only headers are read.
     """
     holders = _holders(files)
+    if head != "lm" and SCORE_HEAD in holders:
+        _check_score(holders, spec)
     known = set()
     for name, shape in expected_shapes(spec, head):
         if name not in holders:
@@ -46,7 +48,7 @@ def check_tensors(
         known.add(GROUP_HEAD)
     for name, file in holders.items():
         if name not in known and not _BUFFER.fullmatch(name):
-            raise ConfigError(f"{file.path}: tensor {name} is not expected in a Llama of this config.json")
+            raise ConfigError(f"{file.path}: tensor {name} is not expected in a {spec.name} of this config.json")
 
 
 def _holders(files: Sequence[WeightFile]) -> dict[str, WeightFile]:
@@ -64,6 +66,22 @@ def _check_shape(file: WeightFile, name: str, expected: Shape) -> None:
     if found != expected:
         raise ConfigError(
             f"{file.path}: tensor {name} has shape {list(found)}, expected {list(expected)} by config.json"
+        )
+
+
+def _check_score(holders: dict[str, WeightFile], spec: ModelSpec) -> None:
+    """One number a row, without a bias, as transformers' class reads it."""
+    shape = holders[SCORE_HEAD].tensors[SCORE_HEAD].shape
+    if len(shape) == 2 and shape[0] != 1:
+        raise ConfigError(
+            f"{holders[SCORE_HEAD].path}: tensor {SCORE_HEAD} gives {shape[0]} labels, expected 1: a reward is one "
+            "number; keep the row of the label that is the reward, and set num_labels to 1 in config.json"
+        )
+    if SCORE_BIAS in holders:
+        raise ConfigError(
+            f"{holders[SCORE_BIAS].path}: tensor {SCORE_BIAS} is not expected: transformers' "
+            f"{spec.architectures()['score']} has none and drops it; it moves all scores alike, so that a copy of the "
+            "model without it ranks the same"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.models.llama import Head, LlamaSpec
+from megatron_gil.models.families import Head, ModelSpec
 
 _DROPPED = (
     "auto_map",  # names code of the source directory, which is not copied
@@ -19,7 +19,7 @@ _DROPPED = (
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def portable_config(raw: dict[str, Any], spec: LlamaSpec, head: Head, dtype: str | None) -> dict[str, Any]:
+def portable_config(raw: dict[str, Any], spec: ModelSpec, head: Head, dtype: str | None) -> dict[str, Any]:
     """The source's config.json with RoPE and dtype as transformers 4 and vLLM (rope_theta, rope_scaling, torch_dtype)
     and as transformers 5 (rope_parameters, dtype) read them.
 
@@ -28,7 +28,7 @@ def portable_config(raw: dict[str, Any], spec: LlamaSpec, head: Head, dtype: str
     config = {key: value for key, value in raw.items() if key not in _DROPPED}
     scaling = spec.rope_scaling_config()
     config |= {
-        "architectures": [spec.architectures[head]],
+        "architectures": [spec.architectures()[head]],
         "rope_theta": spec.rope_theta,
         "rope_scaling": scaling,
         "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": spec.rope_theta},
@@ -50,13 +50,16 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return Tokenizer.read(directory)
 
 
-def score_config(config: dict[str, Any], spec: LlamaSpec, tokenizer: Tokenizer, source: Path) -> dict[str, Any]:
+def score_config(config: dict[str, Any], spec: ModelSpec, tokenizer: Tokenizer, source: Path) -> dict[str, Any]:
     """The config with a pad token that ends no text.
 
     transformers reads the score of a row at its last token that is not the pad token. So that is the model's own pad
-    token unless that ends a sequence too, else the beginning-of-sequence token.
+    token unless that ends a sequence too, else the beginning-of-sequence token, else a control token that no row holds:
+    Qwen's models pad with what ends their texts, and have no beginning of one.
     """
-    for token_id in (spec.pad_token_id, tokenizer.pad_id, tokenizer.bos_id):
+    unused = tokenizer.control_tokens - tokenizer.made_control_tokens.keys()
+    spare = sorted(unused, key=lambda token: ("pad" not in token, tokenizer.id_of(token)))
+    for token_id in (spec.pad_token_id, tokenizer.pad_id, tokenizer.bos_id, *map(tokenizer.id_of, spare)):
         if _in_vocabulary(token_id, spec) and token_id not in tokenizer.eos_ids:
             return {**config, "pad_token_id": token_id}
     raise ConfigError(f"{source}: no token to pad with but end-of-sequence; set pad_token_id in its config.json")
@@ -72,7 +75,7 @@ def write_small_files(config: dict[str, Any], head: Head, tokenizer: Tokenizer, 
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _in_vocabulary(token_id: Any, spec: LlamaSpec) -> bool:
+def _in_vocabulary(token_id: Any, spec: ModelSpec) -> bool:
     return isinstance(token_id, int) and 0 <= token_id < spec.vocab_size
 
 

@@ -27,7 +27,7 @@ from megatron_gil.models.convert.weight_files import (
     read_safetensors,
     safetensors_header,
 )
-from megatron_gil.models.llama import Head, LlamaSpec, read_config
+from megatron_gil.models.families import Head, ModelSpec, read_config, spec_from_config
 from megatron_gil.models.weight_table import GROUP_HEAD
 
 COPIED_BYTES = 1 << 18
@@ -38,7 +38,7 @@ COPIED_BYTES = 1 << 18
 class ModelDirectory:
     path: Path
     config: dict[str, Any]
-    spec: LlamaSpec
+    spec: ModelSpec
     head: Head
     files: Sequence[WeightFile]
 
@@ -46,7 +46,7 @@ class ModelDirectory:
     def read(cls, path: Path, *, allow_bin: bool = False, role: Role | None = None) -> ModelDirectory:
         """Sizes, headers and names, all checked; ConfigError in one line."""
         config = read_config(path)
-        spec = LlamaSpec.from_config(config, source=str(path / "config.json"))
+        spec = spec_from_config(config, source=str(path / "config.json"))
         head = _head(config, spec, path, role)
         has_bin_only = not any(path.glob("model*.safetensors*")) and any(path.glob("pytorch_model*.bin"))
         files = read_bin_files(path) if allow_bin and has_bin_only else read_safetensors(path)
@@ -88,8 +88,8 @@ def export_model(
     )
 
 
-def _head(config: dict[str, Any], spec: LlamaSpec, path: Path, role: Role | None) -> Head:
-    is_score = config.get("architectures") == [spec.architectures["score"]]
+def _head(config: dict[str, Any], spec: ModelSpec, path: Path, role: Role | None) -> Head:
+    is_score = config.get("architectures") == [spec.architectures()["score"]]
     if role is not None and is_score != (role != "policy"):
         found = "a score head" if is_score else "a language-model head"
         raise ConfigError(f"{path / 'config.json'}: architectures names a model with {found}, not a {role}")

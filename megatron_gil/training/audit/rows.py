@@ -12,7 +12,7 @@ from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.rows.prompts import PreferencePrompts, PromptDataset, ResponsePrompts
 from megatron_gil.data.rows.trusted import TrustedDataset
 from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.models.llama import LlamaSpec
+from megatron_gil.models.families import ModelSpec
 from megatron_gil.training.tokenizers import RunTokenizers
 
 Rows = TypeVar("Rows", PreferenceDataset, TrustedDataset)
@@ -44,7 +44,7 @@ class AuditRows:
 
 
 def read_audit_rows(
-    config: AuditConfig, tokenizers: RunTokenizers, specs: Mapping[str, LlamaSpec], known: tuple[str, ...] | None
+    config: AuditConfig, tokenizers: RunTokenizers, specs: Mapping[str, ModelSpec], known: tuple[str, ...] | None
 ) -> AuditRows:
     """Every row of audit.pairs and audit.trusted, checked. specs: by role. known: the labels of data.train's rows,
     which the rows must have too (gil.groups=known); None where the classifier tells."""

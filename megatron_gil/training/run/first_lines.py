@@ -80,6 +80,8 @@ def _kernels(config: CommandConfig, layout: ParallelLayout, models: Sequence[Meg
         head_dim=model.spec.head_dim,
         device=layout.device,
     )
+    if layout.device.type == "cuda" and model.spec.window is not None:
+        attention += f", memory-efficient for rows above the window of {model.spec.window}"
     text = f"{Kernels.choose(config.models, layout.device).describe()}; attention: {attention}"
     text += "; deterministic" if layout.deterministic and layout.device.type == "cuda" else ""
     rows = [("kernels", text)]

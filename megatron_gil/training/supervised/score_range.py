@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from megatron_gil.config import ConfigError
-from megatron_gil.models.llama import read_config
+from megatron_gil.models.families import read_config
 
 KEY = "score_range"
 QUANTILE = 0.01
