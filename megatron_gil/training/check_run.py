@@ -40,6 +40,7 @@ from megatron_gil.models.weight_table import SCORE_HEAD
 from megatron_gil.training.audit.rows import AuditRows, read_audit_rows
 from megatron_gil.training.ppo.checks import check_rollout
 from megatron_gil.training.run.best import check_keep_best
+from megatron_gil.training.run.boards import check_boards
 from megatron_gil.training.run.output import audit_files, new_file, quality_files
 from megatron_gil.training.supervised.score_range import read_score_range
 from megatron_gil.training.tokenizers import RunTokenizers, read_tokenizers
@@ -82,6 +83,8 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
     if isinstance(config, TrainConfig):
         BatchPlan.of(world_size, config.parallel, config.batch)
         check_keep_best(config)
+        if not isinstance(config, AuditConfig):  # which logs nothing
+            check_boards(config)
     uses = model_uses(config)
     found = {use.role: _find_model(config, use, sizes_from) for use in uses}
     specs = {role: model.spec for role, model in found.items()}

@@ -46,7 +46,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _card(source: Path, target: Path, role: Any = None) -> ModelCard:
+def _card(source: Path, target: Path, role: Any = None) -> Any:
     export_model(source, target, role=role, note=pytest.fail)
     return ModelCard.load(target / "README.md")
 
@@ -95,7 +95,6 @@ def test_its_metrics_are_those_of_the_checkpoint(runs: Path, tmp_path: Path) -> 
     run = tmp_path / "gil"
     shutil.copytree(runs / "gil", run)
     expected = metrics_of(run)[1]["eval/reward/score_mean"]
-    (run / "checkpoints/iter_0000002").is_dir() or pytest.fail("no earlier checkpoint")
     text = _card(run / "checkpoints/iter_0000002", tmp_path / "out").text
     assert f"| held-out score | `eval/reward/score_mean` | {expected:.4g} |" in text
     assert "after 2 iterations" in text
