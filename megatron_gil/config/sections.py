@@ -47,8 +47,8 @@ class AuditRunSection(TrainingRunSection):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsSection(Section):
-    """Each path is a Hugging Face directory, or a `policy/`, `critic/`, ... directory inside one of our checkpoints
-    (which has the same format)."""
+    """Each path is a Hugging Face directory, a `policy/`, `critic/`, ... directory inside one of our checkpoints (which
+    has the same format), or a name on the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION."""
 
     key: ClassVar[str] = "models"
 
@@ -110,8 +110,8 @@ class DataSection(Section):
     key: ClassVar[str] = "data"
 
     train: str | None = path()
-    """JSON Lines or Parquet file, or a directory of them: prompts, demonstrations or preferences, as the command
-    needs."""
+    """JSON Lines or Parquet file, a directory of them or a pattern (part-*.parquet): prompts, demonstrations or
+    preferences, as the command needs. On the Hugging Face Hub: OWNER/NAME:FILES or OWNER/NAME@REVISION:FILES."""
     eval: str | None = path()
     """The same, held out; null: no evaluation."""
     pretrain: str | None = path()

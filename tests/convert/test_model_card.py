@@ -156,12 +156,14 @@ def test_data_of_prepare_data_is_named_by_its_source(runs: Path, world: Path, tm
     run, data = tmp_path / "gil", tmp_path / "prepared"
     shutil.copytree(runs / "gil", run)
     (data / "train").mkdir(parents=True)
-    (data / "card.json").write_text(json.dumps({"source": "hh", "inputs": ["/home/me/helpful-base.jsonl.gz"]}))
+    (data / "card.json").write_text(json.dumps({"source": "hh", "inputs": ["helpful.jsonl", "Anthropic/hh-rlhf"]}))
     config = (run / "config.yaml").read_text()
     changed = config.replace(f"train: {world / 'prompts.jsonl'}", f"train: {data / 'train/prompts.jsonl'}")
     assert changed != config
     (run / "config.yaml").write_text(changed)
-    assert "- data.train: prompts.jsonl, of hh: helpful-base.jsonl.gz\n" in _card(run, tmp_path / "out").text
+    card = _card(run, tmp_path / "out")
+    assert "- data.train: prompts.jsonl, of hh: helpful.jsonl, Anthropic/hh-rlhf\n" in card.text
+    assert card.data.datasets == ["Anthropic/hh-rlhf"]
 
 
 def test_names_on_the_hub_are_told_from_paths() -> None:

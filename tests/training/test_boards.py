@@ -89,7 +89,8 @@ def test_tensorboard_has_the_metrics_and_the_samples(world: Path, tmp_path: Path
         events = board.Tensors(f"samples/{number}/text_summary")
         assert [event.step for event in events] == [1, 3]
         for event, sample in zip(events, samples[number::3], strict=True):
-            text = tensor_util.make_ndarray(event.tensor_proto).item().decode()
+            shown: Any = tensor_util.make_ndarray(event.tensor_proto).item()
+            text = shown.decode()
             assert event.step == sample["iteration"]
             for name in ("prompt", "target"):
                 assert f"**{name}**\n\n    " + sample[name].replace("\n", "\n    ") in text
@@ -188,7 +189,9 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     importlib.invalidate_caches()
     check_boards(_config(None))
-    with pytest.raises(ConfigError, match=r"log\.wandb=mine needs the wandb package: pip install 'wandb>=0\.31', or set"):
+    with pytest.raises(
+        ConfigError, match=r"log\.wandb=mine needs the wandb package: pip install 'wandb>=0\.31', or set"
+    ):
         check_boards(_config("mine"))
 
 

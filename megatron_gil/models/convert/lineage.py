@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gil.config import ConfigError
+from megatron_gil.data.hub import HubName
 from megatron_gil.evaluation.report.runs import Run, read_run
 
-HUB_NAME = r"[\w.-]+/[\w.-]+"
 START_KEYS: Mapping[str, tuple[str, ...]] = {
     "policy": ("models.policy",),
     "reward_model": ("models.reward_model",),
@@ -74,14 +74,15 @@ def hub_name(value: str) -> tuple[str, str] | None:
     cached = re.search(r"(?:models|datasets)--([^/]+)--([^/]+)/snapshots/([^/]+)", value)
     if cached:
         return f"{cached[1]}/{cached[2]}", cached[3]
-    named = re.fullmatch(rf"({HUB_NAME})@([\w./-]+?)(?::.*)?", value)
-    return (named[1], named[2]) if named else None
+    named = HubName.parse(value)
+    return (named.repo, named.revision) if named is not None and named.revision else None
 
 
 def preparation(path: Path) -> dict[str, Any] | None:
-    """The card.json of `megatron-gil prepare-data` where it wrote this file; None where it did not."""
+    """{"source", "inputs"} of `megatron-gil prepare-data` where it wrote this file; None where it did not. An input is
+    the name of a file, or OWNER/NAME on the Hub."""
     try:
         card = json.loads((path.parent.parent / "card.json").read_text(encoding="utf-8"))
-        return {"source": str(card["source"]), "inputs": [Path(name).name for name in card["inputs"]]}
+        return {"source": str(card["source"]), "inputs": [str(name) for name in card["inputs"]]}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -88,16 +88,24 @@ def _front_matter(stages: Sequence[Stage], head: Head, family: str) -> str:
 
     methods = [_method(stage)[0].lower().replace(" ", "-") for stage in stages]
     base = hub_name(stages[-1].started_from) if stages else None
-    data = [hub_name(str(stage.run.config.get("data.train"))) for stage in stages]
+    data = {name for stage in stages for name in _datasets(str(stage.run.config.get("data.train")))}
     content = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation" if head == "lm" else "text-classification",
         tags=[*dict.fromkeys([family, "rlhf", *methods, "megatron_gil"])],
         base_model=base[0] if base else None,
         base_model_relation="finetune" if base else None,
-        datasets=sorted({found[0] for found in data if found}) or None,
+        datasets=sorted(data) or None,
     )
     return f"---\n{content.to_yaml()}\n---"
+
+
+def _datasets(value: str) -> list[str]:
+    """The names on the Hub of what a run was trained on."""
+    if found := hub_name(value):
+        return [found[0]]
+    card = preparation(Path(value))
+    return [name for name in card["inputs"] if "/" in name] if card else []
 
 
 def _method(stage: Stage) -> tuple[str, str]:
