@@ -30,8 +30,9 @@ def pin_names_alone(config: Config) -> Config:
 def names_of(config: CommandConfig) -> dict[str, tuple[HubName, Kind]]:
     """By key, the names that the command will read; with the commit that an earlier start of the run has pinned."""
     roles = {use.key for use in model_uses(config)}
-    kinds: dict[str, Kind] = {f"models.{f.name}": "model" for f in _paths(config.models) if f.name in roles}
-    kinds |= {f"data.{f.name}": "tokenizer" if f.name == "tokenizer" else "dataset" for f in _paths(config.data)}
+    data, models = _paths(config.data), _paths(config.models)  # data first: it is small, and soon said what is wrong
+    kinds: dict[str, Kind] = {f"data.{f.name}": "tokenizer" if f.name == "tokenizer" else "dataset" for f in data}
+    kinds |= {f"models.{f.name}": "model" for f in models if f.name in roles}
     found: dict[str, tuple[HubName, Kind]] = {}
     for key, kind in kinds.items():
         value = getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2])

@@ -218,7 +218,8 @@ def _origin(stages: Sequence[Stage]) -> str:
 def _shown_path(value: str) -> str:
     """A name on the Hub with its revision, else the last parts of a path, enough to tell a checkpoint's run."""
     if found := hub_name(value):
-        return f"{found[0]} (revision {found[1]})"
+        files = value.partition(":")[2]
+        return f"{found[0]}{f':{files}' * bool(files)} (revision {found[1]})"
     parts = Path(value).parts
     in_run = len(parts) > 3 and parts[-3] == "checkpoints"
     return "/".join(parts[-4:] if in_run else parts[-1:])

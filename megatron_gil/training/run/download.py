@@ -43,6 +43,7 @@ def _fetch(
     finally:
         if child is not None:
             child.kill()  # what is half-way stays in the cache, and is gone on with
+            child.wait()
     return agree(layout, lambda: name if child is None else _answer(child, name, key))
 
 
