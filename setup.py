@@ -49,7 +49,8 @@ setup(
         # PyPI is another project.
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
         "peer": ["trl==1.12.0"],  # tests/peer compares with its private functions too: no other version will do
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "httpx2", "playwright"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "httpx2", "playwright", "wandb>=0.31"],
+        "wandb": ["wandb>=0.31"],  # log.wandb; tested with 0.31
     },
     entry_points={"console_scripts": ["megatron-gil = megatron_gil.cli:main"]},
 )

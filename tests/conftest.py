@@ -36,10 +36,10 @@ SLOW = (
     *(f"engine/test_{name}.py" for name in ("checkpoint", "decoder", "generation", "optimizer", "skipped_updates")),
     *(f"models/test_{name}.py" for name in ("equals_transformers", "hf")),
     *(f"training/test_{name}.py" for name in ("gradients", "keep_best", "resume", "score_range", "what_a_run_says")),
-    *("planning/test_memory.py", "test_cli.py", "engine/test_stories.py"),
+    *("planning/test_memory.py", "test_cli.py", "engine/test_stories.py", "training/test_hub_names.py"),
     *(
         f"training/test_{name}.py"
-        for name in ("audit", "bitwise_facts", "check_run", "plain_ppo", "score_pairs", "shaping_over_ranks")
+        for name in ("audit", "bitwise_facts", "boards", "check_run", "plain_ppo", "score_pairs", "shaping_over_ranks")
     ),
 )
 """Folders and files that `make test-quick` leaves out: each starts many processes."""

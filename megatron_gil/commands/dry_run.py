@@ -28,12 +28,13 @@ from megatron_gil.planning.search import OFFLOADS
 from megatron_gil.planning.workload import Workload, read_workload
 from megatron_gil.training.audit.length import audit_length
 from megatron_gil.training.check_run import CheckedRun, check_run, count_updates, path_of
+from megatron_gil.training.hub_names import pin_names_alone
 from megatron_gil.training.run.output import audit_files, quality_files
 
 
 def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
     """0: the command can start as it is. ConfigError (exit code 2): it cannot."""
-    console = console or wide_console()
+    console, config = console or wide_console(), pin_names_alone(config)
     parallel = config.parallel
     world_size = arguments.gpus or parallel.tensor_size * parallel.pipeline_size
     checked = check_run(config, world_size, sizes_from=arguments.sizes_from)

@@ -29,6 +29,7 @@ from megatron_gil.training.build import build_models, trained
 from megatron_gil.training.check_run import CheckedRun, check_run, count_updates
 from megatron_gil.training.row_source import RowSource
 from megatron_gil.training.run.directory import RunDirectory
+from megatron_gil.training.run.download import pin_names
 from megatron_gil.training.run.first_lines import first_rows, print_rows
 from megatron_gil.training.run.loop import RunFailed, Trainer, TrainingLoop
 from megatron_gil.training.run.out_of_memory import explain_out_of_memory, is_out_of_memory
@@ -88,7 +89,7 @@ def _run_guarded(
     }
     try:
         progress.safe_point("checking the data")
-        code = answers.get(name, train)(config, layout, progress)
+        code = answers.get(name, train)(pin_names(config, layout, progress), layout, progress)
         barrier(layout)  # a rank that leaves early may take the store with it
         return code, ""
     except StopRequested as stopped:

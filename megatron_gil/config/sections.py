@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -46,8 +47,8 @@ class AuditRunSection(TrainingRunSection):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsSection(Section):
-    """Each path is a Hugging Face directory, or a `policy/`, `critic/`, ... directory inside one of our checkpoints
-    (which has the same format)."""
+    """Each path is a Hugging Face directory, a `policy/`, `critic/`, ... directory inside one of our checkpoints (which
+    has the same format), or a name on the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION."""
 
     key: ClassVar[str] = "models"
 
@@ -109,8 +110,8 @@ class DataSection(Section):
     key: ClassVar[str] = "data"
 
     train: str | None = path()
-    """JSON Lines or Parquet file, or a directory of them: prompts, demonstrations or preferences, as the command
-    needs."""
+    """JSON Lines or Parquet file, a directory of them or a pattern (part-*.parquet): prompts, demonstrations or
+    preferences, as the command needs. On the Hugging Face Hub: OWNER/NAME:FILES or OWNER/NAME@REVISION:FILES."""
     eval: str | None = path()
     """The same, held out; null: no evaluation."""
     pretrain: str | None = path()
@@ -251,12 +252,21 @@ class LogSection(Section):
 
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
+    wandb: str | None = None
+    """A project in Weights & Biases, PROJECT or ENTITY/PROJECT, that gets what TensorBoard gets; needs
+    the package of that name. A resumed run goes on there as the same run. null: none."""
     samples_every: int = integer(10)
     """Iterations between rows of samples.jsonl; 0: none."""
     samples: int = integer(4)
     """Rows written each time."""
     eval_every: int = integer(0)
     """Iterations between evaluations on data.eval; 0: at the end only."""
+
+    def _check(self) -> None:
+        require(
+            self.wandb is None or re.fullmatch(r"([^/\\#?%:]+/)?[^/\\#?%:]+", self.wandb) is not None,
+            f"log.wandb={self.wandb} must be PROJECT or ENTITY/PROJECT, without any of \\ # ? % :",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

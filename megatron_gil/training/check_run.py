@@ -27,10 +27,11 @@ from megatron_gil.config import (
     data_parallel_size,
     require,
 )
+from megatron_gil.data.hub import HubName, located
 from megatron_gil.data.rows.demonstrations import DemonstrationDataset, ResponseDataset, TextDataset
 from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.rows.prompts import PromptDataset
-from megatron_gil.data.rows.records import read_scored_kind
+from megatron_gil.data.rows.records import matching, read_scored_kind
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.convert.check import check_tensors, expected_shapes
 from megatron_gil.models.convert.weight_files import read_safetensors
@@ -40,6 +41,7 @@ from megatron_gil.models.weight_table import SCORE_HEAD
 from megatron_gil.training.audit.rows import AuditRows, read_audit_rows
 from megatron_gil.training.ppo.checks import check_rollout
 from megatron_gil.training.run.best import check_keep_best
+from megatron_gil.training.run.boards import check_boards
 from megatron_gil.training.run.output import audit_files, new_file, quality_files
 from megatron_gil.training.supervised.score_range import read_score_range
 from megatron_gil.training.tokenizers import RunTokenizers, read_tokenizers
@@ -82,6 +84,8 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
     if isinstance(config, TrainConfig):
         BatchPlan.of(world_size, config.parallel, config.batch)
         check_keep_best(config)
+        if not isinstance(config, AuditConfig):  # which logs nothing
+            check_boards(config)
     uses = model_uses(config)
     found = {use.role: _find_model(config, use, sizes_from) for use in uses}
     specs = {role: model.spec for role, model in found.items()}
@@ -133,7 +137,7 @@ def model_path(config: CommandConfig, use: ModelUse) -> Path:
     """The directory that a model starts from."""
     value = getattr(config.models, use.key)
     require(bool(value), f"models.{use.key} is not set; give the directory of a model, as models.{use.key}=DIR")
-    return Path(value)
+    return located(value, "model", f"models.{use.key}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +155,7 @@ def _find_model(config: CommandConfig, use: ModelUse, sizes_from: Path | None) -
         if sizes_from is None:
             raise ConfigError(
                 f"models.{use.key}={directory} is not a directory; where an earlier stage has yet to write it, "
-                "--dry-run takes --sizes-from MODEL_DIR"
+                "--dry-run takes --sizes-from MODEL_DIR; a model on the Hugging Face Hub is OWNER/NAME@REVISION"
             )
         directory, note = sizes_from, f"models.{use.key}={directory} is not there yet: sizes of {sizes_from}"
     spec, parallel = read_spec(directory), config.parallel
@@ -164,7 +168,11 @@ def _find_model(config: CommandConfig, use: ModelUse, sizes_from: Path | None) -
 def _is_to_come(config: CommandConfig, sizes_from: Path | None) -> bool:
     """Whether what is answered or scored is still to be written by an earlier stage."""
     answers, path = isinstance(config, GenerateConfig | ScoreConfig | EvaluateRewardConfig), config.data.train
-    return answers and sizes_from is not None and bool(path) and not Path(path or "").exists()
+    return answers and sizes_from is not None and bool(path) and not _is_there(path or "")
+
+
+def _is_there(path: str) -> bool:
+    return Path(path).exists() or bool(matching(Path(path))) or HubName.parse(path) is not None
 
 
 def _check_weights(use: ModelUse, spec: ModelSpec, path: Path) -> None:
@@ -189,15 +197,15 @@ def _check_weights(use: ModelUse, spec: ModelSpec, path: Path) -> None:
 def _read_train(config: CommandConfig, tokenizer: Tokenizer, dp_size: int) -> Any:
     if not config.data.train:
         raise ConfigError("data.train is not set: it is what the command reads; give a file as data.train=PATH")
-    rows = _read_rows(config, config.data.train, tokenizer)
+    rows = _read_rows(config, "data.train", tokenizer)
     if isinstance(config, PpoConfig):
         check_rollout(config, dp_size, rows)
     return rows
 
 
-def _read_rows(config: CommandConfig, path: str, tokenizer: Tokenizer) -> Any:
+def _read_rows(config: CommandConfig, key: str, tokenizer: Tokenizer) -> Any:
     """The rows of data.train or data.eval, every one of them checked."""
-    data = config.data
+    data, path = config.data, str(located(path_of(config, key), "dataset", key))
     match config:
         case PpoConfig() | GenerateConfig():
             return PromptDataset(path, tokenizer, max_prompt_tokens=data.max_prompt_tokens)
@@ -213,7 +221,7 @@ def _read_rows(config: CommandConfig, path: str, tokenizer: Tokenizer) -> Any:
 def _read_held_out(config: CommandConfig, tokenizer: Tokenizer, dp_size: int) -> Any:
     if not isinstance(config, TrainConfig) or not config.data.eval:
         return None
-    rows = _read_rows(config, config.data.eval, tokenizer)
+    rows = _read_rows(config, "data.eval", tokenizer)
     if len(rows) < dp_size:
         raise ConfigError(
             f"data.eval={config.data.eval}: {len(rows)} rows are too few for {dp_size} data-parallel ranks; add rows "
@@ -228,7 +236,8 @@ def _read_pretrain(config: CommandConfig, tokenizer: Tokenizer) -> TextDataset |
     data = config.data
     if not data.pretrain:
         raise ConfigError("data.pretrain is not set: ppo.ptx_coef is above 0; give a file as data.pretrain=PATH")
-    return TextDataset(data.pretrain, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens)
+    path = located(data.pretrain, "dataset", "data.pretrain")
+    return TextDataset(path, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens)
 
 
 def _read_audit(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gil.config import CommandConfig, ConfigError, GenerateConfig, PpoConfig, require
+from megatron_gil.data.hub import located
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.families import ModelSpec
 from megatron_gil.models.uses import ModelUse
@@ -36,7 +37,8 @@ def read_tokenizers(
     paths: by role, the directory of the first model and of every other that is there already. specs: sizes of all.
     """
     lead = uses[0]
-    directory = Path(config.data.tokenizer) if config.data.tokenizer else paths[lead.role]
+    given = config.data.tokenizer
+    directory = located(given, "tokenizer", "data.tokenizer") if given else paths[lead.role]
     name = f"data.tokenizer={directory}" if config.data.tokenizer else f"models.{lead.key}={directory}"
     tokenizer, reward = Tokenizer.read(directory), None
     notes = []

@@ -176,3 +176,14 @@ def test_a_row_has_a_greatest_length(name: str, tmp_path: Path) -> None:
     assert [number for number, _ in iter_jsonl(path)] == [1]
     with pytest.raises(ConfigError, match="field prompt has 8388609 characters, more than 8388608"):  # out of Parquet
         check_record({"prompt": "x" * (LONGEST_ROW + 1)}, "prompts", "rows.parquet:1")
+
+
+def test_a_pattern_reads_the_files_that_fit_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("part-1", "part-0", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}) + "\n")
+    assert read_records(tmp_path / "part-*.jsonl", "prompts")["prompt"] == ["part-0", "part-1"]
+    with pytest.raises(ConfigError, match=r"shard-\*\.jsonl: no such file or directory"):
+        read_records(tmp_path / "shard-*.jsonl", "prompts")
+    (tmp_path / "part-2.txt").touch()
+    with pytest.raises(ConfigError, match=r"part-2\.txt: must end in \.jsonl"):
+        read_records(tmp_path / "part-*", "prompts")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_gil.config import ConfigError
+from megatron_gil.data.hub import DATA_SUFFIXES
 from megatron_gil.data.rows.checked_copies import cannot_copy, take_copy
 from megatron_gil.data.rows.fields import COLUMNS, Row, check_record, scored_kind
 from megatron_gil.jsonl import iter_jsonl
@@ -17,12 +19,11 @@ from megatron_gil.jsonl import iter_jsonl
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _CACHE_VERSION = "2"  # to be raised with every change of what `check_record` accepts or returns
 
 
 def read_records(path: str | Path, kind: str) -> Dataset:
-    """All rows of a file, or of a directory's files in the order of their names, as a memory map.
+    """All rows of a file, or of the files of a directory or a pattern in the order of their names, as a memory map.
 
     A directory written by tools/prepare_data.py is read for the file of its kind alone. Every row is checked before
     this returns. A file is checked once: its checked copy is known by path, size and time of change, and shared
@@ -108,16 +109,26 @@ def iter_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _find_files(path: Path, kind: str) -> list[Path]:
     if path.is_dir():
-        own = sorted(f for f in path.iterdir() if _is_of(f, kind) and f.name.endswith(_SUFFIXES))
-        files = own or sorted(f for f in path.iterdir() if f.is_file() and f.name.endswith(_SUFFIXES))
+        own = sorted(f for f in path.iterdir() if _is_of(f, kind) and f.name.endswith(DATA_SUFFIXES))
+        files = own or sorted(f for f in path.iterdir() if f.is_file() and f.name.endswith(DATA_SUFFIXES))
         if not files:
-            raise ConfigError(f"{path}: holds no file that ends in {', '.join(_SUFFIXES)}")
+            raise ConfigError(f"{path}: holds no file that ends in {', '.join(DATA_SUFFIXES)}")
         return files
-    if not path.is_file():
+    files = matching(path)
+    if not files:
         raise ConfigError(f"{path}: no such file or directory")
-    if not path.name.endswith(_SUFFIXES):
-        raise ConfigError(f"{path}: must end in {', '.join(_SUFFIXES)}; `megatron-gil prepare-data` reads other forms")
-    return [path]
+    for file in files:
+        if not file.name.endswith(DATA_SUFFIXES):
+            forms = f"must end in {', '.join(DATA_SUFFIXES)}; `megatron-gil prepare-data` reads other forms"
+            raise ConfigError(f"{file}: {forms}")
+    return files
+
+
+def matching(path: Path) -> list[Path]:
+    """The file, or those whose names fit the pattern in its place, as part-*.parquet."""
+    if path.is_file() or not path.parent.is_dir():
+        return [path] if path.is_file() else []
+    return sorted(file for file in path.parent.iterdir() if fnmatchcase(file.name, path.name) and file.is_file())
 
 
 def _is_of(file: Path, kind: str) -> bool:

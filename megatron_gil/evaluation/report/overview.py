@@ -113,21 +113,24 @@ ALARMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 def overview(runs: Sequence[Run], color: Mapping[str, str]) -> list[Table]:
     """A table for each kind of run that there is, from the last stage of a pipeline to the first."""
-    tables, left = [], list(runs)
+    tables = []
     for kind in KINDS:
-        found = [run for run in left if run.series(kind.sign)[1]]
-        left = [run for run in left if run not in found]
-        if found:
+        if found := [run for run in runs if kind_of(run) is kind]:
             tables.append(_kind_table(kind, found, color))
-    if left:
+    if left := [run for run in runs if kind_of(run) is None]:
         rows = [(run.name, str(len(run.metrics))) for run in left]
         tables.append(Table(caption="Other runs", header=("run", "iterations"), rows=rows, swatch=color))
     return tables
 
 
+def kind_of(run: Run) -> Kind | None:
+    """The first kind whose sign the run has; None where it has none."""
+    return next((kind for kind in KINDS if run.series(kind.sign)[1]), None)
+
+
 def _kind_table(kind: Kind, runs: Sequence[Run], color: Mapping[str, str]) -> Table:
     shown = {name: header for name, header in kind.columns.items() if any(run.series(name)[1] for run in runs)}
-    rows = [(run.name, str(len(run.metrics)), *(_number(run, name) for name in shown)) for run in runs]
+    rows = [(run.name, str(len(run.metrics)), *(number_text(run, name) for name in shown)) for run in runs]
     note = "Mean over the last tenth of the run" + "; held-out: the last evaluation" * any(
         name.startswith(HELD_OUT) for name in shown
     )
@@ -141,7 +144,8 @@ def _kind_table(kind: Kind, runs: Sequence[Run], color: Mapping[str, str]) -> Ta
     )
 
 
-def _number(run: Run, metric: str) -> str:
+def number_text(run: Run, metric: str) -> str:
+    """Its last evaluation for a metric of held-out data, else its mean over the last tenth of the run."""
     value = run.last(metric) if metric.startswith(HELD_OUT) else run.late_mean(metric)
     if value is None:
         return "-"

@@ -11,6 +11,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.families import Head, ModelSpec
 
+CARD_FILE = "README.md"
 _DROPPED = (
     "auto_map",  # names code of the source directory, which is not copied
     "num_groups",  # of the critic's group classifier, which is left out
@@ -66,10 +67,11 @@ def score_config(config: dict[str, Any], spec: ModelSpec, tokenizer: Tokenizer, 
 
 
 def write_small_files(config: dict[str, Any], head: Head, tokenizer: Tokenizer, source: Path, target: Path) -> None:
-    """config.json, generation_config.json and the tokenizer, into `target`."""
+    """config.json, generation_config.json, the model card and the tokenizer, into `target`."""
     tokenizer.save(target)
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
+    for name in ("generation_config.json", CARD_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     if head != "lm":
         _set_pad_token(target, tokenizer.token(config["pad_token_id"]) or "")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

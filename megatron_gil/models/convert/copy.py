@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,19 @@ from threading import Event
 from typing import Any
 
 from megatron_gil.config import ConfigError
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.convert.bin_files import read_bin_files
 from megatron_gil.models.convert.check import check_tensors
-from megatron_gil.models.convert.config_json import portable_config, read_tokenizer, score_config, write_small_files
+from megatron_gil.models.convert.config_json import (
+    CARD_FILE,
+    portable_config,
+    read_tokenizer,
+    score_config,
+    write_small_files,
+)
+from megatron_gil.models.convert.lineage import trace
 from megatron_gil.models.convert.locate import Digests, Role, check_digest, use_model
+from megatron_gil.models.convert.model_card import model_card
 from megatron_gil.models.convert.weight_files import (
     DTYPES,
     SafetensorsFile,
@@ -78,13 +88,26 @@ def export_model(
     note: Callable[[str], None],
 ) -> Written:
     """One model of an imported directory, checkpoint or run as a directory that transformers and vLLM load. The
-    critic goes without its group classifier, which no other program reads."""
+    critic goes without its group classifier, which no other program reads. A README.md that lies beside the weights
+    goes along; where there is none, a model card is written."""
     _check_new(hf_dir)
-    return use_model(
-        ckpt_dir,
-        role,
-        note,
-        lambda path, digests: _write(ModelDirectory.read(path, role=role), hf_dir, dtype, digests),
+
+    def export(path: Path, digests: Digests) -> Written:
+        source = ModelDirectory.read(path, role=role)
+        return _write(source, hf_dir, dtype, digests, card=lambda tokenizer: _card(source, tokenizer, note))
+
+    return use_model(ckpt_dir, role, note, export)
+
+
+def _card(source: ModelDirectory, tokenizer: Tokenizer, note: Callable[[str], None]) -> str:
+    tensors = {name: tensor for file in source.files for name, tensor in _kept(file, None).items()}
+    return model_card(
+        trace(source.path, note),
+        role=source.path.resolve().name,
+        head=source.head,
+        family=str(source.config["model_type"]),
+        tokenizer=tokenizer,
+        num_parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
     )
 
 
@@ -101,9 +124,17 @@ def _check_new(target: Path) -> None:
         raise ConfigError(f"{target} exists already; nothing is overwritten, choose another name")
 
 
-def _write(source: ModelDirectory, target: Path, dtype: str | None, digests: Digests) -> Written:
+def _write(
+    source: ModelDirectory,
+    target: Path,
+    dtype: str | None,
+    digests: Digests,
+    *,
+    card: Callable[[Tokenizer], str] | None = None,
+) -> Written:
     """Write beside, then rename: `target` is there whole or not at all. What a killed run left is removed first.
 
+    card: makes the README.md of a source that has none.
     Damaged where a weight file turns out not to have the digest that is expected of it.
     """
     _check_new(target)
@@ -121,6 +152,8 @@ def _write(source: ModelDirectory, target: Path, dtype: str | None, digests: Dig
     beside.mkdir()
     try:
         write_small_files(config, source.head, tokenizer, source.path, beside)
+        if card is not None and not (beside / CARD_FILE).exists():
+            (beside / CARD_FILE).write_text(card(tokenizer), encoding="utf-8")
         _write_weights(plan, beside, num_bytes, digests)
         beside.rename(target)
     finally:

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_gil.config import CommandConfig, ConfigError
+from megatron_gil.data.hub import HubName
+from megatron_gil.data.rows.records import matching
 from megatron_gil.engine.files import reason, write_text
 from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
@@ -170,13 +172,14 @@ def what_rows_depend_on(config: CommandConfig, *paths: str) -> dict[str, str]:
     kept = {
         key: value for key, value in flat.items() if key not in FREE and not key.startswith(("parallel.", "batch."))
     }
-    stamps = {f"the files of {key}": _stamps(Path(flat[key])) for key in paths if flat[key]}
+    files = {key: flat[key] for key in paths if flat[key] and HubName.parse(flat[key]) is None}  # a commit is a stamp
+    stamps = {f"the files of {key}": _stamps(Path(path)) for key, path in files.items()}
     return {key: str(value) for key, value in (kept | stamps).items()}
 
 
 def _stamps(path: Path) -> str:
-    """Names, sizes and times of change of a file, or of the files in a directory."""
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    """Names, sizes and times of change of a file, or of the files in a directory or of a pattern."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else matching(path)
     return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 

@@ -18,7 +18,7 @@ from megatron_gil.models.kernels import Kernels, attention_backend
 from megatron_gil.models.uses import ModelUse
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.planning.memory import GIB, Cut, SizedModel, num_parameters
-from megatron_gil.training.check_run import CheckedRun, model_path, path_of
+from megatron_gil.training.check_run import CheckedRun, path_of
 
 FirstRow = tuple[str, str]
 WIDTH = 80
@@ -127,7 +127,7 @@ def _model(config: CommandConfig, use: ModelUse, model: MegatronModel) -> str:
     does = "trained" if use.trained else "frozen"
     sized = SizedModel(role=use.role, spec=model.spec, head=use.head, trained=use.trained, num_groups=use.num_groups)
     count = count_text(num_parameters(sized, Cut(), 0))
-    return f"{count} parameters, {dtype}, {does}, from {model_path(config, use)}"
+    return f"{count} parameters, {dtype}, {does}, from {path_of(config, f'models.{use.key}')}"
 
 
 def _data(config: CommandConfig, key: str, rows: RowDataset[Any]) -> str:

@@ -13,6 +13,7 @@ from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.parallel.collectives import broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.run.best import Best, find_best
+from megatron_gil.training.run.boards import BoardError
 from megatron_gil.training.run.metrics import RunLog
 from megatron_gil.training.run.progress import Progress
 from megatron_gil.training.run.signals import EXIT_STOPPED, StopRequested
@@ -128,10 +129,17 @@ class TrainingLoop:
 
     def run(self) -> int:
         """The exit code. A stop before an iteration's updates discards that iteration."""
-        state, last = self._state, self._trainer.num_iterations
         if self.is_finished:
             return 0
-        self._log = self._open_log()
+        self._log, code = self._open_log(), 1
+        try:
+            code = self._run()
+            return code
+        finally:
+            self._log.close(code)
+
+    def _run(self) -> int:
+        state, last = self._state, self._trainer.num_iterations
         try:
             if state.unlogged is not None:
                 self._finish_iteration(state.unlogged)
@@ -154,23 +162,21 @@ class TrainingLoop:
                 raise RunFailed(f"{stopped} in {phase}, but iteration {state.iteration} could not be saved") from None
             self._log.note(f"{stopped} in {phase}; iteration {state.iteration} is saved, start again to go on")
             return EXIT_STOPPED
-        finally:
-            self._log.close()
 
     def _open_log(self) -> RunLog:
         log, error = None, ""
         try:
             log = RunLog(
                 self._directory if self._layout.is_main else None,
+                config=self._config,
                 num_iterations=self._trainer.num_iterations,
                 start=self._state.iteration - (self._state.unlogged is not None),
-                tensorboard=self._config.log.tensorboard,
                 line=self._trainer.line,
             )
         except OSError as refused:
             error = f"{self._directory} cannot be written: {refused}"
-        except ConfigError as damaged:  # on the main rank alone, so it is told to all below
-            error = str(damaged)
+        except (ConfigError, BoardError) as refused:  # on the main rank alone, so it is told to all below
+            error = str(refused)
         if error := broadcast_object(error, self._layout):
             raise RunFailed(error)
         assert log is not None

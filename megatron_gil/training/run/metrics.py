@@ -1,9 +1,10 @@
-"""Numbers of a run: means over all ranks, and where they are written (metrics.jsonl, TensorBoard, the console)."""
+"""Numbers of a run: means over all ranks, and where they are written (metrics.jsonl, the boards, the console)."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from megatron_gil.config import TrainConfig
+from megatron_gil.training.run.boards import Board, BoardError, WandbRun, open_boards
 from megatron_gil.training.run.row_file import RowFile, keep_iterations_below
 from megatron_gil.types import AllSum, Metrics
 
@@ -59,11 +62,11 @@ class RunLog:
     """Writes one object an iteration. Only rank 0 has a directory; elsewhere everything is silent."""
 
     def __init__(
-        self, directory: Path | None, *, num_iterations: int, start: int, tensorboard: bool, line: tuple[str, ...]
+        self, directory: Path | None, *, config: TrainConfig, num_iterations: int, start: int, line: tuple[str, ...]
     ) -> None:
         """start: the first iteration to come; later ones in the files, of a run that crashed, are dropped.
 
-        line: the metrics of the console line.
+        line: the metrics of the console line. Raises OSError, ConfigError for a damaged file and BoardError.
         """
         self._directory, self._num_iterations, self._line = directory, num_iterations, line
         self._started, self._start = time.monotonic(), start
@@ -72,7 +75,7 @@ class RunLog:
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_iterations_below(directory / name, start)
         self._metrics, self._samples = RowFile(directory / "metrics.jsonl"), RowFile(directory / "samples.jsonl")
-        self._board = _open_tensorboard(directory, start) if tensorboard else None
+        self._boards = open_boards(directory, config, start)
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -87,6 +90,9 @@ class RunLog:
         )
         self._task = self._bar.add_task(directory.name, total=num_iterations, completed=start)
         self._bar.start()
+        for board in self._boards:
+            if isinstance(board, WandbRun):
+                self.note(f"{board.name}: {board.place}")
 
     def note(self, text: str) -> None:
         """One line for the person who watches."""
@@ -97,6 +103,7 @@ class RunLog:
         """Rows of iteration number `iteration` for a person to read."""
         if self._directory is not None:
             self._samples.add([{"iteration": iteration, **sample} for sample in samples])
+            self._on_boards(lambda board: board.samples(iteration, samples))
 
     def iteration(self, iteration: int, metrics: Metrics) -> None:
         """Write iteration number `iteration` (from 0)."""
@@ -106,7 +113,7 @@ class RunLog:
         for file in (self._metrics, self._samples):
             if trouble := file.write():
                 self.note(f"{trouble}; its rows wait in memory")
-        self._show_on_board(iteration, metrics)
+        self._on_boards(lambda board: board.iteration(iteration, metrics))
         self._bar.update(self._task, completed=iteration + 1)
         self._console.print(self._console_line(iteration, metrics), markup=False)
 
@@ -114,15 +121,14 @@ class RunLog:
         """Put every row on disk; why that fails, or empty."""
         return "" if self._directory is None else self._metrics.write(sync=True) or self._samples.write(sync=True)
 
-    def _show_on_board(self, iteration: int, metrics: Metrics) -> None:
-        if self._board is None:
-            return
-        try:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, iteration)
-        except OSError as error:
-            self._board = None
-            self.note(f"no more TensorBoard events in this run: {error}")
+    def _on_boards(self, show: Callable[[Board], None]) -> None:
+        """On each that still works."""
+        for board in list(self._boards):
+            try:
+                show(board)
+            except BoardError as error:
+                self._boards.remove(board)
+                self.note(f"no more {board.name} in this run, which goes on: {error}; metrics.jsonl has everything")
 
     def _console_line(self, iteration: int, metrics: Metrics) -> str:
         """At most 80 columns: what is left over is in metrics.jsonl."""
@@ -136,17 +142,11 @@ class RunLog:
                 line += part
         return line + end
 
-    def close(self) -> None:
+    def close(self, code: int) -> None:
+        """code: the exit code of the run."""
         if self._directory is not None:
             self._bar.stop()
-            if self._board is not None:
-                self._board.close()
-
-
-def _open_tensorboard(directory: Path, start: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-    return SummaryWriter(str(directory), purge_step=start)
+            self._on_boards(lambda board: board.close(code))
 
 
 def _plain(value: float) -> float | None:
