@@ -28,7 +28,7 @@ setup(
     python_requires=">=3.11,<3.14",  # megatron-core 0.16.1 has wheels for no other
     install_requires=[
         "torch>=2.11",  # tested with 2.11 and 2.13
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
         "transformers>=4.50",  # Llama configs and tokenizers; not needed by the engine
         "datasets>=4.0",
         "tokenizers",
