@@ -1,9 +1,9 @@
 """Ranks, process groups, collectives.
 
-Importing it silences four warnings that no user can act on. megatron.core warns that the optional Transformer Engine
+Importing it silences five warnings that no user can act on. megatron.core warns that the optional Transformer Engine
 and Apex are missing; it then uses torch, as we do. It calls functions that torch has renamed, and torch warns of each;
-where it frees gradient buffers, of a class that torch will remove. And it imports torch's compiler, which warns on a
-machine that has nvcc and no GPU.
+where it frees gradient buffers, of a class that torch will remove. It imports torch's compiler, which warns on a
+machine that has nvcc and no GPU. And 0.19 lays out the distributed optimizer's buffers itself, like 0.16, and says so.
 """
 
 import logging
@@ -16,3 +16,6 @@ for _message, _category in (
 ):
     warnings.filterwarnings("ignore", message=_message, category=_category)
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime is found" not in record.msg)
+logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
+    lambda record: "full_param_layout not provided" not in record.msg
+)
