@@ -25,10 +25,11 @@ setup(
         "megatron_gil.demo": ["recipes/*.yaml"],
         "megatron_gil.planning": ["paper_7b/*.yaml"],  # through a link: examples/paper_7b, which `plan` reads
     },
-    python_requires=">=3.11,<3.14",  # megatron-core 0.16.1 has wheels for no other
+    python_requires=">=3.11,<3.14",  # megatron-core has wheels for no other
     install_requires=[
         "torch>=2.11",  # tested with 2.11 and 2.13
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",  # 0.19 needs Python 3.12; untested between
+        "triton; python_version >= '3.12' and sys_platform == 'linux'",  # 0.19 imports it, on the CPU too
         "transformers>=4.50",  # Llama configs and tokenizers; not needed by the engine
         "datasets>=4.0",
         "tokenizers",
@@ -45,9 +46,12 @@ setup(
     ],
     extras_require={
         "judge": ["openai>=1.40", "starlette", "uvicorn", "jinja2"],  # openai: tested with 1.40 and 3.52
-        # As megatron-core 0.16.1 asks; for CUDA 13, as PyPI's torch is. Apex comes from NVIDIA's source: `apex` on
-        # PyPI is another project.
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+        # As megatron-core 0.16.1 asks, and as the images of 0.19 have it; for CUDA 13, as PyPI's torch is. Apex comes
+        # from NVIDIA's source: `apex` on PyPI is another project.
+        "gpu": [
+            "transformer-engine[core_cu13,pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[core_cu13,pytorch]>=2.17,<2.18; python_version >= '3.12'",
+        ],
         "peer": ["trl==1.12.0"],  # tests/peer compares with its private functions too: no other version will do
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "httpx2", "playwright", "wandb>=0.31"],
         "wandb": ["wandb>=0.31"],  # log.wandb; tested with 0.31

@@ -110,7 +110,7 @@ class ModelOptimizer:
     def _gradient_norm(self) -> float:
         """Over all parameters and model-parallel ranks, read by the host once: megatron-core's own, where neither Apex
         nor Transformer Engine is installed, reads one number for every parameter."""
-        grads = [g for part in self._optimizer.chained_optimizers for g in part.get_main_grads_for_grad_norm()]
+        grads = [g for part in self._optimizer.chained_optimizers for g in _grads_of_norm(part)]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=self._device)
         squared = norm.float().square()
         dist.all_reduce(squared, group=self._optimizer.get_grad_stats_parallel_group())
@@ -204,6 +204,12 @@ class ModelOptimizer:
         """Copy the model's weights into the master weights; after weights were loaded without optimizer state."""
         self._restore()
         self._optimizer.reload_model_params()
+
+
+def _grads_of_norm(part: Any) -> list[Tensor]:
+    """The gradients that count in the norm, each on one rank; megatron-core 0.16 and later ones call it differently."""
+    read = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+    return read()
 
 
 def _is_torch(optimizer: Any) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from megatron.core import __version__ as core_version
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.tensor_parallel import layers as tp_layers
 
@@ -33,8 +34,8 @@ class Kernels:
         has_engine = device.type == "cuda" and gpt_layer_specs.HAVE_TE
         if models.layer == "transformer_engine" and not has_engine:
             raise ConfigError(
-                "models.layer=transformer_engine needs a GPU and the package transformer-engine, 2.9 to below 2.12 for "
-                "this megatron-core; install it or use models.layer=auto"
+                "models.layer=transformer_engine needs a GPU and a transformer-engine that megatron-core "
+                f"{core_version} can import (docs/gpu.md); install it or use models.layer=auto"
             )
         fuse = device.type == "cuda" and models.fusions == "auto"
         return cls(

@@ -67,6 +67,8 @@ def _torch_on_cpu() -> types.ModuleType:
     vars(cuda)["current_device"] = lambda: _CPU
     # p2p_communication.py:398 after every exchange, distributed_data_parallel.py:588
     vars(cuda)["synchronize"] = lambda device=None: None
+    # 0.19.2, param_and_grad_buffer.py:632 before every sum of gradients; asked to wait for CUDA graphs alone
+    vars(cuda)["current_stream"] = lambda device=None: None
     # tensor_parallel/random.py:235-238 and 422: the tracker's streams
     vars(cuda)["get_rng_state"] = lambda device=None: torch.get_rng_state()
     vars(cuda)["manual_seed"] = torch.manual_seed

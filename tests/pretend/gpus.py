@@ -36,10 +36,13 @@ def count_gpus() -> int:
 def answered_by(places: Places, report: Report, calls: TorchFunctionMode) -> Iterator[None]:
     """Inside, torch has GPUs."""
     with ExitStack() as stack:
-        for name, value in {**_devices(places), **_memory(), **_streams(places, report)}.items():
+        streams = _streams(places, report)
+        for name, value in {**_devices(places), **_memory(), **streams}.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value, create=True))
             if hasattr(torch.cuda.random, name):  # imported there by its name
                 stack.enter_context(mock.patch.object(torch.cuda.random, name, value))
+        # torch.optim asks a torch that is built for CUDA; one that is not says that there is no accelerator.
+        stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", streams["current_stream"]))
         engine = _Engine(Variable._execution_engine, places, calls)
         stack.enter_context(mock.patch.object(Variable, "_execution_engine", engine))
         # A graph is what its steps are: there is nothing to record from.
@@ -152,6 +155,9 @@ def _streams(places: Places, report: Report) -> dict[str, Any]:
 
         def query(self) -> bool:
             return True
+
+        def is_capturing(self) -> bool:
+            return False
 
         def __enter__(self) -> Any:
             return self
