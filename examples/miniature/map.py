@@ -28,7 +28,7 @@ from run import MAX_WORKERS, STOPPED, interrupt, stage
 from megatron_gil.config import ConfigError
 from megatron_gil.demo.annotators import Annotators
 from megatron_gil.demo.stages import Runner, Stage, StageFailed
-from megatron_gil.evaluation.audit.targets import advise_targets, price_of
+from megatron_gil.evaluation.audit.targets import kl_targets, price_of
 from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.jsonl import iter_jsonl
 
@@ -150,11 +150,11 @@ class World:
         return best.rpartition("_")[2]
 
     def _targets(self) -> Mapping[str, float]:
-        """What an audit advises where all prompts of the tuning seeds are trusted rows."""
+        """Those that an audit names where all prompts of the tuning seeds are trusted rows."""
         rows = [row for seed in self._map.tuning_seeds for row in read_trusted(self.place(REACH, seed).replies)]
         found = price_of(rows)
         assert found is not None
-        return advise_targets(found).settings
+        return kl_targets(found)
 
     def numbers(self, cell: str, seed: int) -> dict[str, float]:
         """Of a finished cell."""
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = arguments.results or arguments.output / "results"
     results.mkdir(parents=True, exist_ok=True)
     write_numbers(results / f"{arguments.worlds}.csv.gz", rows)
-    write_map(results, {name: method.label for name, method in drawn.methods.items()})
+    write_map(results, {name: method.label for name, method in read_map().methods.items()})
     return 0
 
 

@@ -21,6 +21,7 @@ from tables import difference_cell, markdown, mean_cell
 from tidy import write_csv
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN
+from megatron_gil.evaluation.audit.advice import ONE_KL_FROM
 from megatron_gil.evaluation.report.figures import PALETTE, styled, to_png
 from megatron_gil.evaluation.report.page import Table
 from megatron_gil.evaluation.report.runs import Json
@@ -35,7 +36,11 @@ SETS = ("map", "new", "unseen")
 """Of worlds: those that made the prediction, those that tested it, those that tested an audit's advice."""
 HEADER = ("world", "seed", "method", "cell", "metric", "value")
 OPPONENT, PUBLISHED, TARGETS, REACH = "ppo", "gil", "targets", "best_of_n"
-PRICE = "price"
+AGREEMENT = "spearman_high"
+"""What foretells the gain: Spearman's correlation of the reward model's scores with gold, among the SFT policy's
+responses to the prompts of high score."""
+ADVISED_WITHIN = 0.01
+"""Advice is right where the gold of what it advises is at most so much below that of the other choice."""
 KEPT = ("gold", "gold_worst", f"gold_{HELDOUT_DOMAIN}", "proxy", "kl", "kl_high", "kl_low", "distinct_hard", "auc_easy")
 """Metrics of a method."""
 GAINS = {"gold": "gold", "gold_worst": "worst domain", f"gold_{HELDOUT_DOMAIN}": "held-out domain"}
@@ -83,7 +88,9 @@ def write_map(results: Path, labels: Mapping[str, str]) -> None:
     """map.md and map.png of a directory. labels: of the methods."""
     sets = {name: read_numbers(results / f"{name}.csv.gz") for name in SETS if (results / f"{name}.csv.gz").exists()}
     shown = [table for name, worlds in sets.items() for table in _tables(name, worlds, labels)]
-    shown.append(predictor_table(sets["map"], labels))
+    shown.append(predictor_table(sets[SETS[0]], labels))
+    if len(sets) > 1:
+        shown.append(forecast_table(sets, labels))
     (results / "map.md").write_text("\n".join(map(markdown, shown)), encoding="utf-8")
     (results / "map.png").write_bytes(to_png(map_picture(sets, labels)))
 
@@ -94,14 +101,14 @@ def _tables(name: str, worlds: Sequence[WorldNumbers], labels: Mapping[str, str]
 
 def worlds_table(name: str, worlds: Sequence[WorldNumbers]) -> Table:
     """What is known of each world before any policy is trained, and what was chosen in it."""
-    header = ("world", "price of one KL", "n of high, low", "Spearman, high and low", "pairs, high and low")
+    header = ("world", "Spearman, high and low", "n of high, low", "price of one KL", "pairs, high and low")
     header += ("cells", "gold of SFT", "gold of PPO w/ KL")
     rows = [
         (
             world.name,
-            mean_cell(world.numbers[REACH][PRICE], ".3f"),
+            f"{world.reach(AGREEMENT):.2f}, {world.reach('spearman_low'):.2f}",
             f"{world.reach('best_n_high'):.1f}, {world.reach('best_n_low'):.1f}",
-            f"{world.reach('spearman_high'):.2f}, {world.reach('spearman_low'):.2f}",
+            f"{world.reach('price'):.3f}",
             f"{100 * world.reach('accuracy_high'):.0f} %, {100 * world.reach('accuracy_low'):.0f} %",
             ", ".join(world.cells[m] for m in (OPPONENT, PUBLISHED, TARGETS) if m in world.cells),
             mean_cell(world.numbers["sft"]["gold"]),
@@ -114,7 +121,7 @@ def worlds_table(name: str, worlds: Sequence[WorldNumbers]) -> Table:
 
 
 def gain_table(name: str, worlds: Sequence[WorldNumbers], labels: Mapping[str, str], metric: str) -> Table:
-    methods = [m for m in labels if m != OPPONENT and all(m in world.numbers for world in worlds)]
+    methods = _compared(worlds, labels)
     rows = [
         (
             world.name,
@@ -128,10 +135,15 @@ def gain_table(name: str, worlds: Sequence[WorldNumbers], labels: Mapping[str, s
     return Table(caption=caption, header=("world", *(labels[m] for m in methods)), rows=[*rows, mean], note=note)
 
 
+def _compared(worlds: Sequence[WorldNumbers], labels: Mapping[str, str]) -> list[str]:
+    """The methods that have run in all of them, without the opponent."""
+    return [m for m in labels if m != OPPONENT and all(m in world.numbers for world in worlds)]
+
+
 def predictor_table(worlds: Sequence[WorldNumbers], labels: Mapping[str, str]) -> Table:
     """How well each number that needs no training foretells the gain in gold."""
-    names = [name for name in worlds[0].numbers[REACH] if not name.startswith("best_of_")]
-    methods = [m for m in labels if m != OPPONENT]
+    names = [name for name in worlds[0].numbers[REACH] if not name.startswith("best_of_") and name != "seconds"]
+    methods = _compared(worlds, labels)
     rows = []
     for name in names:
         x = [world.reach(name) for world in worlds]
@@ -143,15 +155,39 @@ def predictor_table(worlds: Sequence[WorldNumbers], labels: Mapping[str, str]) -
     return Table(caption=caption, header=("number", *(labels[m] for m in methods)), rows=rows, note=note)
 
 
-def fit(worlds: Sequence[WorldNumbers], method: str, predictor: str = PRICE) -> tuple[float, float]:
+def fit(worlds: Sequence[WorldNumbers], method: str, predictor: str = AGREEMENT) -> tuple[float, float]:
     """(slope, intercept) of the gain in gold over a number known before training, by least squares."""
     return linear_regression([w.reach(predictor) for w in worlds], [w.gain(method) for w in worlds])
 
 
+def forecast_table(sets: Mapping[str, Sequence[WorldNumbers]], labels: Mapping[str, str]) -> Table:
+    """The line of the map's worlds in those that came later, and whether an audit's advice was right there."""
+    lines = {method: fit(sets[SETS[0]], method) for method in (PUBLISHED, TARGETS)}
+    rows: list[tuple[str, ...]] = []
+    for world in (world for name in SETS[1:] for world in sets.get(name, ())):
+        agreement, cells = world.reach(AGREEMENT), list[str]()
+        for method, (slope, intercept) in lines.items():
+            found = difference_cell(world.numbers[method]["gold"], world.numbers[OPPONENT]["gold"], "+.3f")
+            cells += [f"{slope * agreement + intercept:+.3f}", found] if method in world.numbers else ["", ""]
+        advised = "KL targets" if agreement < ONE_KL_FROM else "one KL"
+        rows.append((world.name, f"{agreement:.2f}", *cells, advised, "right" if is_advice_right(world) else "wrong"))
+    header = ("world", "Spearman, high", *(f"{labels[m]}: {what}" for m in lines for what in ("forecast", "found")))
+    note = (
+        f"Advice: KL targets where Spearman's correlation in the high group is below {ONE_KL_FROM:g}, else PPO w/ KL; "
+    )
+    note += f"right where its gold is at most {ADVISED_WITHIN:g} below that of the other."
+    return Table(caption="Forecast and found", header=(*header, "advice", ""), rows=rows, note=note)
+
+
+def is_advice_right(world: WorldNumbers) -> bool:
+    gain = world.gain(TARGETS)
+    return gain > -ADVISED_WITHIN if world.reach(AGREEMENT) < ONE_KL_FROM else gain < ADVISED_WITHIN
+
+
 @styled
 def map_picture(sets: Mapping[str, Sequence[WorldNumbers]], labels: Mapping[str, str]) -> Figure:
-    """Left and middle: gain of PPO-GIL as published and with KL targets against the price of one KL, with the line of
-    the map's worlds; rings are worlds that came later. Right: the map's worlds as they lie."""
+    """Gain of PPO-GIL as published and with KL targets against the agreement of reward and gold in the high group, with
+    the line of the map's worlds; rings are worlds that came later."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained", sharey=True)
@@ -166,19 +202,25 @@ def _draw_gains(ax: Axes, sets: Mapping[str, Sequence[WorldNumbers]], method: st
     ax.axhline(0, color="#8a8f98", linewidth=1)
     for name, worlds in sets.items():
         found = [world for world in worlds if method in world.numbers]
-        x = [world.reach(PRICE) for world in found]
+        if not found:
+            continue
         gains = [
             t_interval([v - w.numbers[OPPONENT]["gold"][s] for s, v in w.numbers[method]["gold"].items()])
             for w in found
         ]
-        y = [gain.value for gain in gains]
-        half = [gain.high - gain.value for gain in gains]
-        fill = color if name == "map" else "white"
-        ax.errorbar(x, y, yerr=half, fmt="o", color=color, markerfacecolor=fill, linewidth=1, label=name)
-    slope, intercept = fit(sets["map"], method)
-    ends = [min(w.reach(PRICE) for w in sets["map"]), max(w.reach(PRICE) for w in sets["map"])]
+        ax.errorbar(
+            [world.reach(AGREEMENT) for world in found],
+            [gain.value for gain in gains],
+            yerr=[gain.high - gain.value for gain in gains],
+            fmt="o",
+            color=color,
+            markerfacecolor=color if name == SETS[0] else "white",
+            linewidth=1,
+        )
+    slope, intercept = fit(sets[SETS[0]], method)
+    ends = [pick(world.reach(AGREEMENT) for world in sets[SETS[0]]) for pick in (min, max)]
     ax.plot(ends, [slope * end + intercept for end in ends], color=color, linewidth=1.5, alpha=0.6)
-    ax.set_xlabel("what one KL for all prompts costs, of gold")
+    ax.set_xlabel("Spearman of reward and gold, prompts of high score")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from megatron_gil.evaluation.audit.advice import (
-    REGIONS,
-    TRUSTED_FROM,
-    TRUSTED_IN_PART_FROM,
-    Agreement,
-    advise,
-    agreement_of_pairs,
-)
+from megatron_gil.evaluation.audit.advice import ONE_KL_FROM, Agreement, advise
 from megatron_gil.evaluation.audit.correlation import correlate
 from megatron_gil.evaluation.audit.measure import audit_rows, prompt_kappa
 from megatron_gil.evaluation.audit.page import audit_page
@@ -31,7 +24,7 @@ from megatron_gil.evaluation.tables import finite
 
 
 def _agreement(value: float, low: float, high: float, count: int = 100) -> Agreement:
-    return Agreement(value=Estimate(value=value, low=low, high=high), num_rows=count, measure="a number")
+    return Agreement(value=Estimate(value=value, low=low, high=high), num_rows=count)
 
 
 def _responses(count: int = 60) -> list[SampledResponse]:
@@ -157,13 +150,15 @@ def test_the_numbers_of_a_group() -> None:
     expected = spearmanr([row.score for row in both], [row.trusted for row in both])[0]
     assert found.trusted_by_group["group 1"].spearman.value == pytest.approx(expected)
     assert "Spearman's of 30 trusted rows" in found.advice.line
+    high = found.trusted_by_group["group 0"].spearman
+    assert f"agreement {high.value:.2f} [{high.low:.2f}, {high.high:.2f}]" in found.advice.line
 
 
-def test_without_trusted_rows_the_pairs_decide() -> None:
+def test_pairs_alone_do_not_decide() -> None:
     found = audit_rows(_rows(trusted=()), min_group_mass=0.02)
     assert found.trusted is None
-    assert "0.33" in found.advice.line
-    assert "2 x accuracy - 1 of 60 pairs" in found.advice.line
+    assert found.advice.settings == {}
+    assert "No trusted row lies in the high group, and pairs do not tell" in found.advice.line
     found = audit_rows(_rows(pairs=()), min_group_mass=0.02)
     assert found.quality is None
     assert found.quality_of("group 0") is None
@@ -175,49 +170,33 @@ def test_one_group_is_no_groups() -> None:
     assert found.advice.settings == {"gil.balance_coef": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("value", "settings"),
-    [
-        (-0.5, {"gil.kl_floor": 1.0, "gil.invariance_coef": 0.0}),
-        (TRUSTED_IN_PART_FROM - 0.01, {"gil.kl_floor": 1.0, "gil.invariance_coef": 0.0}),
-        (TRUSTED_IN_PART_FROM, {"gil.kl_floor": 0.33}),
-        (TRUSTED_FROM - 0.01, {"gil.kl_floor": 0.33}),
-        (TRUSTED_FROM, {"gil.kl_floor": 0.1}),
-        (1.0, {"gil.kl_floor": 0.1}),
-    ],
-)
-def test_advice_by_the_agreement_of_the_low_group(value: float, settings: dict[str, float]) -> None:
-    found = advise(_agreement(value, value, value), None)
-    assert found.settings == settings
+@pytest.mark.parametrize(("value", "num_groups"), [(-0.5, 2), (ONE_KL_FROM - 0.01, 2), (ONE_KL_FROM, 1), (1.0, 1)])
+def test_advice_by_the_agreement_in_the_high_group(value: float, num_groups: int) -> None:
+    found = advise(_agreement(value, value, value))
+    assert found.settings == {"gil.num_groups": num_groups}
     assert found.is_certain
-    assert all(f"{key}={number:g}" in found.line for key, number in settings.items())
+    assert f"gil.num_groups={num_groups}" in found.line
 
 
 def test_advice_says_where_rows_are_too_few() -> None:
-    found = advise(_agreement(0.5, 0.3, 0.75), _agreement(0.9, 0.8, 0.95))
+    found = advise(_agreement(0.59, 0.3, 0.85))
     assert not found.is_certain
-    assert 'the interval reaches "not to be trusted" and "trusted"; about 7 times as many' in found.line
-    assert "in the high group 0.90 [0.80, 0.95]" in found.line
-    assert "more than 20 times" in advise(_agreement(0.4001, 0.3, 0.5), None).line
-    assert "of one prompt" in advise(_agreement(0.5, math.nan, math.nan), None).line
+    assert "agreement 0.59 [0.30, 0.85], Spearman's of 100 trusted rows" in found.line
+    assert found.line.endswith("the interval holds 0.69; about 9 times as many in the high group would.")
+    assert "more than 20 times" in advise(_agreement(0.6899, 0.6, 0.8)).line
+    assert "of one prompt" in advise(_agreement(0.5, math.nan, math.nan)).line
     for nothing in (None, _agreement(math.nan, math.nan, math.nan)):
-        assert advise(nothing, None).settings == {}
-    assert "No measured row lies in the low group" in advise(None, None).line
+        assert advise(nothing).settings == {}
+    assert "The numbers do not vary in the trusted rows of the high group" in advise(nothing).line
 
 
 def test_advice_waits_for_groups_of_prompts() -> None:
-    low = _agreement(0.9, 0.8, 0.95)
-    found = advise(low, None, Estimate(value=0.1, low=0.0, high=0.2))
+    high = _agreement(0.9, 0.8, 0.95)
+    found = advise(high, Estimate(value=0.1, low=0.0, high=0.2))
     assert found.settings == {}
     assert "models.policy=PILOT models.ref_policy=SFT" in found.line
     for kappa in (0.9, math.nan):
-        assert advise(low, None, Estimate(value=kappa, low=kappa, high=kappa)).settings == {"gil.kl_floor": 0.1}
-
-
-def test_agreement_of_pairs() -> None:
-    found = agreement_of_pairs(Estimate(value=0.75, low=0.5, high=1.0), 40)
-    assert (found.value.value, found.value.low, found.value.high) == (0.5, 0.0, 1.0)
-    assert [region.start for region in REGIONS] == sorted(region.start for region in REGIONS)
+        assert advise(high, Estimate(value=kappa, low=kappa, high=kappa)).settings == {"gil.num_groups": 1}
 
 
 def test_the_page_shows_all_and_escapes_texts() -> None:

@@ -6,13 +6,31 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
+from megatron_gil.evaluation.audit.advice import ONE_KL_FROM, Agreement
 from megatron_gil.evaluation.audit.rows import TrustedRow
 from megatron_gil.evaluation.audit.tables import reach_table
-from megatron_gil.evaluation.audit.targets import HIGH, LEAST_TARGET, LOW, advise_targets, price_of, split_at
+from megatron_gil.evaluation.audit.targets import (
+    HIGH,
+    LEAST_TARGET,
+    LOW,
+    advise_targets,
+    agreement_on_high,
+    price_of,
+    split_at,
+)
 from megatron_gil.evaluation.best_of_n import KlPrice, kl_of_best_of
 from megatron_gil.evaluation.report.figures import colors, to_svg
 from megatron_gil.evaluation.report.reach_figure import reach_picture
+from megatron_gil.evaluation.statistics import Estimate
+
+
+def agreement(value: float, half: float = 0.05) -> Agreement:
+    return Agreement(value=Estimate(value=value, low=value - half, high=value + half), num_rows=96)
+
+
+LITTLE = agreement(ONE_KL_FROM - 0.1)
 
 
 def rows(of_high: float, of_low: float, *, prompts: int = 12, responses: int = 8) -> list[TrustedRow]:
@@ -60,7 +78,7 @@ def test_prompts_are_split_by_their_mean_score() -> None:
 
 def test_targets_are_the_kl_of_the_best_n() -> None:
     found = price(rows(0.8, 1.0))
-    advice = advise_targets(found)
+    advice = advise_targets(found, LITTLE)
     high, low = advice.settings["gil.kl_target_high"], advice.settings["gil.kl_target_low"]
     assert high == pytest.approx(kl_of_best_of(found.groups[HIGH].best_n), rel=0.05)
     assert low == pytest.approx(kl_of_best_of(8), rel=0.05)
@@ -72,14 +90,14 @@ def test_targets_are_the_kl_of_the_best_n() -> None:
 
 
 def test_groups_that_go_equally_far_need_one_target() -> None:
-    advice = advise_targets(price(rows(1.0, 1.0)))
+    advice = advise_targets(price(rows(1.0, 1.0)), LITTLE)
     assert advice.settings == {"gil.num_groups": 1, "ppo.kl_target": pytest.approx(kl_of_best_of(8), rel=0.05)}
-    assert not advice.is_certain
+    assert advice.is_certain
     assert "one KL will do" in advice.line
 
 
 def test_a_reward_that_helps_nowhere_is_followed_hardly() -> None:
-    advice = advise_targets(price(rows(0.0, 1.0)))
+    advice = advise_targets(price(rows(0.0, 1.0)), LITTLE)
     assert advice.settings["gil.kl_target_high"] == LEAST_TARGET
 
 
@@ -92,9 +110,33 @@ def test_one_response_a_prompt_says_nothing() -> None:
 def test_table_and_picture_show_every_group() -> None:
     found = price(rows(0.8, 1.0))
     shown = reach_table(found)
-    assert [row[0] for row in shown.rows] == [f"prompts of {LOW}", f"prompts of {HIGH}"]
+    assert [row[0] for row in shown.rows] == [f"prompts of {HIGH}", f"prompts of {LOW}"]
     assert shown.header[2:6] == ("n = 1", "n = 2", "n = 4", "n = 8")
     assert all(len(row) == len(shown.header) for row in shown.rows)
     assert f"costs {found.price.value:.3f}" in shown.note
     svg = to_svg(reach_picture(found.groups, color=colors(tuple(found.groups))))
     assert svg.count("<path") > 10
+
+
+def test_agreement_is_that_of_the_prompts_of_high_score() -> None:
+    given = rows(0.3, 1.0)
+    found = agreement_on_high(given)
+    assert found is not None
+    high = [row for row in given if row.score > 5]
+    assert found.num_rows == len(high) == 48
+    expected = spearmanr([row.score for row in high], [row.trusted for row in high])[0]
+    assert found.value.value == pytest.approx(expected)
+    assert expected < 0  # that of all rows is above 0
+    assert agreement_on_high([row for row in given if row.response in ("r0", "r1")]) is None
+
+
+def test_a_reward_that_is_trusted_where_it_is_high_needs_no_groups() -> None:
+    found = price(rows(0.8, 1.0))
+    advice = advise_targets(found, agreement(ONE_KL_FROM + 0.06))
+    assert advice.settings == {"gil.num_groups": 1}
+    assert "agreement 0.75 [0.70, 0.80], Spearman's of 96 trusted rows" in advice.line
+    assert advice.is_certain
+    doubtful = advise_targets(found, agreement(ONE_KL_FROM + 0.06, half=0.12))
+    assert doubtful.settings == advice.settings
+    assert not doubtful.is_certain
+    assert doubtful.line.endswith("the interval holds 0.69; about 4 times as many in the high group would.")

@@ -82,7 +82,8 @@ def test_unknown_worlds_are_named() -> None:
 
 
 def _rows(gains: dict[str, float]) -> list[Json]:
-    """Worlds of which the price is 0.1, 0.2, ... and in which PPO-GIL gains as given, plus or minus 0.01 by seed."""
+    """Worlds in which reward and gold agree by 0.2, 0.4, ... where the score is high, and in which PPO-GIL gains as
+    given, plus or minus 0.01 by seed."""
     rows: list[Json] = []
     for i, (world, gain) in enumerate(gains.items(), start=1):
         for seed, noise in ((21, 0.01), (22, -0.01)):
@@ -92,8 +93,10 @@ def _rows(gains: dict[str, float]) -> list[Json]:
                 ("gil", "gil_0.8"): {"gold": 0.5 + seed / 100 + gain + noise, "seconds": 1.0},
                 ("targets", "targets_0.6_2"): {"gold": 0.5 + seed / 100 + gain / 2},
                 (REACH, REACH): {
-                    "price": i / 10 + noise,
-                    **{f"{n}_{g}": 1.0 for n in ("best_n", "spearman", "accuracy") for g in ("high", "low")},
+                    "price": 0.02,
+                    "spearman_high": i / 5 + noise,
+                    **{f"{n}_{g}": 1.0 for n in ("best_n", "accuracy") for g in ("high", "low")},
+                    "spearman_low": 0.5,
                 },
             }
             rows += [
@@ -110,19 +113,29 @@ def test_what_is_kept_says_the_same_as_the_runs(tmp_path: Path) -> None:
     worlds = read_numbers(tmp_path / "map.csv.gz")
     assert [world.name for world in worlds] == ["a", "b", "c"]
     assert [world.gain("gil") for world in worlds] == pytest.approx(list(gains.values()), abs=1e-6)
-    assert [world.reach("price") for world in worlds] == pytest.approx([0.1, 0.2, 0.3])
+    assert [world.reach("spearman_high") for world in worlds] == pytest.approx([0.2, 0.4, 0.6])
     assert "seconds" not in worlds[0].numbers["gil"]
-    slope, intercept = np.polyfit([0.1, 0.2, 0.3], list(gains.values()), 1)
+    slope, intercept = np.polyfit([0.2, 0.4, 0.6], list(gains.values()), 1)
     assert fit(worlds, "gil") == pytest.approx((slope, intercept), abs=1e-5)
 
 
 def test_tables_and_picture(tmp_path: Path) -> None:
     write_numbers(tmp_path / "map.csv.gz", _rows({"a": -0.05, "b": 0.01, "c": 0.02}))
-    write_numbers(tmp_path / "new.csv.gz", _rows({"d": 0.03}))
+    write_numbers(tmp_path / "new.csv.gz", _rows({"d": 0.03, "e": -0.03, "f": 0.05, "g": 0.07}))
     write_map(tmp_path, {"ppo": "PPO w/ KL", "gil": "PPO-GIL", "targets": "KL targets"})
     text = (tmp_path / "map.md").read_text(encoding="utf-8")
     assert "| a | -0.050 [-0.177, +0.077], 0 of 2 | -0.025 [" in text
     assert "### Gain in gold: new" in text
+    forecast = text.partition("### Forecast and found")[2].splitlines()
+    slope, intercept = np.polyfit([0.2, 0.4, 0.6], [-0.05, 0.01, 0.02], 1)
+    assert f"| d | 0.20 | {slope * 0.2 + intercept:+.3f} | +0.030 [" in forecast[4]
+    advice = [line.split(" | ")[-2:] for line in forecast[4:8]]
+    assert [" ".join(cells).removesuffix(" |") for cells in advice] == [
+        "KL targets right",
+        "KL targets wrong",  # they lose 0.015
+        "KL targets right",
+        "one KL wrong",  # KL targets gain 0.035
+    ]
     assert "ppo_0.4, gil_0.8, targets_0.6_2" in text
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     sets = {"map": read_numbers(tmp_path / "map.csv.gz"), "new": read_numbers(tmp_path / "new.csv.gz")}

@@ -9,17 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_gil.evaluation.audit.advice import (
-    Advice,
-    Agreement,
-    advise,
-    advise_without_groups,
-    agreement_of_pairs,
-    agreement_of_trusted,
-)
+from megatron_gil.evaluation.audit.advice import Advice, Agreement, advise, advise_without_groups
 from megatron_gil.evaluation.audit.correlation import Correlation, correlate, spearman
 from megatron_gil.evaluation.audit.rows import AuditedRows, SampledResponse, TrustedRow, likeliest
-from megatron_gil.evaluation.audit.targets import advise_targets, price_of
+from megatron_gil.evaluation.audit.targets import advise_targets, agreement_on_high, price_of
 from megatron_gil.evaluation.audit.words import TypicalWord, typical_words
 from megatron_gil.evaluation.best_of_n import KlPrice
 from megatron_gil.evaluation.cluster_bootstrap import DRAWS, expanded_interval, number_clusters, resampled_sums
@@ -91,20 +84,17 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
     by_group = {name: _correlate([r for r in rows.trusted if r.group == name]) for name in rows.groups}
     found = {name: part for name, part in by_group.items() if part is not None}
 
-    def agreement(name: str) -> Agreement | None:
-        """By the trusted rows where they say something."""
-        correlation, pairs = found.get(name), quality and quality.slices["group"].get(name)
-        if correlation and not (pairs and math.isnan(correlation.spearman.value)):
-            return agreement_of_trusted(correlation.spearman, correlation.num_rows)
-        return agreement_of_pairs(pairs.accuracy, pairs.num_pairs) if pairs else None
-
     readings = [(row.pair.prompt, row.views) for row in rows.pairs] + [(r.prompt, r.views) for r in rows.trusted]
-    kappa, reach = prompt_kappa(readings), price_of(rows.trusted)
+    kappa, reach, together = prompt_kappa(readings), price_of(rows.trusted), agreement_on_high(rows.trusted)
 
     def advice() -> Advice:
-        if reach is not None:
-            return advise_targets(reach)
-        return advise_without_groups(high) if low is None else advise(agreement(low), agreement(high), kappa)
+        if reach is not None and together is not None:
+            return advise_targets(reach, together)
+        if low is None:
+            return advise_without_groups(high)
+        on_high = found.get(high)
+        known = None if on_high is None else Agreement(value=on_high.spearman, num_rows=on_high.num_rows)
+        return advise(known, kappa)
 
     return Audit(
         groups=groups,

@@ -3,13 +3,15 @@ targets that follow."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
 
-from megatron_gil.evaluation.audit.advice import Advice
+from megatron_gil.evaluation.audit.advice import Advice, Agreement, doubt, groups_pay, not_trusted, one_kl
+from megatron_gil.evaluation.audit.correlation import correlate
 from megatron_gil.evaluation.audit.rows import TrustedRow
 from megatron_gil.evaluation.best_of_n import BestOfN, Candidates, KlPrice, kl_price
 
@@ -23,7 +25,29 @@ LEAST_TARGET = 0.05
 
 def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
     """Of the prompts with LEAST_RESPONSES responses or more, in the groups HIGH and LOW; None where there are none of
-    one group.
+    one group."""
+    groups = _split(rows)
+    return groups and kl_price(
+        [
+            Candidates(group=name, scores=[row.score for row in part], trusted=[row.trusted for row in part])
+            for name, prompts in groups.items()
+            for part in prompts
+        ]
+    )
+
+
+def agreement_on_high(rows: Sequence[TrustedRow]) -> Agreement | None:
+    """Of the responses to the prompts that `price_of` puts into HIGH."""
+    groups = _split(rows)
+    if groups is None:
+        return None
+    found = [row for part in groups[HIGH] for row in part]
+    together = correlate([row.score for row in found], [row.trusted for row in found], [row.prompt for row in found])
+    return Agreement(value=together.spearman, num_rows=len(found))
+
+
+def _split(rows: Sequence[TrustedRow]) -> dict[str, list[list[TrustedRow]]] | None:
+    """Group -> the responses to each of its prompts.
 
     While a policy is at rest the classifier tells responses apart by their scores, two responses to one prompt too. A
     run's groups are those of prompts, and follow their scores: so prompts are split by the mean score of their
@@ -38,16 +62,10 @@ def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
     if len(set(means)) < 2:
         return None
     threshold = split_at(means)
-    return kl_price(
-        [
-            Candidates(
-                group=HIGH if mean >= threshold else LOW,
-                scores=[row.score for row in part],
-                trusted=[row.trusted for row in part],
-            )
-            for mean, part in zip(means, found, strict=True)
-        ]
-    )
+    groups: dict[str, list[list[TrustedRow]]] = {HIGH: [], LOW: []}
+    for mean, part in zip(means, found, strict=True):
+        groups[HIGH if mean >= threshold else LOW].append(part)
+    return groups
 
 
 def split_at(values: Sequence[float]) -> float:
@@ -61,23 +79,39 @@ def split_at(values: Sequence[float]) -> float:
     return float(ordered[int(between.argmax()) + 1])
 
 
-def advise_targets(price: KlPrice) -> Advice:
-    """gil.kl_target_high and gil.kl_target_low, at which the best of n has the largest trusted number in either group;
-    one target for all where that is the same n."""
+def advise_targets(price: KlPrice, high: Agreement) -> Advice:
+    """Where the reward is to be trusted in the high group, one KL; else gil.kl_target_high and gil.kl_target_low, at
+    which the best of n has the largest trusted number in either group, or one target for all where that is the same
+    n."""
     of_high, of_low = price.groups[HIGH], price.groups[LOW]
-    found = f"by the trusted numbers the best of n responses is best at n = {_shown(of_high)} for the prompts of high "
-    found += f"score and at {_shown(of_low)} for those of low score"
-    if of_high.best_n == of_low.best_n:
-        settings: dict[str, float] = {"gil.num_groups": 1, "ppo.kl_target": _target(of_high)}
-        line = f"The reward can be followed as far in both groups, one KL will do: {_text(settings)}; {found}"
+    if math.isnan(high.value.value) or groups_pay(high):
+        settings = kl_targets(price)
+        line = _reasons(price, high, settings)
     else:
-        settings = {"gil.kl_target_high": _target(of_high), "gil.kl_target_low": _target(of_low)}
-        line = f"The reward can be followed further in one group than in the other: {_text(settings)}; {found}. One KL "
-        line += f"for both would cost {price.price.value:.3f} [{price.price.low:.3f}, {price.price.high:.3f}] of them"
-    is_certain = of_high.best_n_high < of_low.best_n_low or of_low.best_n_high < of_high.best_n_low
-    if not is_certain:
+        settings, line = {"gil.num_groups": 1}, one_kl(high)
+    apart = of_high.best_n_high < of_low.best_n_low or of_low.best_n_high < of_high.best_n_low
+    is_certain = not doubt(high)
+    if is_certain and "gil.kl_target_high" in settings and not apart:
         line += ". The intervals of n overlap: more prompts or responses would tell the groups apart better"
-    return Advice(line=f"{line}.", settings=settings, is_certain=is_certain)
+        is_certain = False
+    return Advice(line=f"{line}{doubt(high)}.", settings=settings, is_certain=is_certain)
+
+
+def kl_targets(price: KlPrice) -> dict[str, float]:
+    """The settings that hold each group where its best of n has the largest trusted number."""
+    of_high, of_low = price.groups[HIGH], price.groups[LOW]
+    if of_high.best_n == of_low.best_n:
+        return {"gil.num_groups": 1, "ppo.kl_target": _target(of_high)}
+    return {"gil.kl_target_high": _target(of_high), "gil.kl_target_low": _target(of_low)}
+
+
+def _reasons(price: KlPrice, high: Agreement, settings: dict[str, float]) -> str:
+    found = f"by the trusted numbers the best of n responses is best at n = {_shown(price.groups[HIGH])} for the "
+    found += f"prompts of high score and at {_shown(price.groups[LOW])} for those of low score"
+    if "ppo.kl_target" in settings:
+        return f"The reward can be followed as far in both groups, one KL will do: {_text(settings)}; {found}"
+    cost = f"One KL for both would cost {price.price.value:.3f} [{price.price.low:.3f}, {price.price.high:.3f}] of them"
+    return f"{not_trusted(high)}: groups pay; {_text(settings)}, for {found}. {cost}"
 
 
 def _target(group: BestOfN) -> float:
