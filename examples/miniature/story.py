@@ -11,9 +11,12 @@ from pathlib import Path
 from statistics import fmean
 
 from cells import GRID, read_grid
+from map import read_map
+from map_tables import AGREEMENT, SETS, WorldNumbers, forecast_table, gain_table, read_numbers
+from map_tables import RESULTS as MAP
 from tables import Numbers, collapsed, collect, difference_cell, markdown_line, mean_cell, read_csv, win_table
 
-from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
+from megatron_gil.demo.domains import HELDOUT_DOMAIN
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 HELD_OUT = f"gold_{HELDOUT_DOMAIN}"
@@ -23,7 +26,6 @@ SHOWN = (
     *("sft", "dpo", "ppo", "ppo_kl", "ppo_kl_0.15", "gil", "gil_floor", "gil_floor_beta_0", "gil_plain_kl", "beta_0"),
     *("ppo_kl_half", "gil_own_model", "gil_easy_hard", "gil_known", "gil_m3", "gil_log_prob", "grpo", "grpo_gil"),
 )
-BY_DOMAIN = ("sft", "ppo", "ppo_kl", "gil", "gil_floor")
 
 
 def story_tables() -> dict[str, str]:
@@ -38,7 +40,8 @@ def story_tables() -> dict[str, str]:
         "against": _against(third, labels),
         "wins": _markdown(shown_wins.header[1:], [row[1:] for row in shown_wins.rows]),
         "methods": _means(first, SHOWN, labels),
-        "domains": _domains(first, labels),
+        "map": _map(),
+        "forecast": _forecast(),
     }
 
 
@@ -83,9 +86,34 @@ def _against(numbers: Numbers, labels: Mapping[str, str]) -> str:
     return _markdown(("against", *columns.values()), rows)
 
 
-def _domains(numbers: Numbers, labels: Mapping[str, str]) -> str:
-    rows = [(labels[m], *(mean_cell(numbers[m][f"gold_{d}"]) for d in TRAINING_DOMAINS)) for m in BY_DOMAIN]
-    return _markdown(("method", *TRAINING_DOMAINS), rows)
+def _map() -> str:
+    """A row for each world of the map: what is known before training, and each method's gain in gold."""
+    worlds, labels = read_numbers(MAP / "map.csv.gz"), _map_labels()
+    gains = gain_table("map", worlds, labels, "gold")
+    header = ("comparisons, flattery", "Spearman, high", "eta", *gains.header[1:])
+    known = [(_name(w.name), f"{w.reach(AGREEMENT):.2f}", _etas(w)) for w in worlds] + [(gains.rows[-1][0], "", "")]
+    return _markdown(header, [(*cells, *row[1:]) for cells, row in zip(known, gains.rows, strict=True)])
+
+
+def _etas(world: WorldNumbers) -> str:
+    return ", ".join(world.cells[method].rpartition("_")[2] for method in ("ppo", "gil"))
+
+
+def _forecast() -> str:
+    sets = {name: read_numbers(MAP / f"{name}.csv.gz") for name in SETS}
+    table = forecast_table(sets, _map_labels())
+    return _markdown(table.header, [(_name(row[0]), *row[1:]) for row in table.rows])
+
+
+def _map_labels() -> dict[str, str]:
+    return {name: method.label for name, method in read_map().methods.items()}
+
+
+def _name(world: str) -> str:
+    """hard_3_flip_0.1_flattery_2 as "x 3, flips 0.1, x 2"."""
+    parts = world.split("_")
+    flips = f", flips {parts[3]}" if "flip" in parts else ""
+    return f"x {parts[1]}{flips}, x {parts[-1]}"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

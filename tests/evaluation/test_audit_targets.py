@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_agreement_is_that_of_the_prompts_of_high_score() -> None:
     assert found is not None
     high = [row for row in given if row.score > 5]
     assert found.num_rows == len(high) == 48
-    expected = spearmanr([row.score for row in high], [row.trusted for row in high])[0]
+    expected: Any = spearmanr([row.score for row in high], [row.trusted for row in high])[0]
     assert found.value.value == pytest.approx(expected)
     assert expected < 0  # that of all rows is above 0
     assert agreement_on_high([row for row in given if row.response in ("r0", "r1")]) is None

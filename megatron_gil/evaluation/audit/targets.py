@@ -27,7 +27,9 @@ def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
     """Of the prompts with LEAST_RESPONSES responses or more, in the groups HIGH and LOW; None where there are none of
     one group."""
     groups = _split(rows)
-    return groups and kl_price(
+    if groups is None:
+        return None
+    return kl_price(
         [
             Candidates(group=name, scores=[row.score for row in part], trusted=[row.trusted for row in part])
             for name, prompts in groups.items()

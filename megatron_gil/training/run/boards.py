@@ -141,7 +141,7 @@ class WandbRun:
 
     def samples(self, iteration: int, rows: Sequence[Row]) -> None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[iteration, *(_cell(row.get(column)) for column in columns)] for row in rows]
+        cells: list[Any] = [[iteration, *(_cell(row.get(column)) for column in columns)] for row in rows]
         table = self._wandb.Table(columns=["iteration", *columns], data=cells, allow_mixed_types=True)
         self._log({"samples": table}, iteration)
 
