@@ -39,7 +39,16 @@ SLOW = (
     *("planning/test_memory.py", "test_cli.py", "engine/test_stories.py"),
     *(
         f"training/test_{name}.py"
-        for name in ("audit", "bitwise_facts", "check_run", "plain_ppo", "score_pairs", "shaping_over_ranks")
+        for name in (
+            "audit",
+            "bitwise_facts",
+            "check_run",
+            "plain_ppo",
+            "rewards",
+            "score_function",
+            "score_pairs",
+            "shaping_over_ranks",
+        )
     ),
 )
 """Folders and files that `make test-quick` leaves out: each starts many processes."""

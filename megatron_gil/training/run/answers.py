@@ -30,7 +30,7 @@ Row = dict[str, Any]
 BEGUN_WITH, ROWS = "begun_with", "rows"
 LINE_EVERY_S = 30.0
 """Seconds between two lines of progress in a log."""
-FREE = ("output", "run.max_minutes", "sampling.micro_size")
+FREE = ("output", "run.max_minutes", "sampling.micro_size", "reward.timeout_s", "reward.threads")
 """Settings that may change between two starts, besides those of parallel and batch: no answer depends on them."""
 
 
@@ -170,11 +170,11 @@ def what_rows_depend_on(config: CommandConfig, *paths: str) -> dict[str, str]:
     kept = {
         key: value for key, value in flat.items() if key not in FREE and not key.startswith(("parallel.", "batch."))
     }
-    stamps = {f"the files of {key}": _stamps(Path(flat[key])) for key in paths if flat[key]}
+    stamps = {f"the files of {key}": file_stamps(Path(flat[key])) for key in paths if flat[key]}
     return {key: str(value) for key, value in (kept | stamps).items()}
 
 
-def _stamps(path: Path) -> str:
+def file_stamps(path: Path) -> str:
     """Names, sizes and times of change of a file, or of the files in a directory."""
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])

@@ -29,7 +29,7 @@ CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "config_history.jsonl"
 LOCK_FILE = "run.lock"
 COMMAND_SECTIONS = {"train", "reward", "dpo", "ppo"}
-"""By these a config tells which command it is of."""
+"""By these a config tells which command it is of; by ppo alone where it has it."""
 
 WEIGHTS = "the weights come from the checkpoint"
 ROWS = "which rows an iteration gets follows from it"
@@ -43,6 +43,7 @@ FIXED = {
     "models.critic": WEIGHTS,
     "models.dtype": HEADS,
     "models.reward_tokenizer": "scores so far are another model's",
+    "reward.function": "scores so far are another function's",
     "data.train": ROWS,
     "data.pretrain": ROWS,
     "data.tokenizer": "the model was trained on its ids",
@@ -146,7 +147,7 @@ def _find_changes(directory: Path, config: TrainConfig) -> list[Change]:
     read_history(directory)  # a damaged one is said before anything is built
     record: Any = OmegaConf.to_container(read_yaml(directory / CONFIG_FILE))
     theirs, ours = COMMAND_SECTIONS & record.keys(), {name for name in COMMAND_SECTIONS if hasattr(config, name)}
-    if theirs and theirs != ours:
+    if theirs and theirs != ours and not ("ppo" in theirs and "ppo" in ours):
         raise ConfigError(
             f"run.dir={directory} holds a run of another command, with {', '.join(sorted(theirs))} settings"
         )
