@@ -10,9 +10,9 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "config_history.jsonl"
 LOCK_FILE = "run.lock"
 COMMAND_SECTIONS = {"train", "reward", "dpo", "ppo"}
-"""By these a config tells which command it is of; by ppo alone where it has it."""
+"""By these a config tells which command it is of."""
 
 WEIGHTS = "the weights come from the checkpoint"
 ROWS = "which rows an iteration gets follows from it"
@@ -146,8 +146,8 @@ def _find_changes(directory: Path, config: TrainConfig) -> list[Change]:
     """How the config differs from the one in force. ConfigError for a change that cannot be."""
     read_history(directory)  # a damaged one is said before anything is built
     record: Any = OmegaConf.to_container(read_yaml(directory / CONFIG_FILE))
-    theirs, ours = COMMAND_SECTIONS & record.keys(), {name for name in COMMAND_SECTIONS if hasattr(config, name)}
-    if theirs and theirs != ours and not ("ppo" in theirs and "ppo" in ours):
+    theirs, ours = _command_sections(record), _command_sections(asdict(config))
+    if theirs and theirs != ours:
         raise ConfigError(
             f"run.dir={directory} holds a run of another command, with {', '.join(sorted(theirs))} settings"
         )
@@ -164,6 +164,11 @@ def _find_changes(directory: Path, config: TrainConfig) -> list[Change]:
                     f"on a resume ({FIXED[change.key]}): set it back, or choose another run.dir"
                 )
     return changes
+
+
+def _command_sections(sections: Iterable[str]) -> set[str]:
+    found = COMMAND_SECTIONS & set(sections)
+    return {"ppo"} if "ppo" in found else found  # which has a section reward of its own
 
 
 def _is_same(config: TrainConfig, change: Change) -> bool:
