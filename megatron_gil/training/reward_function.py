@@ -37,6 +37,13 @@ class RewardFunctionError(RuntimeError):
     """The function failed; one line names it, the row and the value."""
 
 
+class _Raised(Exception):
+    """Whatever the function raised."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardRow:
     """One response that is scored."""
@@ -99,6 +106,9 @@ class RewardFunction:
         def work(index: int) -> None:
             try:
                 answers[index] = self._ask(parts[index], dataset)
+            except _Raised as raised:
+                answers[index] = RewardFunctionError(self._explain(raised.error, parts[index], dataset))
+                answers[index] = self._find_row(parts[index], dataset) or answers[index]
             except RewardFunctionError as error:
                 answers[index] = error
 
@@ -107,9 +117,9 @@ class RewardFunction:
         ]
         for thread in threads:
             thread.start()
-        for thread, part in zip(threads, parts, strict=True):
+        for index, (thread, part) in enumerate(zip(threads, parts, strict=True)):
             thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
+            if thread.is_alive() and answers[index] is None:  # else it looks for the row that raised
                 raise RewardFunctionError(
                     f"{self.name} has not answered within reward.timeout_s={self._timeout_s:g} for "
                     f"{_rows_text(part, dataset)}"
@@ -123,7 +133,7 @@ class RewardFunction:
         try:
             answer = self._call(rows, dataset)
         except BaseException as error:  # the user's code may raise anything, SystemExit too
-            raise RewardFunctionError(self._explain(error, rows, dataset)) from None
+            raise _Raised(error) from None
         answer = answer.tolist() if hasattr(answer, "tolist") else answer  # of numpy or torch
         if not isinstance(answer, list | tuple):
             raise RewardFunctionError(
@@ -155,23 +165,20 @@ class RewardFunction:
             )
         return number
 
-    def _explain(self, error: BaseException, rows: Sequence[RewardRow], dataset: RowDataset[Any]) -> str:
-        """With the first row that raises by itself too, where there is one."""
+    def _find_row(self, rows: Sequence[RewardRow], dataset: RowDataset[Any]) -> RewardFunctionError | None:
+        """Of a call that raised, the first row that raises by itself too; None where there is none."""
         for row in rows:
             try:
-                if len(rows) > 1:
-                    self._call([row], dataset)
-                    continue
-            except BaseException as found:  # as in `_ask`
-                error = found
-            what = f"row {row.row_id + 1} of {dataset.path} (response {_shown(row.response)})"
-            break
-        else:
-            what = _rows_text(rows, dataset)
+                self._call([row], dataset)
+            except BaseException as error:  # as in `_ask`
+                return RewardFunctionError(self._explain(error, [row], dataset))
+        return None
+
+    def _explain(self, error: BaseException, rows: Sequence[RewardRow], dataset: RowDataset[Any]) -> str:
         text = " ".join(str(error).split())
-        return (
-            f"{self.name} raised {type(error).__name__}{f': {text:.200}' if text else ''}{self._line(error)} for {what}"
-        )
+        what = f"{type(error).__name__}{f': {text:.200}' if text else ''}{self._line(error)}"
+        response = f" (response {_shown(rows[0].response)})" if len(rows) == 1 else ""
+        return f"{self.name} raised {what} for {_rows_text(rows, dataset)}{response}"
 
     def _line(self, error: BaseException) -> str:
         """Where in the function's file."""

@@ -60,6 +60,9 @@ def exits(responses, **_): raise SystemExit(3)
 def sleeps(responses, **_):
     time.sleep(60 if "moon" in responses else 0)
     return [0.0] * len(responses)
+def raises_and_then_sleeps(responses, **_):
+    time.sleep(60 if len(responses) == 1 else 0)
+    raise RuntimeError("at first")
 def by_position(responses, /): return [0.0] * len(responses)
 def needs_nothing(texts): return [0.0] * len(texts)
 def meets(responses, **_):
@@ -200,6 +203,12 @@ def test_a_call_that_takes_too_long_is_left(threads: int, place: Path, tmp_path:
     assert time.monotonic() - started < 30
     first = f"3 rows, the first row 1 of {dataset.path}" if threads == 1 else f"row 2 of {dataset.path}"
     assert str(failed.value).endswith(f":sleeps has not answered within reward.timeout_s=0.5 for {first}")
+
+
+def test_a_row_that_is_looked_for_too_long_does_not_hide_what_was_raised(place: Path, tmp_path: Path) -> None:
+    dataset = _dataset(tmp_path, *MOON)
+    with pytest.raises(RewardFunctionError, match=r"raised RuntimeError: at first \(rules.py:\d+\) for 3 rows"):
+        _function(place, "raises_and_then_sleeps", timeout_s=0.5).score(_rows(dataset), dataset)
 
 
 REFUSALS = {
