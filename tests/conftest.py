@@ -32,6 +32,7 @@ SLOW = (
         "test_bench_gpu.py",
         "test_console.py",
         "test_examples.py",
+        "test_verifiable.py",
     ),
     *(f"engine/test_{name}.py" for name in ("checkpoint", "decoder", "generation", "optimizer", "skipped_updates")),
     *(f"models/test_{name}.py" for name in ("equals_transformers", "hf")),
