@@ -105,8 +105,10 @@ class Scores:
     entropy: Tensor  # [B, S] policy
     values: Tensor  # [B, S]
     group_probs: Tensor  # [B, M] float32; a row sums to 1; M = 1 is all ones
-    scores: Tensor  # [B] raw score of the reward model
+    scores: Tensor  # [B] raw score: of the reward model, of reward.function, or their weighted sum
     truncated: Tensor | None = None  # [B] bool: the scored text was cut; None: all were read whole
+    model_scores: Tensor | None = None  # [B] of the reward model alone; None: there is none
+    function_scores: Tensor | None = None  # [B] of reward.function alone; None: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

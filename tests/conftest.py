@@ -32,6 +32,7 @@ SLOW = (
         "test_bench_gpu.py",
         "test_console.py",
         "test_examples.py",
+        "test_verifiable.py",
     ),
     *(f"engine/test_{name}.py" for name in ("checkpoint", "decoder", "generation", "optimizer", "skipped_updates")),
     *(f"models/test_{name}.py" for name in ("equals_transformers", "hf")),
@@ -39,7 +40,17 @@ SLOW = (
     *("planning/test_memory.py", "test_cli.py", "engine/test_stories.py", "training/test_hub_names.py"),
     *(
         f"training/test_{name}.py"
-        for name in ("audit", "bitwise_facts", "boards", "check_run", "plain_ppo", "score_pairs", "shaping_over_ranks")
+        for name in (
+            "audit",
+            "bitwise_facts",
+            "boards",
+            "check_run",
+            "plain_ppo",
+            "rewards",
+            "score_function",
+            "score_pairs",
+            "shaping_over_ranks",
+        )
     ),
 )
 """Folders and files that `make test-quick` leaves out: each starts many processes."""

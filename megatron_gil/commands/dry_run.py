@@ -27,7 +27,7 @@ from megatron_gil.planning.rank import RankMemory, rank_memory
 from megatron_gil.planning.search import OFFLOADS
 from megatron_gil.planning.workload import Workload, read_workload
 from megatron_gil.training.audit.length import audit_length
-from megatron_gil.training.check_run import CheckedRun, check_run, count_updates, path_of
+from megatron_gil.training.check_run import CheckedRun, check_run, count_updates, describe_rewards, path_of
 from megatron_gil.training.hub_names import pin_names_alone
 from megatron_gil.training.run.output import audit_files, quality_files
 
@@ -46,8 +46,9 @@ def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Conso
         distributed_optimizer=parallel.distributed_optimizer,
     )
     console.print(dump_config(config), markup=False)
-    data = [f"{key}={path_of(config, key)}: {r.measure()}" for key, r in checked.data.items()]
-    for line in (*checked.notes, *data, *_what_comes(config, checked, cut)):
+    data = [f"{key}={path_of(config, key)}: {r.describe()}" for key, r in checked.data.items()]
+    scores = [] if checked.function is None else [f"scores: {describe_rewards(config)}"]
+    for line in (*checked.notes, *data, *scores, *_what_comes(config, checked, cut)):
         console.print(line, markup=False)
     if isinstance(config, TrainConfig):
         workload = read_workload(config, checked.specs.__getitem__)

@@ -43,6 +43,8 @@ def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
     if best.workload.global_size != workload.global_size:
         console.print(_batch_line(best, workload), markup=False)
     console.print(_memory_table(best))
+    if config.reward.function is not None:
+        console.print(f"- the time of reward.function={config.reward.function} itself is not in it", markup=False)
     for line in (*offload_lines(plans), *advice(plans, memory)):
         console.print(f"- {line}", markup=False)
     if best.fits:

@@ -13,7 +13,7 @@ from megatron_gil.training.check_run import CheckedRun
 from megatron_gil.training.ppo.grouping import make_grouping
 from megatron_gil.training.ppo.iteration import Models, PpoTrainer
 from megatron_gil.training.ppo.reward_text import RewardText
-from megatron_gil.training.ppo.scorers import RewardModel
+from megatron_gil.training.ppo.scorers import make_scorer
 from megatron_gil.training.row_source import PromptSource, RowSource
 from megatron_gil.training.run.progress import Progress
 
@@ -37,7 +37,7 @@ def make_ppo_trainer(
             critic=models.get("critic"),
             classifier=models.get("classifier"),
             sampler=Generator(models["policy"], config.sampling, tokenizer=tokenizer, seed=config.run.seed),
-            scorer=RewardModel(models["reward_model"], text),
+            scorer=make_scorer(config.reward, checked.function, models, text=text, tokenizer=tokenizer, layout=layout),
         ),
         grouping=make_grouping(
             config.gil,

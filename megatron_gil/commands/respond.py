@@ -17,8 +17,9 @@ from megatron_gil.parallel.collectives import agree, broadcast_object, gather_ob
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.build import build_models
 from megatron_gil.training.check_run import CheckedRun, check_run
-from megatron_gil.training.row_source import PromptSource, RowSource
-from megatron_gil.training.run.answers import AnswerFile, what_rows_depend_on
+from megatron_gil.training.file_scores import FileScores
+from megatron_gil.training.row_source import PromptSource
+from megatron_gil.training.run.answers import AnswerFile, file_stamps, what_rows_depend_on
 from megatron_gil.training.run.first_lines import first_rows, print_rows
 from megatron_gil.training.run.loop import RunFailed
 from megatron_gil.training.run.output import quality_files
@@ -60,14 +61,15 @@ def generate(config: GenerateConfig, layout: ParallelLayout, progress: Progress)
             ):
                 label = {"group": prompts.group_names[group]} if group >= 0 else {}
                 read = {"prompt_read": text["prompt"]} if prompts.truncated([row_id])[0] else {}
-                answers.add({row_id: {**prompts.fields(row_id), **read, "response": text["response"], **label}})
+                row = {**prompts.fields(row_id), **read, "response": text["response"], **label}
+                answers.add({row_id: {**row, **prompts.passed_on(row_id)}})
 
     return _collect(answers, answer_all, progress)
 
 
 def score(config: ScoreConfig, layout: ParallelLayout, progress: Progress) -> int:
-    """The reward model's score of every {prompt, response} of data.train, or of both responses of every {prompt,
-    chosen, rejected}, into `output`."""
+    """The score, of a reward model or a function, of every {prompt, response} of data.train, or of both responses of
+    every {prompt, chosen, rejected}, into `output`."""
     return score_into(Path(config.output), config, layout, progress)
 
 
@@ -79,30 +81,32 @@ def score_into(
     checked = agree(layout, lambda: check_run(config, layout.world_size))
     rows, names = checked.train, SCORE_NAMES[checked.train.kind]
     depends_on = what_rows_depend_on(config, "models.reward_model", "data.train", "data.tokenizer")
+    if checked.function is not None and checked.function.source:
+        depends_on["the files of reward.function"] = file_stamps(Path(checked.function.source))
     take_output(output, config, layout, progress)
     answers = AnswerFile(output, layout, begun_with=depends_on, num_rows=len(rows))
 
     def answer_all() -> None:
         models = build_models(config, checked, layout, progress)
-        model = models["reward_model"]
+        scores = FileScores(config, checked, models, layout, progress)
         _say_first(config, layout, answers, models, checked)
 
         def before_batch() -> None:
             answers.flush()
             progress.safe_point("scoring")
+            scores.check()
 
         without: dict[int, float] = {}
-        source = RowSource(rows, None, layout, config.batch.micro_size)
-        for batch in source.all_batches(before_batch, done=answers.done):
-            progress.enter("scoring", batch)
-            scores = model.evaluate(batch).scores.view(-1, len(names))
-            for row_id, values in zip(batch.row_ids.tolist(), scores.tolist(), strict=True):
+        for row_ids in scores.source.all_row_ids(before_batch, done=answers.done):
+            for row_id, values in zip(row_ids, scores.read(row_ids) or (), strict=False):  # none after a failure
                 if not all(map(math.isfinite, values)):
                     without[row_id] = next(value for value in values if not math.isfinite(value))
                     continue
                 group = rows.known_groups([row_id])[0]
                 label = {"group": rows.group_names[group]} if group >= 0 else {}
-                answers.add({row_id: {**rows.fields(row_id), **dict(zip(names, values, strict=True)), **label}})
+                row = {**rows.fields(row_id), **dict(zip(names, values, strict=True)), **label}
+                answers.add({row_id: {**row, **rows.passed_on(row_id)}})
+        scores.check()
         _check_scores(without, config, layout)
 
     return _collect(answers, answer_all, progress)

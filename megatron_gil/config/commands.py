@@ -22,6 +22,7 @@ from megatron_gil.config.sections import (
     OptimizerSection,
     ParallelSection,
     PolicyOptimizerSection,
+    RewardFunctionSection,
     RewardSection,
     RunSection,
     SamplingSection,
@@ -32,6 +33,14 @@ from megatron_gil.config.sections import (
 
 def _section(cls: type) -> Any:
     return field(default_factory=cls)
+
+
+def _check_reward(reward: RewardFunctionSection, parallel: ParallelSection) -> None:
+    require(
+        reward.function is None or reward.timeout_s < parallel.timeout_s,
+        f"reward.timeout_s={reward.timeout_s:g} must lie below parallel.timeout_s={parallel.timeout_s:g}, or ranks "
+        "that wait for the function give up first; lower the first or raise the second",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +93,14 @@ class PpoConfig(TrainConfig):
     optimizer: OptimizerSection = _section(PolicyOptimizerSection)
     critic_optimizer: OptimizerSection = _section(CriticOptimizerSection)
     sampling: SamplingSection = _section(SamplingSection)
+    reward: RewardFunctionSection = _section(RewardFunctionSection)
     ppo: PpoSection = _section(PpoSection)
     gil: GilSection = _section(GilSection)
     alarms: AlarmSection = _section(AlarmSection)
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        _check_reward(self.reward, self.parallel)
         require(
             self.ppo.kl_target is None or not self.gil.has_groups,
             "ppo.kl_target holds one KL for all rows; with groups set gil.kl_target_high and gil.kl_target_low",
@@ -110,21 +121,30 @@ class PpoConfig(TrainConfig):
 class GenerateConfig(CommandConfig):
     sampling: SamplingSection = _section(SamplingSection)
     output: str = path(MISSING)
-    """JSON Lines of {"prompt", "response"}, in the order of the prompts; must not exist yet."""
+    """JSON Lines of {"prompt", "response"} with the other fields of the prompts' rows, in the order of the prompts;
+    must not exist yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig(CommandConfig):
+    reward: RewardFunctionSection = _section(RewardFunctionSection)
     output: str = path(MISSING)
     """JSON Lines of {"prompt", "response", "score"}, or of {"prompt", "chosen", "rejected", "score_chosen",
-    "score_rejected"} where data.train holds pairs; must not exist yet."""
+    "score_rejected"} where data.train holds pairs, with the other fields of the rows; must not exist yet."""
+
+    def __post_init__(self) -> None:
+        _check_reward(self.reward, self.parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateRewardConfig(CommandConfig):
+    reward: RewardFunctionSection = _section(RewardFunctionSection)
     output: str = path(MISSING)
     """The numbers, NAME.json; beside it lie the table NAME.md, the picture NAME.svg and the scored pairs
     NAME.scored.jsonl. None of the four may exist yet."""
+
+    def __post_init__(self) -> None:
+        _check_reward(self.reward, self.parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

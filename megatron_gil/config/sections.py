@@ -291,6 +291,29 @@ class RewardSection(Section):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFunctionSection(Section):
+    """What gives responses their scores beside models.reward_model, or in its place: the score is model_weight times
+    the reward model's plus weight times the function's (docs/rewards.md)."""
+
+    key: ClassVar[str] = "reward"
+
+    function: str | None = None
+    """package.module:name or FILE.py:name of a Python function that takes the lists prompts and responses and, under
+    their names, the other fields of the rows of the data, and returns one number a row; null: none. Without a
+    models.reward_model it scores alone, and critic and classifier start from the policy."""
+    weight: float = real(1.0)
+    """Of the function's numbers."""
+    model_weight: float = real(1.0)
+    """Of the reward model's scores."""
+    timeout_s: float = real(120.0, above=0)
+    """A call of the function that takes longer ends the run; below parallel.timeout_s, after which the other ranks give
+    up."""
+    threads: int = integer(1, least=1, most=1024)
+    """The rows of a rank are cut into at most so many calls, which run at the same time in threads: for a function that
+    waits, such as for a server. 1: one call with all rows of the rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DpoSection(Section):
     key: ClassVar[str] = "dpo"
 

@@ -1,7 +1,7 @@
 """What the loops know of models: engines that read and learn, samplers that answer, scorers that judge.
 
-Nothing here speaks of ranks, devices or microbatches. Another decoder, an inference server or a reward that is a Python
-function is a class of its own with these methods, and one line where commands/ppo.py puts the parts together.
+Nothing here speaks of ranks, devices or microbatches. Another decoder or an inference server is a class of its own with
+these methods, and one line where commands/ppo.py puts the parts together.
 """
 
 from __future__ import annotations
@@ -94,13 +94,23 @@ class RowScores:
     """[B], higher is better."""
     truncated: Tensor | None = None
     """[B] bool: its text was cut before it was scored; None where all are read whole."""
+    model_scores: Tensor | None = None
+    """[B] the reward model's own, without a weight; None where there is none."""
+    function_scores: Tensor | None = None
+    """[B] reward.function's own, without a weight; None where there is none."""
 
 
 class Scorer(Protocol):
-    """What the policy is trained to please: a reward model, or any function of a response."""
+    """What the policy is trained to please: a reward model, a function, or a sum of both."""
+
+    @property
+    def name(self) -> str:
+        """In messages."""
+        ...
 
     def score(self, rollout: Rollout, prompts: PromptDataset) -> RowScores:
-        """One score a row, the same on every rank of a model copy, which all call it together.
+        """One score a row, the same on every rank of a model copy. All ranks of the world call it together, those
+        without rows too.
 
         prompts: the data set that the rollout's row ids speak of.
         """

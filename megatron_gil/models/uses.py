@@ -39,7 +39,8 @@ class ModelUse:
 
 
 def model_uses(config: CommandConfig) -> tuple[ModelUse, ...]:
-    """The models of a run in the order in which they are built; the first one brings the tokenizer."""
+    """The models of a run in the order in which they are built; the first one brings the tokenizer. None where
+    reward.function alone scores texts."""
     policy = ModelUse(role="policy", key="policy", head="lm", trained=True)
     ref_policy = ModelUse(role="ref_policy", key="ref_policy" if config.models.ref_policy else "policy", head="lm")
     reward_model = ModelUse(role="reward_model", key="reward_model", head="score", scores_from_start=True)
@@ -54,18 +55,25 @@ def model_uses(config: CommandConfig) -> tuple[ModelUse, ...]:
             read_text = config.models.reward_tokenizer == "own"
             if isinstance(config, AuditConfig):  # the policy is at rest
                 policy = replace(policy, trained=False, stays=True)
-            return policy, ref_policy, *_critics(config), replace(reward_model, reads_text=read_text)
+            scorer = [replace(reward_model, reads_text=read_text)] * has_reward_model(config)
+            return policy, ref_policy, *_critics(config), *scorer
         case GenerateConfig():
             return (replace(policy, trained=False),)
         case ScoreConfig() | EvaluateRewardConfig():
-            return (reward_model,)
+            return (reward_model,) if has_reward_model(config) else ()
     raise AssertionError(f"no models are known for {type(config).__name__}")
+
+
+def has_reward_model(config: PpoConfig | ScoreConfig | EvaluateRewardConfig) -> bool:
+    """Whether a model gives scores; else reward.function alone does."""
+    return bool(config.models.reward_model) or config.reward.function is None
 
 
 def _critics(config: PpoConfig) -> list[ModelUse]:
     """The critic, where advantages need one, and the group classifier, where it has a model of its own."""
     gil, has_critic = config.gil, config.ppo.advantages == "gae"
-    key = "critic" if config.models.critic else "reward_model"
+    scorer = "reward_model" if has_reward_model(config) else "policy"
+    key = "critic" if config.models.critic else scorer
     critic = ModelUse(role="critic", key=key, head="critic", trained=True, num_groups=gil.num_groups * gil.is_in_critic)
-    classifier = replace(critic, role="classifier", key="reward_model", num_groups=gil.num_groups)
+    classifier = replace(critic, role="classifier", key=scorer, num_groups=gil.num_groups)
     return [critic] * has_critic + [classifier] * (gil.is_learned and not gil.is_in_critic)

@@ -36,15 +36,18 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.convert.check import check_tensors, expected_shapes
 from megatron_gil.models.convert.weight_files import read_safetensors
 from megatron_gil.models.families import ModelSpec, check_layout, read_spec
-from megatron_gil.models.uses import ModelUse, model_uses
+from megatron_gil.models.uses import ModelUse, has_reward_model, model_uses
 from megatron_gil.models.weight_table import SCORE_HEAD
 from megatron_gil.training.audit.rows import AuditRows, read_audit_rows
 from megatron_gil.training.ppo.checks import check_rollout
+from megatron_gil.training.reward_function import RewardFunction
 from megatron_gil.training.run.best import check_keep_best
 from megatron_gil.training.run.boards import check_boards
 from megatron_gil.training.run.output import audit_files, new_file, quality_files
 from megatron_gil.training.supervised.score_range import read_score_range
 from megatron_gil.training.tokenizers import RunTokenizers, read_tokenizers
+
+_NO_TOKENIZERS: Any = None  # not Optional in the type: only `score` by a function has none, and asks for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,7 @@ class CheckedRun:
     specs: Mapping[str, ModelSpec]
     """By role."""
     tokenizers: RunTokenizers
+    """Of the models; None without a type where there is none: reward.function alone scores texts."""
     train: Any
     """Rows of data.train, as the command reads them; None in a dry run whose input is still to be written."""
     held_out: Any = None
@@ -62,6 +66,8 @@ class CheckedRun:
     pretrain: TextDataset | None = None
     audit: AuditRows | None = None
     """What audit measures on; None of other commands."""
+    function: RewardFunction | None = None
+    """reward.function, found; None where it is not set."""
     score_range: tuple[float, float] | None = None
     """Of the reward model's training; None where that is not known."""
     notes: tuple[str, ...] = ()
@@ -86,12 +92,16 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
         check_keep_best(config)
         if not isinstance(config, AuditConfig):  # which logs nothing
             check_boards(config)
+    function = _find_function(config)
     uses = model_uses(config)
     found = {use.role: _find_model(config, use, sizes_from) for use in uses}
     specs = {role: model.spec for role, model in found.items()}
-    lead = uses[0].role
-    paths = {role: model.directory for role, model in found.items() if role == lead or not model.note}
-    tokenizers = read_tokenizers(config, uses, paths, specs)
+    tokenizers, tokenizer = _NO_TOKENIZERS, None
+    if uses:
+        lead = uses[0].role
+        paths = {role: model.directory for role, model in found.items() if role == lead or not model.note}
+        tokenizers = read_tokenizers(config, uses, paths, specs)
+        tokenizer = tokenizers.tokenizer
     if isinstance(config, GenerateConfig | ScoreConfig):
         new_file(config.output, may_lack_directory=sizes_from is not None)
     if isinstance(config, EvaluateRewardConfig):
@@ -103,21 +113,28 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
             "file as audit.pairs=PAIRS.jsonl or audit.trusted=ROWS.jsonl",
         )
         audit_files(config.output, may_lack_directory=sizes_from is not None)
-    notes = [*(model.note for model in found.values() if model.note), *tokenizers.notes]
+    notes = [*(model.note for model in found.values() if model.note), *(tokenizers.notes if uses else ())]
     train = None
     if _is_to_come(config, sizes_from):
         notes.append(f"data.train={config.data.train} is not there yet")
     else:
-        train = _read_train(config, tokenizers.tokenizer, dp_size)
+        train = _read_train(config, tokenizer, dp_size)
+    held_out = _read_held_out(config, tokenizer, dp_size)
+    for rows in (train, held_out):
+        if function is not None and rows is not None:
+            function.check_fields(rows)
     return CheckedRun(
         uses=uses,
         specs=specs,
         tokenizers=tokenizers,
         train=train,
-        held_out=_read_held_out(config, tokenizers.tokenizer, dp_size),
-        pretrain=_read_pretrain(config, tokenizers.tokenizer),
+        held_out=held_out,
+        pretrain=_read_pretrain(config, tokenizer),
         audit=_read_audit(config, tokenizers, specs, train),
-        score_range=read_score_range(found["reward_model"].directory) if isinstance(config, PpoConfig) else None,
+        function=function,
+        score_range=read_score_range(found["reward_model"].directory)
+        if isinstance(config, PpoConfig) and "reward_model" in found
+        else None,
         notes=tuple(notes),
     )
 
@@ -136,8 +153,31 @@ def path_of(config: CommandConfig, key: str) -> str:
 def model_path(config: CommandConfig, use: ModelUse) -> Path:
     """The directory that a model starts from."""
     value = getattr(config.models, use.key)
-    require(bool(value), f"models.{use.key} is not set; give the directory of a model, as models.{use.key}=DIR")
+    takes_function = use.key == "reward_model" and hasattr(config, "reward") and not isinstance(config, RewardConfig)
+    require(
+        bool(value),
+        f"models.{use.key} is not set; give the directory of a model, as models.{use.key}=DIR"
+        + ", or a function, as reward.function=package.module:name" * takes_function,
+    )
     return located(value, "model", f"models.{use.key}")
+
+
+def _find_function(config: CommandConfig) -> RewardFunction | None:
+    if not isinstance(config, PpoConfig | ScoreConfig | EvaluateRewardConfig) or config.reward.function is None:
+        return None
+    require(
+        not isinstance(config, AuditConfig),
+        f"reward.function={config.reward.function}: an audit measures a reward model alone; set reward.function=null",
+    )
+    return RewardFunction(config.reward)
+
+
+def describe_rewards(config: Any) -> str:
+    """What a score is made of, in words, of a command that has reward.function."""
+    section, threads = config.reward, config.reward.threads
+    model = [f"{section.model_weight:g} x reward_model"] * has_reward_model(config)
+    text = " + ".join([*model, f"{section.weight:g} x {section.function}"])
+    return text + f" in {threads} threads" * (threads > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +234,7 @@ def _check_weights(use: ModelUse, spec: ModelSpec, path: Path) -> None:
         check_tensors(files, replace(spec, tied=True), "lm", path, others=True)
 
 
-def _read_train(config: CommandConfig, tokenizer: Tokenizer, dp_size: int) -> Any:
+def _read_train(config: CommandConfig, tokenizer: Tokenizer | None, dp_size: int) -> Any:
     if not config.data.train:
         raise ConfigError("data.train is not set: it is what the command reads; give a file as data.train=PATH")
     rows = _read_rows(config, "data.train", tokenizer)
@@ -203,22 +243,26 @@ def _read_train(config: CommandConfig, tokenizer: Tokenizer, dp_size: int) -> An
     return rows
 
 
-def _read_rows(config: CommandConfig, key: str, tokenizer: Tokenizer) -> Any:
-    """The rows of data.train or data.eval, every one of them checked."""
-    data, path = config.data, str(located(path_of(config, key), "dataset", key))
+def _read_rows(config: CommandConfig, key: str, tokenizer: Tokenizer | None) -> Any:
+    """The rows of data.train or data.eval, every one of them checked. Without a tokenizer they are texts alone."""
+    data, path, others = config.data, str(located(path_of(config, key), "dataset", key)), False
     match config:
         case PpoConfig() | GenerateConfig():
-            return PromptDataset(path, tokenizer, max_prompt_tokens=data.max_prompt_tokens)
+            others = isinstance(config, GenerateConfig) or config.reward.function is not None
+            return PromptDataset(path, tokenizer, max_prompt_tokens=data.max_prompt_tokens, others=others)
         case SftConfig():
             kind: Any = DemonstrationDataset
         case ScoreConfig():
-            kind = ResponseDataset if read_scored_kind(path) == "responses" else PreferenceDataset
+            others, kind = True, ResponseDataset if read_scored_kind(path) == "responses" else PreferenceDataset
+        case EvaluateRewardConfig():
+            others, kind = True, PreferenceDataset
         case _:
             kind = PreferenceDataset
-    return kind(path, tokenizer, max_tokens=data.max_tokens, max_prompt_tokens=data.max_prompt_tokens)
+    limits = {"max_tokens": data.max_tokens, "max_prompt_tokens": data.max_prompt_tokens}
+    return kind(path, tokenizer, **limits, others=others)
 
 
-def _read_held_out(config: CommandConfig, tokenizer: Tokenizer, dp_size: int) -> Any:
+def _read_held_out(config: CommandConfig, tokenizer: Tokenizer | None, dp_size: int) -> Any:
     if not isinstance(config, TrainConfig) or not config.data.eval:
         return None
     rows = _read_rows(config, "data.eval", tokenizer)
@@ -230,7 +274,7 @@ def _read_held_out(config: CommandConfig, tokenizer: Tokenizer, dp_size: int) ->
     return rows
 
 
-def _read_pretrain(config: CommandConfig, tokenizer: Tokenizer) -> TextDataset | None:
+def _read_pretrain(config: CommandConfig, tokenizer: Tokenizer | None) -> TextDataset | None:
     if not isinstance(config, PpoConfig) or not config.ppo.ptx_coef:
         return None
     data = config.data

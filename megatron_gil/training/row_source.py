@@ -49,15 +49,24 @@ class RowSource:
         """This rank's rows of update number `update`."""
         assert self.order is not None
         row_ids, _ = self.order.next(update * self.order.batch_size)
-        return to_device(self.dataset.collate(row_ids), self.layout)
+        return self.read(row_ids)
 
     def all_batches(self, before_batch: Callable[[], None], *, done: Collection[int] = ()) -> Iterator[Any]:
         """Every row of the data set that is not `done` once, over all data-parallel ranks; `before_batch` is called as
         often on each."""
+        for row_ids in self.all_row_ids(before_batch, done=done):
+            yield self.read(row_ids)
+
+    def all_row_ids(self, before_batch: Callable[[], None], *, done: Collection[int] = ()) -> Iterator[list[int]]:
+        """The row ids of these batches."""
         for row_ids in _deal(len(self.dataset), self.micro_size, self.layout, done):
             before_batch()
             if row_ids:
-                yield to_device(self.dataset.collate(row_ids), self.layout)
+                yield row_ids
+
+    def read(self, row_ids: Sequence[int]) -> Any:
+        """These rows, in that order."""
+        return to_device(self.dataset.collate(row_ids), self.layout)
 
 
 @dataclass(frozen=True, slots=True)

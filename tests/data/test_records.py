@@ -187,3 +187,32 @@ def test_a_pattern_reads_the_files_that_fit_in_the_order_of_their_names(tmp_path
     (tmp_path / "part-2.txt").touch()
     with pytest.raises(ConfigError, match=r"part-2\.txt: must end in \.jsonl"):
         read_records(tmp_path / "part-*", "prompts")
+
+
+def test_other_fields_travel_where_they_are_asked_for(write_rows: Callable[..., Path], tmp_path: Path):
+    """As JSON, of both file forms; without asking, the rows and their checked copy are those of before."""
+    pandas = pytest.importorskip("pandas")
+    rows = [
+        {"prompt": "a", "answer": "é\u2028", "group": 3, "response": "mine", "nested": {"x": [1, None]}},
+        {"prompt": "b", "completion": "c", "level": 1.5, "none": None},
+    ]
+    read = read_records(write_rows(rows), "prompts", others=True)
+    assert [json.loads(text) for text in read["others"]] == [
+        {"answer": "é\u2028", "group": 3, "response": "mine", "nested": {"x": [1, None]}},
+        {"completion": "c", "level": 1.5},
+    ]
+    assert read.remove_columns("others").to_list() == read_records(write_rows(rows), "prompts").to_list()
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r", "source": "s"}
+    assert read_records(write_rows([pair]), "preferences", others=True)["others"][:] == ['{"source": "s"}']
+    parquet = tmp_path / "rows.parquet"
+    pandas.DataFrame([{"prompt": "p", "day": pandas.Timestamp("2026-11-01"), "empty": None}]).to_parquet(parquet)
+    assert json.loads(read_records(parquet, "prompts", others=True)["others"][0]) == {"day": "2026-11-01 00:00:00"}
+
+
+def test_another_field_that_is_no_text_is_refused(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "good": "x", "bad": ["\\ud800"]}\n')
+    assert len(read_records(path, "prompts")) == 1
+    with pytest.raises(ConfigError) as refused:
+        read_records(path, "prompts", others=True)
+    assert str(refused.value) == f"{path}:1: field 'bad' holds half of a surrogate pair, which is no character"

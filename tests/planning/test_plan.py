@@ -284,3 +284,20 @@ def test_changes_start_from_the_papers_settings(capsys: pytest.CaptureFixture[st
     assert main(["plan", "--model", "70b", "--gpus", "1024", "ppo.iterations=2000"]) == 0
     changed = capsys.readouterr().out.splitlines()
     assert changed[:10] == unchanged[:10]
+
+
+def test_a_function_in_the_place_of_a_reward_model_takes_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """plan does not import it; the reward model stays where both score."""
+    said = {}
+    for name, overrides in {
+        "model": [],
+        "function": ["reward.function=nowhere:f"],
+        "both": ["reward.function=nowhere:f", "models.reward_model=somewhere"],
+        "grpo": ["reward.function=nowhere:f", "ppo.advantages=grpo", "ppo.responses_per_prompt=2", "gil.num_groups=1"],
+    }.items():
+        assert main(["plan", "--gpus", "8", *overrides]) == 0
+        said[name] = capsys.readouterr().out
+    numbers = {name: f"PPO with {count} models" for name, count in zip(said, (4, 3, 4, 2), strict=True)}
+    assert all(text in said[name] for name, text in numbers.items()), said
+    assert "the time of reward.function=nowhere:f itself is not in it" in said["function"]
+    assert "reward.function" not in said["model"]

@@ -31,6 +31,7 @@ OPTIMIZERS = {"sft": ("optimizer",), "ppo": ("optimizer", "critic_optimizer")}
 PAIRS = ("ppo.prompts=8", "ppo.responses_per_prompt=2")
 DETERMINISTIC = ("run.deterministic=true",)
 ROLLOUT_OFFLOAD, OFFLOAD = ("models.offload=rollout",), ("models.offload=all",)
+FUNCTION = ("reward.function=tests.pretend.test_commands:_lengths", "reward.weight=0.5")
 BACKGROUND = ("checkpoint.background=true", "checkpoint.every=1")
 
 CASES: list[tuple[str, str, tuple[str, ...]]] = [
@@ -69,7 +70,14 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("one", "ppo", ("qwen3", *DETERMINISTIC)),
     ("tp2_sp", "ppo", ("mistral", *FULL, *BFLOAT16)),
     ("pp2", "ppo", ("qwen2", "ppo.advantages=rloo", *PAIRS, *OWN_MODEL)),
+    ("dp2", "ppo", (*FUNCTION, "models.reward_model=null", "eval")),
+    ("one", "ppo", (*FUNCTION, *BFLOAT16, "eval")),
+    ("tp2", "score", FUNCTION),
 ]
+
+
+def _lengths(responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.pretrain": ("null", "demonstrations.jsonl", "preferences.jsonl"),
     "data.max_prompt_tokens": ("32", "60"),
     "models.critic": ("null", "policy", "nowhere"),
-    "models.reward_model": ("reward_model", "policy"),
+    "models.reward_model": ("reward_model", "policy", "null"),
+    "reward.function": ("null", "tests.training.test_check_run:score", "nowhere:score"),
     "models.reward_tokenizer": ("same", "own"),
     "checkpoint.keep_best": ("null", "eval/reward/score_mean", "eval/nothing"),
 }
@@ -46,6 +47,11 @@ ARGUMENTS = st.fixed_dictionaries(
 
 ACCEPTED = "everything is right"
 """Said in the place of taking the run directory, as a refusal, after which a command leaves nothing behind."""
+
+
+def score(responses: list[str], group: list[str]) -> list[float]:
+    """Needs a field that not every drawn file has."""
+    return [float(label == "easy") for label in group]
 
 
 def _call(arguments: list[str]) -> tuple[int, str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from megatron_gil.data.rows.fields import Row, iter_texts
+from megatron_gil.data.rows.fields import OTHERS, OURS, Row, iter_texts
 from megatron_gil.data.rows.records import read_records
 from megatron_gil.data.text.tokenizer import Tokenizer
 
@@ -50,24 +52,50 @@ class RowDataset(ABC, Generic[Encoded]):
 
     kind: ClassVar[str]
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, limits: dict[str, int]) -> None:
-        """limits: name of a key of the section data, such as max_tokens -> its value."""
-        self._limits = limits
-        self._records = read_records(path, self.kind)
-        self._tokenizer = tokenizer
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer | None, limits: dict[str, int], *, others: bool = False
+    ) -> None:
+        """tokenizer: None where only the texts are asked for. limits: name of a key of the section data, such as
+        max_tokens -> its value. others: keep the fields of the rows that are not read here."""
+        self.path, self._limits, self._has_others = str(path), limits, others
+        self._records = read_records(path, self.kind, others=others)
+        self._given_tokenizer = tokenizer
         self._cut_rows: set[int] = set()
         self.group_names, self._group_ids = number_groups(list(self._records["group"]))
 
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        assert self._given_tokenizer is not None, "only the texts were asked for"
+        return self._given_tokenizer
+
     def known_groups(self, row_ids: Sequence[int]) -> list[int]:
         """Index into `group_names` of each row's label, -1 without one."""
         return self._group_ids[list(row_ids)].tolist()
 
+    def others(self, row_id: int) -> dict[str, Any]:
+        """The fields of a row but its prompt and its responses, as the file has them."""
+        return json.loads(self._records[int(row_id)][OTHERS]) if self._has_others else {}
+
+    @cached_property
+    def other_names(self) -> tuple[str, ...]:
+        """The names of these fields in all rows, sorted."""
+        rows = self._iter_rows(range(len(self))) if self._has_others else ()
+        return tuple(sorted({name for row in rows for name in json.loads(row[OTHERS])}))
+
+    def passed_on(self, row_id: int) -> dict[str, Any]:
+        """Those that mean nothing in the files that we write, and are written on."""
+        return {name: value for name, value in self.others(row_id).items() if name not in OURS}
+
     def truncated(self, row_ids: Sequence[int]) -> list[bool]:
         """Which of these rows, all asked for before, were cut to fit."""
         return [row_id in self._cut_rows for row_id in row_ids]
+
+    def describe(self) -> str:
+        """How many rows there are and, where they are read as tokens, how they fit."""
+        return f"{len(self):,} rows" if self._given_tokenizer is None else str(self.measure())
 
     def measure(self, max_rows: int = 5_000) -> Lengths:
         """Encode every row, or `max_rows` of them at even distances where there are more."""

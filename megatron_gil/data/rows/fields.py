@@ -8,11 +8,13 @@
 | preferences | prompt, chosen, rejected | group |
 | texts | text, or what demonstrations have | group |
 
-`group` is a known label, text or an integer, for analysis. Other fields are ignored.
+`group` is a known label, text or an integer, for analysis. Other fields travel with the row where somebody asks for
+them: `generate`, which writes them on, and a reward that is a function.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +23,13 @@ from megatron_gil.data.text.chat import ROLES, format_dialogue
 from megatron_gil.jsonl import LONGEST_ROW
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "text", "messages", "group")
+
+OTHERS = "others"
+"""The column of a row's other fields, as JSON."""
+RESPONSES = {"responses": ("response",), "preferences": ("chosen", "rejected")}
+"""The fields of the responses that rows of a kind come with."""
+OURS = (*COLUMNS, "response", "prompt_read", "score", "score_chosen", "score_rejected")
+"""Fields that mean something in the files that we write."""
 
 Row = dict[str, Any]
 
@@ -35,6 +44,20 @@ def check_record(record: Any, kind: str, where: str) -> Row:
     row: Row = dict.fromkeys(COLUMNS)
     row.update(_CHECKS[kind](record, where), group=_check_group(record, where))
     return row
+
+
+def other_fields(record: Mapping[str, Any], kind: str, where: str) -> str:
+    """Every field of a checked row but its prompt and its responses, as JSON. What has no form in JSON, such as a date
+    of a Parquet file, becomes text."""
+    read, texts = ("prompt", *RESPONSES.get(kind, ())), []
+    for name, value in record.items():
+        if name in read or value is None:  # a Parquet row has every column
+            continue
+        text = f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False, default=str)}"
+        if not _is_unicode(text):
+            raise ConfigError(f"{where}: field {name!a} holds half of a surrogate pair, which is no character")
+        texts.append(text)
+    return f"{{{', '.join(texts)}}}"
 
 
 def scored_kind(record: Any) -> str:

@@ -22,9 +22,18 @@ class PreferenceDataset(RowDataset[list[EncodedRow]]):
 
     kind = "preferences"
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_tokens: int, max_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer | None,
+        *,
+        max_tokens: int,
+        max_prompt_tokens: int,
+        others: bool = False,
+    ) -> None:
         check_lengths(max_tokens, max_prompt_tokens)
-        super().__init__(path, tokenizer, {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens})
+        limits = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
+        super().__init__(path, tokenizer, limits, others=others)
 
     def collate(self, row_ids: Sequence[int]) -> PreferenceBatch:
         """The pairs, in that order; both responses follow the same prompt and end in an end-of-sequence token."""

@@ -22,8 +22,10 @@ class PromptDataset(RowDataset[EncodedPrompt]):
 
     kind = "prompts"
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_prompt_tokens: int) -> None:
-        super().__init__(path, tokenizer, {"max_prompt_tokens": max_prompt_tokens})
+    def __init__(
+        self, path: str | Path, tokenizer: Tokenizer | None, *, max_prompt_tokens: int, others: bool = False
+    ) -> None:
+        super().__init__(path, tokenizer, {"max_prompt_tokens": max_prompt_tokens}, others=others)
 
     @property
     def num_labelled(self) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_gil.config import ConfigError
 from megatron_gil.data.hub import DATA_SUFFIXES
 from megatron_gil.data.rows.checked_copies import cannot_copy, take_copy
-from megatron_gil.data.rows.fields import COLUMNS, Row, check_record, scored_kind
+from megatron_gil.data.rows.fields import COLUMNS, OTHERS, Row, check_record, other_fields, scored_kind
 from megatron_gil.jsonl import iter_jsonl
 
 if TYPE_CHECKING:
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 _CACHE_VERSION = "2"  # to be raised with every change of what `check_record` accepts or returns
 
 
-def read_records(path: str | Path, kind: str) -> Dataset:
+def read_records(path: str | Path, kind: str, *, others: bool = False) -> Dataset:
     """All rows of a file, or of the files of a directory or a pattern in the order of their names, as a memory map.
 
     A directory written by tools/prepare_data.py is read for the file of its kind alone. Every row is checked before
     this returns. A file is checked once: its checked copy is known by path, size and time of change, and shared
-    (checked_copies.py). ConfigError names file, line and field."""
+    (checked_copies.py). others: with a column OTHERS of the fields that are none of COLUMNS' business. ConfigError
+    names file, line and field."""
     files = _find_files(Path(path), kind)
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((_CACHE_VERSION, kind, stamps)).encode()).hexdigest()[:32]
-    return _memory_map([str(f) for f in files], kind, key)
+    what = (_CACHE_VERSION, kind, stamps, *([OTHERS] if others else []))
+    key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
+    return _memory_map([str(f) for f in files], kind, key, others)
 
 
 def iter_records(path: str | Path, kind: str) -> Iterator[tuple[str, Any]]:
@@ -52,19 +54,20 @@ def read_scored_kind(path: str | Path) -> str:
     return "responses"
 
 
-def _memory_map(files: list[str], kind: str, key: str) -> Dataset:
+def _memory_map(files: list[str], kind: str, key: str, others: bool) -> Dataset:
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
     text = datasets.Value("string")
-    features = datasets.Features({**dict.fromkeys(COLUMNS, text), "messages": [{"role": text, "content": text}]})
+    columns = {**dict.fromkeys(COLUMNS, text), "messages": [{"role": text, "content": text}]}
+    features = datasets.Features({**columns, **({OTHERS: text} if others else {})})
     quiet = datasets.are_progress_bars_disabled()
     directory, release = take_copy(key)
     datasets.disable_progress_bars()
     try:
         mapped = datasets.Dataset.from_generator(
             _iter_files,
-            gen_kwargs={"files": files, "kind": kind},
+            gen_kwargs={"files": files, "kind": kind, "others": others},
             features=features,
             fingerprint=key,
             cache_dir=str(directory),
@@ -80,11 +83,13 @@ def _memory_map(files: list[str], kind: str, key: str) -> Dataset:
     return mapped
 
 
-def _iter_files(files: list[str], kind: str) -> Iterator[Row]:
+def _iter_files(files: list[str], kind: str, others: bool) -> Iterator[Row]:
     num_rows = 0
     for name in files:
         for number, record in _iterate(Path(name)):
-            yield check_record(record, kind, f"{name}:{number}")
+            where = f"{name}:{number}"
+            row = check_record(record, kind, where)
+            yield {**row, OTHERS: other_fields(record, kind, where)} if others else row
             num_rows += 1
     if num_rows == 0:
         raise ConfigError(f"{', '.join(files)}: no rows")

@@ -16,7 +16,7 @@ from megatron_gil.evaluation.report.runs import Run, read_run
 START_KEYS: Mapping[str, tuple[str, ...]] = {
     "policy": ("models.policy",),
     "reward_model": ("models.reward_model",),
-    "critic": ("models.critic", "models.reward_model"),
+    "critic": ("models.critic", "models.reward_model", "models.policy"),
 }
 """By the name of a model's directory: the keys that name what a run started it from, the first that is set."""
 

@@ -22,10 +22,10 @@ METHODS = {
     "sft": ("SFT", "the next-token loss on the responses of demonstrations"),
     "reward": ("reward modelling", "the Bradley-Terry loss on pairs of responses"),
     "dpo": ("DPO", "direct preference optimisation (arXiv 2305.18290)"),
-    "ppo": ("PPO", "PPO against a reward model, with a KL penalty towards the model that it began with"),
+    "ppo": ("PPO", "PPO against a reward, with a KL penalty towards the model that it began with"),
     "ppo_gil": (
         "PPO-GIL",
-        "PPO against a reward model, with group-invariant learning (arXiv 2310.11971): a classifier infers groups of "
+        "PPO against a reward, with group-invariant learning (arXiv 2310.11971): a classifier infers groups of "
         "easy and hard data, the policy is trained against the variance of return between them, and the groups' KL "
         "penalties differ",
     ),

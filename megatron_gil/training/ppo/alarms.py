@@ -151,7 +151,7 @@ class Alarms:
             found = metrics["response/duplicate_fraction"]
             text = f"{found:.0%} of the responses are the same as a response to another prompt"
             yield Alarm("duplicates", found / section.duplicate_fraction, text)
-        if section.out_of_range_fraction:
+        if section.out_of_range_fraction and "reward/out_of_range_fraction" in metrics:  # a function has no such range
             found = metrics["reward/out_of_range_fraction"]
             low, high = self._score_range or (math.nan, math.nan)
             known = "what the reward model was trained on" if self._of_training else "those of the first iteration"

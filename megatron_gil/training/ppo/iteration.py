@@ -141,7 +141,7 @@ class PpoTrainer:
         critic = read("critic", models.critic) if models.critic else Readout(values=torch.zeros_like(policy.log_probs))
         groups = read("classifier", models.classifier) if models.classifier else critic
         ref_policy = read("ref_policy", models.ref_policy, temperature=self.temperature)
-        self.progress.safe_point("scoring by reward_model", rollout)
+        self.progress.safe_point(f"scoring by {models.scorer.name}", rollout)
         scored = models.scorer.score(rollout, self.prompts.dataset)
         return Scores(
             log_probs=policy.log_probs,
@@ -151,6 +151,8 @@ class PpoTrainer:
             group_probs=self.grouping.probs(rollout, groups),
             scores=scored.scores,
             truncated=scored.truncated,
+            model_scores=scored.model_scores,
+            function_scores=scored.function_scores,
         )
 
     def shape(self, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
@@ -179,8 +181,18 @@ class PpoTrainer:
         if scores.truncated is not None:
             cut["data/reward_truncated_fraction"] = scores.truncated
         metrics |= {name: truncated_fraction(flags, self.layout, self.all_sum) for name, flags in cut.items()}
-        metrics["reward/out_of_range_fraction"] = self.alarms.out_of_range_fraction(scores.scores, self.layout)
+        if scores.model_scores is not None:
+            outside = self.alarms.out_of_range_fraction(scores.model_scores, self.layout)
+            metrics["reward/out_of_range_fraction"] = outside
+            if scores.function_scores is not None:
+                parts = {"model": scores.model_scores, "function": scores.function_scores}
+                metrics |= {f"reward/{name}_mean": self._row_mean(part) for name, part in parts.items()}
         return experience, metrics
+
+    def _row_mean(self, numbers: torch.Tensor) -> float:
+        """Of a number a row [B], over all ranks."""
+        total, count = self.all_sum(torch.stack([numbers.double().sum(), torch.ones_like(numbers).double().sum()]))
+        return float(total / count)
 
     def optimize(self, experience: Experience) -> dict[str, float]:
         """Both halves of the method: the critic with the classifier (stage 1), the policy with omega (stage 2)."""
@@ -257,11 +269,12 @@ class PpoTrainer:
         if self.eval_prompts is None:
             return {}
         rollouts = [self.sample(batch, "evaluation") for batch in self.eval_prompts.all_batches()]
-        self.progress.safe_point("evaluation by reward_model")
-        prompts = self.eval_prompts.dataset
+        scorer, prompts = self.models.scorer, self.eval_prompts.dataset
+        self.progress.safe_point(f"evaluation by {scorer.name}")
+        scores = [scorer.score(rollout, prompts).scores for rollout in rollouts]
         parts = [
-            rollout_means(rollout, self.models.scorer.score(rollout, prompts).scores, prompts.group_names)
-            for rollout in rollouts
+            rollout_means(rollout, scored, prompts.group_names)
+            for rollout, scored in zip(rollouts, scores, strict=True)
             if len(rollout.tokens)
         ]
         metrics = with_deviations(Means.total(parts).reduce(self.all_sum))

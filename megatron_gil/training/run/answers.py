@@ -32,7 +32,7 @@ Row = dict[str, Any]
 BEGUN_WITH, ROWS = "begun_with", "rows"
 LINE_EVERY_S = 30.0
 """Seconds between two lines of progress in a log."""
-FREE = ("output", "run.max_minutes", "sampling.micro_size")
+FREE = ("output", "run.max_minutes", "sampling.micro_size", "reward.timeout_s", "reward.threads")
 """Settings that may change between two starts, besides those of parallel and batch: no answer depends on them."""
 
 
@@ -173,11 +173,11 @@ def what_rows_depend_on(config: CommandConfig, *paths: str) -> dict[str, str]:
         key: value for key, value in flat.items() if key not in FREE and not key.startswith(("parallel.", "batch."))
     }
     files = {key: flat[key] for key in paths if flat[key] and HubName.parse(flat[key]) is None}  # a commit is a stamp
-    stamps = {f"the files of {key}": _stamps(Path(path)) for key, path in files.items()}
+    stamps = {f"the files of {key}": file_stamps(Path(path)) for key, path in files.items()}
     return {key: str(value) for key, value in (kept | stamps).items()}
 
 
-def _stamps(path: Path) -> str:
+def file_stamps(path: Path) -> str:
     """Names, sizes and times of change of a file, or of the files in a directory or of a pattern."""
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else matching(path)
     return str([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])

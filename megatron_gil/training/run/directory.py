@@ -10,9 +10,9 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ FIXED = {
     "models.critic": WEIGHTS,
     "models.dtype": HEADS,
     "models.reward_tokenizer": "scores so far are another model's",
+    "reward.function": "scores so far are another function's",
     "data.train": ROWS,
     "data.pretrain": ROWS,
     "data.tokenizer": "the model was trained on its ids",
@@ -145,7 +146,7 @@ def _find_changes(directory: Path, config: TrainConfig) -> list[Change]:
     """How the config differs from the one in force. ConfigError for a change that cannot be."""
     read_history(directory)  # a damaged one is said before anything is built
     record: Any = OmegaConf.to_container(read_yaml(directory / CONFIG_FILE))
-    theirs, ours = COMMAND_SECTIONS & record.keys(), {name for name in COMMAND_SECTIONS if hasattr(config, name)}
+    theirs, ours = _command_sections(record), _command_sections(asdict(config))
     if theirs and theirs != ours:
         raise ConfigError(
             f"run.dir={directory} holds a run of another command, with {', '.join(sorted(theirs))} settings"
@@ -163,6 +164,11 @@ def _find_changes(directory: Path, config: TrainConfig) -> list[Change]:
                     f"on a resume ({FIXED[change.key]}): set it back, or choose another run.dir"
                 )
     return changes
+
+
+def _command_sections(sections: Iterable[str]) -> set[str]:
+    found = COMMAND_SECTIONS & set(sections)
+    return {"ppo"} if "ppo" in found else found  # which has a section reward of its own
 
 
 def _is_same(config: TrainConfig, change: Change) -> bool:

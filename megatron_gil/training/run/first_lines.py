@@ -18,7 +18,7 @@ from megatron_gil.models.kernels import Kernels, attention_backend
 from megatron_gil.models.uses import ModelUse
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.planning.memory import GIB, Cut, SizedModel, num_parameters
-from megatron_gil.training.check_run import CheckedRun, path_of
+from megatron_gil.training.check_run import CheckedRun, describe_rewards, path_of
 
 FirstRow = tuple[str, str]
 WIDTH = 80
@@ -39,8 +39,10 @@ def first_rows(
         return []
     rows = [("writes", str(where)), ("device", _device(layout)), ("layout", _layout(config, layout))]
     rows += [(use.role, _model(config, use, models[use.role])) for use in checked.uses]
-    rows += _kernels(config, layout, list(models.values()))
-    rows += _offload(config, models)
+    rows += [("scores", describe_rewards(config))] if checked.function else []
+    if models:
+        rows += _kernels(config, layout, list(models.values()))
+        rows += _offload(config, models)
     rows += [(key, _data(config, key, found)) for key, found in checked.data.items()]
     return [*rows, ("to do", length), ("memory", _memory(layout)), *(("note", note) for note in checked.notes)]
 
@@ -132,7 +134,7 @@ def _model(config: CommandConfig, use: ModelUse, model: MegatronModel) -> str:
 
 def _data(config: CommandConfig, key: str, rows: RowDataset[Any]) -> str:
     """The rows of a file, and what is cut of them to fit."""
-    return f"{path_of(config, key)}: {rows.measure()}"
+    return f"{path_of(config, key)}: {rows.describe()}"
 
 
 def _memory(layout: ParallelLayout) -> str:
