@@ -213,7 +213,7 @@ def test_a_failure_on_one_rank_ends_all_with_one_line(name: str, world: Path, pl
 
 
 REFUSALS = {
-    ("reward.function=null",): "models.reward_model is not set; give the directory of a Llama, as models.reward_model="
+    ("reward.function=null",): "models.reward_model is not set; give the directory of a model, as models.reward_model="
     "DIR, or a function, as reward.function=package.module:name",
     ("data.train={world}/prompts.jsonl",): "needs the argument bonus, and no row of {world}/prompts.jsonl has a field "
     "of that name; the fields there are group",
