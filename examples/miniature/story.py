@@ -14,7 +14,7 @@ from cells import GRID, read_grid
 from map import read_map
 from map_tables import AGREEMENT, SETS, WorldNumbers, forecast_table, gain_table, read_numbers
 from map_tables import RESULTS as MAP
-from tables import Numbers, collapsed, collect, difference_cell, markdown_line, mean_cell, read_csv, win_table
+from tables import Numbers, collapsed, collect, difference_cell, markdown_line, mean_cell, read_csv
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN
 
@@ -24,7 +24,7 @@ OURS = "gil_targets"
 OPPONENTS = ("ppo_kl_0.4", "ppo_target", "gil_0.4")
 SHOWN = (
     *("sft", "dpo", "ppo", "ppo_kl", "ppo_kl_0.15", "gil", "gil_floor", "gil_floor_beta_0", "gil_plain_kl", "beta_0"),
-    *("ppo_kl_half", "gil_own_model", "gil_easy_hard", "gil_known", "gil_m3", "gil_log_prob", "grpo", "grpo_gil"),
+    *("gil_easy_hard", "gil_known", "gil_log_prob", "grpo", "grpo_gil"),
 )
 
 
@@ -33,12 +33,9 @@ def story_tables() -> dict[str, str]:
     results = GRID.with_name("results")
     first, third = _read(results), _read(results / "targets")
     labels = {name: cell.label for name, cell in read_grid(GRID.with_name("targets.yaml")).items()}
-    wins = [row for row in read_csv(results / "targets" / "wins.csv.gz") if row["ours"] == OURS]
-    shown_wins = win_table(wins, labels)
     return {
         "targets": _means(third, ("sft", *OPPONENTS, OURS), labels),
         "against": _against(third, labels),
-        "wins": _markdown(shown_wins.header[1:], [row[1:] for row in shown_wins.rows]),
         "methods": _means(first, SHOWN, labels),
         "map": _map(),
         "forecast": _forecast(),
@@ -88,7 +85,8 @@ def _against(numbers: Numbers, labels: Mapping[str, str]) -> str:
 
 def _map() -> str:
     """A row for each world of the map: what is known before training, and each method's gain in gold."""
-    worlds, labels = read_numbers(MAP / "map.csv.gz"), _map_labels()
+    worlds = sorted(read_numbers(MAP / "map.csv.gz"), key=lambda world: world.reach(AGREEMENT))
+    labels = _map_labels()
     gains = gain_table("map", worlds, labels, "gold")
     header = ("comparisons, flattery", "Spearman, high", "eta", *gains.header[1:])
     known = [(_name(w.name), f"{w.reach(AGREEMENT):.2f}", _etas(w)) for w in worlds] + [(gains.rows[-1][0], "", "")]
