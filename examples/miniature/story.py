@@ -98,7 +98,7 @@ def _etas(world: WorldNumbers) -> str:
 
 
 def _forecast() -> str:
-    sets = {name: read_numbers(MAP / f"{name}.csv.gz") for name in SETS}
+    sets = {name: read_numbers(MAP / f"{name}.csv.gz") for name in SETS if (MAP / f"{name}.csv.gz").exists()}
     table = forecast_table(sets, _map_labels())
     return _markdown(table.header, [(_name(row[0]), *row[1:]) for row in table.rows])
 

@@ -106,7 +106,8 @@ def test_after_kill_9_the_rows_that_were_written_are_there(
 
 def test_a_part_of_something_else_is_refused_in_one_line(world: Path, tmp_path: Path) -> None:
     output, part = tmp_path / "responses.jsonl", tmp_path / "responses.jsonl.part"
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "sun"}, {"prompt": "moon"}, {"prompt": "sea"}])
+    rows = [{"prompt": "sun"}, {"prompt": "moon"}, *({"prompt": f"sea {i}"} for i in range(10))]
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)  # many: the stop is heard some rows later
     generate = _generate(world, output, f"data.train={prompts}", "sampling.micro_size=1")
     stop = Interruption("rollout", 3, signal.SIGTERM, rank=0)
     (stopped,) = run_ranks(call_all, 1, [Call(generate, stop)], world)[0]
@@ -124,7 +125,7 @@ def test_a_part_of_something_else_is_refused_in_one_line(world: Path, tmp_path: 
         assert expected in answer.stderr
         assert f"delete {part} to begin anew" in answer.stderr
         assert part.read_bytes() == kept
-    write_rows(prompts, [{"prompt": "sun"}, {"prompt": "moon"}, {"prompt": "stone"}])
+    write_rows(prompts, [*rows[:-1], {"prompt": "stone"}])
     (answer,) = run_ranks(call_all, 1, [Call(generate)], world)[0]
     assert answer.code == 2
     assert "the files of data.train have changed" in answer.stderr
