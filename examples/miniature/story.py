@@ -24,7 +24,7 @@ OURS = "gil_targets"
 OPPONENTS = ("ppo_kl_0.4", "ppo_target", "gil_0.4")
 SHOWN = (
     *("sft", "dpo", "ppo", "ppo_kl", "ppo_kl_0.15", "gil", "gil_floor", "gil_floor_beta_0", "gil_plain_kl", "beta_0"),
-    *("gil_easy_hard", "gil_known", "gil_log_prob", "grpo", "grpo_gil"),
+    *("gil_log_prob", "grpo", "grpo_gil"),
 )
 
 
