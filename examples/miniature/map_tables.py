@@ -39,6 +39,8 @@ OPPONENT, PUBLISHED, TARGETS, REACH = "ppo", "gil", "targets", "best_of_n"
 AGREEMENT = "spearman_high"
 """What foretells the gain: Spearman's correlation of the reward model's scores with gold, among the SFT policy's
 responses to the prompts of high score."""
+FEW = 3
+"""Of so many seeds or fewer the picture shows no interval, which would be wider than the picture."""
 ADVISED_WITHIN = 0.01
 """Advice is right where the gold of what it advises is at most so much below that of the other choice."""
 KEPT = ("gold", "gold_worst", f"gold_{HELDOUT_DOMAIN}", "proxy", "kl", "kl_high", "kl_low", "distinct_hard", "auc_easy")
@@ -187,7 +189,7 @@ def is_advice_right(world: WorldNumbers) -> bool:
 @styled
 def map_picture(sets: Mapping[str, Sequence[WorldNumbers]], labels: Mapping[str, str]) -> Figure:
     """Gain of PPO-GIL as published and with KL targets against the agreement of reward and gold in the high group, with
-    the line of the map's worlds; rings are worlds that came later."""
+    the line of the map's worlds; rings are worlds that came later, those without an interval of FEW seeds."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 3.8), layout="constrained", sharey=True)
@@ -208,10 +210,11 @@ def _draw_gains(ax: Axes, sets: Mapping[str, Sequence[WorldNumbers]], method: st
             t_interval([v - w.numbers[OPPONENT]["gold"][s] for s, v in w.numbers[method]["gold"].items()])
             for w in found
         ]
+        shown = list(zip(gains, found, strict=True))
         ax.errorbar(
             [world.reach(AGREEMENT) for world in found],
             [gain.value for gain in gains],
-            yerr=[gain.high - gain.value for gain in gains],
+            yerr=[gain.high - gain.value if len(w.numbers[method]["gold"]) > FEW else 0.0 for gain, w in shown],
             fmt="o",
             color=color,
             markerfacecolor=color if name == SETS[0] else "white",

@@ -20,7 +20,7 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 from tests.tokenizer_kinds import CHATML, KINDS, TURNS, copy_kind, write_kinds
 
 INJECTED = ("<s>", "</s>", "<pad>", "<unk>", "<|eot|>", "<|begin|>", "<|role|>", "[INST]", *TURNS)
-LIMITS = {"max_tokens": 2000, "max_prompt_tokens": 1500}
+LIMITS: dict[str, Any] = {"max_tokens": 2000, "max_prompt_tokens": 1500}
 DATASETS: dict[str, Any] = {
     "prompts": PromptDataset,
     "demonstrations": DemonstrationDataset,

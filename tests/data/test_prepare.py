@@ -103,7 +103,7 @@ def test_the_card_describes_the_files(prepared: dict[str, Path]):
 
 
 def test_prepared_files_are_read_for_training(prepared: dict[str, Path], plain_tokenizer: Tokenizer):
-    limits = {"max_tokens": 256, "max_prompt_tokens": 128}
+    limits: dict[str, Any] = {"max_tokens": 256, "max_prompt_tokens": 128}
     for source, output in prepared.items():
         datasets = [
             PromptDataset(output / "train", plain_tokenizer, max_prompt_tokens=128),

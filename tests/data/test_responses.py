@@ -23,7 +23,7 @@ TALK = [
     {"role": "user", "content": "How old?"},
     {"role": "assistant", "content": "Nobody counted."},
 ]
-LIMITS = {"max_tokens": 200, "max_prompt_tokens": 100}
+LIMITS: dict[str, Any] = {"max_tokens": 200, "max_prompt_tokens": 100}
 roles = st.lists(st.sampled_from(["user", "assistant", "user"]), min_size=1, max_size=8)
 words = st.text(min_size=1, max_size=30).filter(str.strip)
 

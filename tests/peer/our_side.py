@@ -22,7 +22,7 @@ from megatron_gil.types import Experience, Metrics, Rollout, Scores, count_terms
 from tests.training.running import ONE, GradientModel, build, make_trainer, parallel, ppo_config, use_cache
 
 CENTER_COEF, BETA, LABEL_SMOOTHING = 0.01, 0.3, 0.1
-LIMITS = {"max_tokens": 48, "max_prompt_tokens": 32}  # nothing of the world is that long: no row is cut
+LIMITS: dict[str, Any] = {"max_tokens": 48, "max_prompt_tokens": 32}  # nothing of the world is that long: no row is cut
 Gradients = dict[str, Tensor]
 Row = tuple[list[int], list[bool]]  # tokens without padding; which of them the loss speaks of
 

@@ -60,7 +60,7 @@ PPO = {
 
 def _supervised(root: Path, layout: ParallelLayout, cut: Microbatches, dtype: torch.dtype) -> Gradients:
     tokenizer = Tokenizer.read(root / "policy")
-    limits = {"max_tokens": 48, "max_prompt_tokens": 32}
+    limits: dict[str, Any] = {"max_tokens": 48, "max_prompt_tokens": 32}
     share = NUM_ROWS // layout.dp_size
     mine = range(layout.dp_rank * share, (layout.dp_rank + 1) * share)
     texts = to_device(DemonstrationDataset(root / "demonstrations.jsonl", tokenizer, **limits).collate(mine), layout)
