@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
+from megatron_gil.config import ConfigError
 from megatron_gil.data.rows.fields import OTHERS, OURS, Row, iter_texts
 from megatron_gil.data.rows.records import read_records
 from megatron_gil.data.text.tokenizer import Tokenizer
@@ -134,6 +135,27 @@ class RowDataset(ABC, Generic[Encoded]):
         for start in range(0, len(row_ids), 1000):  # in pieces: one row at a time takes ten times as long
             columns = self._records[row_ids[start : start + 1000]]
             yield from (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+class ResponseRowDataset(RowDataset[Encoded]):
+    """Rows that hold their responses, which data.max_tokens leaves room for."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: Tokenizer | None,
+        *,
+        max_tokens: int,
+        max_prompt_tokens: int,
+        others: bool = False,
+    ) -> None:
+        if max_prompt_tokens >= max_tokens:
+            raise ConfigError(
+                f"data.max_prompt_tokens={max_prompt_tokens} leaves no room for a response in data.max_tokens="
+                f"{max_tokens}; lower the first or raise the second"
+            )
+        limits = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
+        super().__init__(path, tokenizer, limits, others=others)
 
 
 def number_groups(labels: Sequence[str | None]) -> tuple[tuple[str, ...], np.ndarray]:

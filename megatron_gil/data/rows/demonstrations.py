@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_gil.config import ConfigError
 from megatron_gil.data.rows.collate import pad_response_mask, pad_tokens
-from megatron_gil.data.rows.dataset import RowDataset
+from megatron_gil.data.rows.dataset import ResponseRowDataset
 from megatron_gil.data.rows.encoding import EncodedRow, Prompt, encode_conversation, encode_responses, prompt_text
 from megatron_gil.data.rows.fields import Row
-from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.types import TokenBatch
 
 
-class DemonstrationDataset(RowDataset[EncodedRow]):
+class DemonstrationDataset(ResponseRowDataset[EncodedRow]):
     """Rows of {"prompt", "completion"} or {"messages"}; of messages, every assistant turn is imitated."""
 
     kind = "demonstrations"
-
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: Tokenizer | None,
-        *,
-        max_tokens: int,
-        max_prompt_tokens: int,
-        others: bool = False,
-    ) -> None:
-        check_lengths(max_tokens, max_prompt_tokens)
-        limits = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
-        super().__init__(path, tokenizer, limits, others=others)
 
     def collate(self, row_ids: Sequence[int]) -> TokenBatch:
         """The rows, in that order. An end-of-sequence token follows the last response, and counts as part of it."""
@@ -111,11 +95,3 @@ def collate_rows(rows: Sequence[EncodedRow], row_ids: Sequence[int], pad_id: int
         response_mask=pad_response_mask([row.is_response for row in rows], tokens.shape[1]),
         row_ids=torch.tensor(row_ids, dtype=torch.int64),
     )
-
-
-def check_lengths(max_tokens: int, max_prompt_tokens: int) -> None:
-    if max_prompt_tokens >= max_tokens:
-        raise ConfigError(
-            f"data.max_prompt_tokens={max_prompt_tokens} leaves no room for a response in data.max_tokens="
-            f"{max_tokens}; lower the first or raise the second"
-        )

@@ -4,36 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 
 import torch
 
 from megatron_gil.data.rows.collate import pad_response_mask, pad_tokens
-from megatron_gil.data.rows.dataset import RowDataset
-from megatron_gil.data.rows.demonstrations import check_lengths
+from megatron_gil.data.rows.dataset import ResponseRowDataset
 from megatron_gil.data.rows.encoding import EncodedRow, encode_responses, prompt_text
 from megatron_gil.data.rows.fields import Row
-from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.types import PreferenceBatch
 
 
-class PreferenceDataset(RowDataset[list[EncodedRow]]):
+class PreferenceDataset(ResponseRowDataset[list[EncodedRow]]):
     """Rows of {"prompt", "chosen", "rejected"}."""
 
     kind = "preferences"
-
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: Tokenizer | None,
-        *,
-        max_tokens: int,
-        max_prompt_tokens: int,
-        others: bool = False,
-    ) -> None:
-        check_lengths(max_tokens, max_prompt_tokens)
-        limits = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
-        super().__init__(path, tokenizer, limits, others=others)
 
     def collate(self, row_ids: Sequence[int]) -> PreferenceBatch:
         """The pairs, in that order; both responses follow the same prompt and end in an end-of-sequence token."""
