@@ -88,12 +88,16 @@ def read_map(
     )
 
 
+def method_labels() -> dict[str, str]:
+    """Of all methods, by name."""
+    return {name: method.label for name, method in read_map().methods.items()}
+
+
 class World:
     """One world's cells; its methods are known once its tuning seeds have run."""
 
     def __init__(self, directory: Path, annotators: Annotators, drawn: Map) -> None:
         self.name, self._directory, self._annotators, self._map = directory.name, directory, annotators, drawn
-        self._methods: dict[str, str] = {}
 
     @property
     def grid(self) -> Path:
@@ -111,12 +115,11 @@ class World:
             ours.symlink_to(os.path.relpath(theirs, ours.parent))
 
     def place(self, cell: str, seed: int) -> Place:
-        return Place(output=self._directory, seed=seed, cell=read_grid(self.grid)[cell])
+        return Place(output=self._directory, seed=seed, cell=self._cells[cell])
 
     def stages(self, cells: Iterable[str], seeds: Sequence[int]) -> list[Stage]:
         """What is to run, a cell's seeds one after the other."""
-        known = read_grid(self.grid)
-        places = [Place(output=self._directory, seed=seed, cell=known[cell]) for cell in cells for seed in seeds]
+        places = [self.place(cell, seed) for cell in cells for seed in seeds]
         for place in places:
             place.take()
         return [stage(place, self.grid, self.name) for place in places]
@@ -124,7 +127,7 @@ class World:
     def tuned_cells(self) -> list[str]:
         """Those among which an eta is chosen."""
         families = {method.tuned for method in self._map.methods.values() if method.tuned}
-        return [name for name in read_grid(self.grid) if name.rpartition("_")[0] in families]
+        return [name for name in self._cells if name.rpartition("_")[0] in families]
 
     def choose(self) -> dict[str, str]:
         """Method -> its cell, which the world's file then has; from the finished cells of the tuning seeds."""
@@ -170,6 +173,7 @@ class World:
         }
         self._directory.mkdir(parents=True, exist_ok=True)
         self.grid.write_text(OmegaConf.to_yaml(OmegaConf.create(tree)), encoding="utf-8")
+        self._cells = read_grid(self.grid)
 
 
 def run_map(drawn: Map, output: Path, workers: int) -> list[Json]:
@@ -252,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = arguments.results or arguments.output / "results"
     results.mkdir(parents=True, exist_ok=True)
     write_numbers(results / f"{arguments.worlds}.csv.gz", rows)
-    write_map(results, {name: method.label for name, method in read_map().methods.items()})
+    write_map(results, method_labels())
     return 0
 
 

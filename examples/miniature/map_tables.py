@@ -6,8 +6,6 @@ map.md and map.png are written beside them.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +15,7 @@ from statistics import correlation, fmean, linear_regression
 from typing import TYPE_CHECKING
 
 from cells import GRID
-from tables import difference_cell, markdown, mean_cell
+from tables import difference_cell, markdown, mean_cell, read_csv
 from tidy import write_csv
 
 from megatron_gil.demo.domains import HELDOUT_DOMAIN
@@ -62,10 +60,14 @@ class WorldNumbers:
         """Of the SFT policy, mean over seeds."""
         return fmean(self.numbers[REACH][metric].values())
 
-    def gain(self, method: str, metric: str = "gold") -> float:
-        """Over the best-tuned PPO w/ KL, mean over the seeds that both have."""
+    def gains(self, method: str, metric: str = "gold") -> list[float]:
+        """Over the best-tuned PPO w/ KL, on each seed that both have."""
         ours, theirs = self.numbers[method][metric], self.numbers[OPPONENT][metric]
-        return fmean(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
+        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+    def gain(self, method: str, metric: str = "gold") -> float:
+        """The mean of `gains`."""
+        return fmean(self.gains(method, metric))
 
 
 def write_numbers(path: Path, rows: Iterable[Json]) -> None:
@@ -79,16 +81,20 @@ def read_numbers(path: Path) -> list[WorldNumbers]:
     numbers: dict[str, dict[str, dict[str, dict[int, float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(dict))
     )
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            cells[row["world"]][row["method"]] = row["cell"]
-            numbers[row["world"]][row["method"]][row["metric"]][int(row["seed"])] = float(row["value"])
-    return [WorldNumbers(name=name, cells=cells[name], numbers=found) for name, found in numbers.items()]
+    for row in read_csv(path):
+        cells[row["world"]][row["method"]] = row["cell"]
+        numbers[row["world"]][row["method"]][row["metric"]][row["seed"]] = row["value"]
+    return [WorldNumbers(name=name, cells=cells[name], numbers=dict(found)) for name, found in numbers.items()]
+
+
+def read_sets(results: Path) -> dict[str, list[WorldNumbers]]:
+    """Those of SETS that have run."""
+    return {name: read_numbers(results / f"{name}.csv.gz") for name in SETS if (results / f"{name}.csv.gz").exists()}
 
 
 def write_map(results: Path, labels: Mapping[str, str]) -> None:
     """map.md and map.png of a directory. labels: of the methods."""
-    sets = {name: read_numbers(results / f"{name}.csv.gz") for name in SETS if (results / f"{name}.csv.gz").exists()}
+    sets = read_sets(results)
     shown = [table for name, worlds in sets.items() for table in _tables(name, worlds, labels)]
     shown.append(predictor_table(sets[SETS[0]], labels))
     if len(sets) > 1:
@@ -169,8 +175,9 @@ def forecast_table(sets: Mapping[str, Sequence[WorldNumbers]], labels: Mapping[s
     for world in (world for name in SETS[1:] for world in sets.get(name, ())):
         agreement, cells = world.reach(AGREEMENT), list[str]()
         for method, (slope, intercept) in lines.items():
-            found = difference_cell(world.numbers[method]["gold"], world.numbers[OPPONENT]["gold"], "+.3f")
-            cells += [f"{slope * agreement + intercept:+.3f}", found] if method in world.numbers else ["", ""]
+            found = world.numbers.get(method, {}).get("gold", {})  # none where the method has not run
+            shown = difference_cell(found, world.numbers[OPPONENT]["gold"], "+.3f")
+            cells += [f"{slope * agreement + intercept:+.3f}", shown]
         advised = "KL targets" if agreement < ONE_KL_FROM else "one KL"
         rows.append((world.name, f"{agreement:.2f}", *cells, advised, "right" if is_advice_right(world) else "wrong"))
     header = ("world", "Spearman, high", *(f"{labels[m]}: {what}" for m in lines for what in ("forecast", "found")))
@@ -206,15 +213,11 @@ def _draw_gains(ax: Axes, sets: Mapping[str, Sequence[WorldNumbers]], method: st
         found = [world for world in worlds if method in world.numbers]
         if not found:
             continue
-        gains = [
-            t_interval([v - w.numbers[OPPONENT]["gold"][s] for s, v in w.numbers[method]["gold"].items()])
-            for w in found
-        ]
-        shown = list(zip(gains, found, strict=True))
+        gains = [world.gains(method) for world in found]
         ax.errorbar(
             [world.reach(AGREEMENT) for world in found],
-            [gain.value for gain in gains],
-            yerr=[gain.high - gain.value if len(w.numbers[method]["gold"]) > FEW else 0.0 for gain, w in shown],
+            [fmean(by_seed) for by_seed in gains],
+            yerr=[_half_interval(by_seed) if len(by_seed) > FEW else 0.0 for by_seed in gains],
             fmt="o",
             color=color,
             markerfacecolor=color if name == SETS[0] else "white",
@@ -226,8 +229,13 @@ def _draw_gains(ax: Axes, sets: Mapping[str, Sequence[WorldNumbers]], method: st
     ax.set_xlabel("Spearman of reward and gold, prompts of high score")
 
 
+def _half_interval(values: Sequence[float]) -> float:
+    found = t_interval(values)
+    return found.high - found.value
+
+
 if __name__ == "__main__":
-    from map import read_map
+    from map import method_labels
 
     directory = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    write_map(directory, {name: method.label for name, method in read_map().methods.items()})
+    write_map(directory, method_labels())

@@ -5,7 +5,6 @@ The groups are those of `megatron-gil audit`: prompts, split by the mean score o
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +14,7 @@ from megatron_gil.demo.domains import read_task
 from megatron_gil.demo.gold import gold_score
 from megatron_gil.evaluation.audit.correlation import spearman
 from megatron_gil.evaluation.audit.rows import TrustedRow
-from megatron_gil.evaluation.audit.targets import HIGH, LOW, price_of, split_at
+from megatron_gil.evaluation.audit.targets import HIGH, LOW, price_of, split_prompts
 from megatron_gil.evaluation.scored_pairs import ScoredPair, read_scored_pairs
 from megatron_gil.jsonl import iter_jsonl
 
@@ -25,15 +24,11 @@ NAMES = {HIGH: "high", LOW: "low"}
 def measure_reach(replies: Path, pairs: Path) -> dict[str, float]:
     """metric -> value. replies: several of the SFT policy to each prompt, scored; gold is who is trusted. pairs: of the
     same prompts, scored."""
-    rows = read_trusted(replies)
-    by_prompt: dict[str, list[TrustedRow]] = defaultdict(list)
-    for row in rows:
-        by_prompt[row.prompt].append(row)
-    means = {prompt: fmean(row.score for row in part) for prompt, part in by_prompt.items()}
-    threshold = split_at(list(means.values()))
-    group_of = {prompt: HIGH if mean >= threshold else LOW for prompt, mean in means.items()}
-    found = price_of(rows)
+    rows, scored_pairs = read_trusted(replies), read_scored_pairs([pairs])
+    groups, found = split_prompts(rows), price_of(rows)
+    assert groups is not None
     assert found is not None
+    group_of = {part[0].prompt: group for group, prompts in groups.items() for part in prompts}
     numbers = {
         "price": found.price.value,
         "shared_n": found.shared_n,
@@ -41,14 +36,14 @@ def measure_reach(replies: Path, pairs: Path) -> dict[str, float]:
     }
     for group, name in NAMES.items():
         best = found.groups[group]
-        inside = [part for prompt, part in by_prompt.items() if group_of[prompt] == group]
+        inside = groups[group]
         numbers |= {
             f"best_n_{name}": best.best_n,
-            f"share_{name}": best.num_prompts / len(by_prompt),
+            f"share_{name}": best.num_prompts / len(group_of),
             **{f"best_of_{n}_{name}": best.curve[n - 1].value for n in range(1, len(best.curve) + 1)},
             f"spearman_{name}": _spearman([row for part in inside for row in part]),
             f"spearman_within_{name}": fmean(_spearman(part) for part in inside),
-            f"accuracy_{name}": _accuracy([p for p in read_scored_pairs([pairs]) if group_of[p.prompt] == group]),
+            f"accuracy_{name}": _accuracy([p for p in scored_pairs if group_of[p.prompt] == group]),
         }
     return numbers
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 
 from cells import GRID, read_grid
-from map import read_map
-from map_tables import AGREEMENT, SETS, WorldNumbers, forecast_table, gain_table, read_numbers
+from map import method_labels
+from map_tables import AGREEMENT, WorldNumbers, forecast_table, gain_table, read_numbers, read_sets
 from map_tables import RESULTS as MAP
 from tables import Numbers, collapsed, collect, difference_cell, markdown_line, mean_cell, read_csv
 
@@ -86,7 +86,7 @@ def _against(numbers: Numbers, labels: Mapping[str, str]) -> str:
 def _map() -> str:
     """A row for each world of the map: what is known before training, and each method's gain in gold."""
     worlds = sorted(read_numbers(MAP / "map.csv.gz"), key=lambda world: world.reach(AGREEMENT))
-    labels = _map_labels()
+    labels = method_labels()
     gains = gain_table("map", worlds, labels, "gold")
     header = ("comparisons, flattery", "Spearman, high", "eta", *gains.header[1:])
     known = [(_name(w.name), f"{w.reach(AGREEMENT):.2f}", _etas(w)) for w in worlds] + [(gains.rows[-1][0], "", "")]
@@ -98,13 +98,8 @@ def _etas(world: WorldNumbers) -> str:
 
 
 def _forecast() -> str:
-    sets = {name: read_numbers(MAP / f"{name}.csv.gz") for name in SETS if (MAP / f"{name}.csv.gz").exists()}
-    table = forecast_table(sets, _map_labels())
+    table = forecast_table(read_sets(MAP), method_labels())
     return _markdown(table.header, [(_name(row[0]), *row[1:]) for row in table.rows])
-
-
-def _map_labels() -> dict[str, str]:
-    return {name: method.label for name, method in read_map().methods.items()}
 
 
 def _name(world: str) -> str:

@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+
+from megatron_gil.jsonl import iter_jsonl
 
 HERE = Path(__file__).resolve().parent
 METHODS = {"grpo": "GRPO", "grpo_gil": "GRPO-GIL"}
@@ -97,7 +98,7 @@ def train_seed(output: Path, seed: int) -> dict[str, float]:
 
 def before(place: Path) -> dict[str, float]:
     """Metric of PANELS -> share of the held-out sums that SFT answers right."""
-    rows = [json.loads(line) for line in (place / "sft_scores.jsonl").read_text().split("\n") if line]
+    rows = [row for _, row in iter_jsonl(place / "sft_scores.jsonl")]
     groups = {name: name.rpartition("known_")[2] for name in PANELS}
     found = {name: [row["score"] for row in rows if row["group"] == group] for name, group in groups.items()}
     return {name: fmean(scores or [row["score"] for row in rows]) for name, scores in found.items()}
@@ -108,8 +109,7 @@ def curves(output: Path, seeds: Sequence[int]) -> dict[str, dict[str, list[list[
     found: dict[str, dict[str, list[list[tuple[int, float]]]]] = {name: {} for name in PANELS}
     for method in METHODS:
         for seed in seeds:
-            text = (output / f"seed_{seed}" / method / "metrics.jsonl").read_text(encoding="utf-8")
-            rows: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n") if line]
+            rows = [row for _, row in iter_jsonl(output / f"seed_{seed}" / method / "metrics.jsonl")]
             at_first = before(output / f"seed_{seed}")
             for name in PANELS:
                 values = [(row["iteration"] + 1, row[name]) for row in rows if name in row]

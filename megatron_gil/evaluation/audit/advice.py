@@ -69,7 +69,8 @@ def advise(high: Agreement | None, prompt_kappa: Estimate | None = None) -> Advi
         settings = {"gil.num_groups": 2}
     else:
         line, settings = one_kl(high), {"gil.num_groups": 1}
-    return Advice(line=f"{line}{doubt(high)}.", settings=settings, is_certain=not doubt(high))
+    doubtful = doubt(high)
+    return Advice(line=f"{line}{doubtful}.", settings=settings, is_certain=not doubtful)
 
 
 def advise_without_groups(name: str) -> Advice:

@@ -26,7 +26,7 @@ LEAST_TARGET = 0.05
 def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
     """Of the prompts with LEAST_RESPONSES responses or more, in the groups HIGH and LOW; None where there are none of
     one group."""
-    groups = _split(rows)
+    groups = split_prompts(rows)
     if groups is None:
         return None
     return kl_price(
@@ -40,7 +40,7 @@ def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
 
 def agreement_on_high(rows: Sequence[TrustedRow]) -> Agreement | None:
     """Of the responses to the prompts that `price_of` puts into HIGH."""
-    groups = _split(rows)
+    groups = split_prompts(rows)
     if groups is None:
         return None
     found = [row for part in groups[HIGH] for row in part]
@@ -48,8 +48,8 @@ def agreement_on_high(rows: Sequence[TrustedRow]) -> Agreement | None:
     return Agreement(value=together.spearman, num_rows=len(found))
 
 
-def _split(rows: Sequence[TrustedRow]) -> dict[str, list[list[TrustedRow]]] | None:
-    """Group -> the responses to each of its prompts.
+def split_prompts(rows: Sequence[TrustedRow]) -> dict[str, list[list[TrustedRow]]] | None:
+    """Group -> the responses to each of its prompts; None where there are none of one group.
 
     While a policy is at rest the classifier tells responses apart by their scores, two responses to one prompt too. A
     run's groups are those of prompts, and follow their scores: so prompts are split by the mean score of their
@@ -92,11 +92,12 @@ def advise_targets(price: KlPrice, high: Agreement) -> Advice:
     else:
         settings, line = {"gil.num_groups": 1}, one_kl(high)
     apart = of_high.best_n_high < of_low.best_n_low or of_low.best_n_high < of_high.best_n_low
-    is_certain = not doubt(high)
+    doubtful = doubt(high)
+    is_certain = not doubtful
     if is_certain and "gil.kl_target_high" in settings and not apart:
         line += ". The intervals of n overlap: more prompts or responses would tell the groups apart better"
         is_certain = False
-    return Advice(line=f"{line}{doubt(high)}.", settings=settings, is_certain=is_certain)
+    return Advice(line=f"{line}{doubtful}.", settings=settings, is_certain=is_certain)
 
 
 def kl_targets(price: KlPrice) -> dict[str, float]:
