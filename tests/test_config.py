@@ -120,7 +120,7 @@ PATHS = {(cls, key) for (cls, key), (f, _) in KEYS.items() if IS_PATH in f.metad
 def test_a_tilde_is_the_users_home_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     texts = {key for (_, key), (_, kind) in KEYS.items() if str in {kind, *typing.get_args(kind)}}
     assert (
-        texts - {"checkpoint.keep_best", "reward.function"}
+        texts - {"checkpoint.keep_best", "reward.function", "log.wandb"}
         == {key for _, key in PATHS}
         >= {"run.dir", "output", "data.train", "models.policy"}
     )

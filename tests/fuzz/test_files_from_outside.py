@@ -24,6 +24,7 @@ from megatron_gil.config.files import load_config
 from megatron_gil.config.ranges import RANGE
 from megatron_gil.data.rows.fields import check_record
 from megatron_gil.data.rows.records import iter_parquet
+from megatron_gil.data.text.special_tokens import JSON_FILES
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.engine.files import read_manifest
 from megatron_gil.evaluation.comparisons import read_responses
@@ -231,9 +232,18 @@ def test_sentencepiece(data: st.DataObject, world: Path, place: Path) -> None:
     _accept_or_refuse(lambda: Tokenizer.read(place).encode("sun moon"), place)
 
 
+BESIDE_THE_VOCABULARY = ["tokenizer.json", *JSON_FILES]
+SAID_THERE = [
+    *("bos_token", "pad_token", "additional_special_tokens", "added_tokens_decoder", "add_bos_token", "chat_template"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "added_tokens", "model"),
+]
+tokens_by_id = st.dictionaries(st.integers(-1, 600).map(str) | st.text(max_size=3), json_values, max_size=2)
+
+
 @fuzzed
 @given(
-    name=st.sampled_from(["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]), content=json_values
+    name=st.sampled_from(BESIDE_THE_VOCABULARY),
+    content=json_values | st.dictionaries(st.sampled_from(SAID_THERE), json_values | tokens_by_id, max_size=3),
 )
 def test_tokenizer_files(name: str, content: Any, world: Path, place: Path) -> None:
     (place / "tokenizer.model").write_bytes((world / "tokenizer.model").read_bytes())

@@ -52,10 +52,15 @@ def read_special_tokens(directory: str, files: Mapping[str, bytes]) -> SpecialTo
         if token is not None:
             tokens[name] = token
     model_configs = [parsed["generation_config.json"], parsed["config.json"]]
-    decoder = tokenizer_config.get("added_tokens_decoder") or {}
-    added = {_content(token): int(i) for i, token in decoder.items()}
+    decoder = _read_decoder(directory, tokenizer_config)
+    added = {_content(token): i for i, token in decoder.items()}
     flags = {_content(t): t["special"] for t in decoder.values() if isinstance(t, dict) and "special" in t}
-    added |= parsed["added_tokens.json"]
+    for token, i in parsed["added_tokens.json"].items():
+        if not _is_count(i):
+            raise ConfigError(
+                f"{directory}/added_tokens.json: the id of {token!r} must be a whole number from 0, found {i!r}"
+            )
+        added[token] = i
     listed = [*_list(tokenizer_config), *_list(special_map)]
     add_bos = tokenizer_config.get("add_bos_token")
     has_none = "bos_token" in tokenizer_config and "bos_token" not in tokens  # Qwen's; its config.json names another
@@ -67,8 +72,8 @@ def read_special_tokens(directory: str, files: Mapping[str, bytes]) -> SpecialTo
         added_are_special={token: bool(special) for token, special in flags.items() if token},
         named=frozenset([*tokens.values(), *(token for token in map(_content, listed) if token)]),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
-        chat_template=_chat_template(tokenizer_config, files),
-        embedding_size=parsed["config.json"].get("vocab_size"),
+        chat_template=_chat_template(directory, tokenizer_config, files),
+        embedding_size=_read_embedding_size(directory, parsed["config.json"]),
     )
 
 
@@ -82,6 +87,25 @@ def _parse_optional(directory: str, files: Mapping[str, bytes], name: str) -> di
     if not isinstance(value, dict):
         raise ConfigError(f"{directory}/{name}: must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _read_decoder(directory: str, tokenizer_config: dict[str, Any]) -> dict[int, Any]:
+    """Id -> token, as text or with its flags."""
+    decoder = tokenizer_config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict) or not all(i.isascii() and i.isdigit() for i in decoder):
+        raise ConfigError(f"{directory}/tokenizer_config.json: added_tokens_decoder must map ids to tokens")
+    return {int(i): token for i, token in decoder.items()}
+
+
+def _read_embedding_size(directory: str, config: dict[str, Any]) -> int | None:
+    size = config.get("vocab_size")
+    if size is not None and not _is_count(size):
+        raise ConfigError(f"{directory}/config.json: vocab_size must be a whole number, found {size!r}")
+    return size
 
 
 def _content(token: Any) -> str | None:
@@ -110,10 +134,14 @@ def _ids(configs: list[dict[str, Any]], key: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
 
 
-def _chat_template(tokenizer_config: dict[str, Any], files: Mapping[str, bytes]) -> str | None:
+def _chat_template(directory: str, tokenizer_config: dict[str, Any], files: Mapping[str, bytes]) -> str | None:
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8", errors="replace")
     template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):  # several, by name
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(
+            f"{directory}/tokenizer_config.json: chat_template must be text, or a list of named templates"
+        )
     return template
