@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -226,8 +227,29 @@ def test_a_directory_without_a_usable_tokenizer_is_refused(tmp_path: Path, name:
         Tokenizer.read(tmp_path)
 
 
-def test_a_broken_config_beside_the_tokenizer_is_named(sentencepiece_dir: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "{'a': 1}", "not valid JSON"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": "<a>"}}',
+            "added_tokens_decoder must map ids to tokens",
+        ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["<a>"]}', "added_tokens_decoder must map ids to tokens"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": "default", "template": 1}]}',
+            "chat_template must be text",
+        ),
+        ("added_tokens.json", '{"<a>": "400"}', "the id of '<a>' must be a whole number from 0, found '400'"),
+        ("config.json", '{"vocab_size": {}}', "vocab_size must be a whole number, found {}"),
+    ],
+)
+def test_a_broken_file_beside_the_tokenizer_is_named(
+    sentencepiece_dir: Path, tmp_path: Path, name: str, content: str, message: str
+):
     shutil.copy(sentencepiece_dir / "tokenizer.model", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{'a': 1}")
-    with pytest.raises(ConfigError, match=r"tokenizer_config.json: not valid JSON"):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / name}: {message}")):
         Tokenizer.read(tmp_path)
