@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--model",
                 default="7b",
                 metavar="SIZE",
-                help="7b (default), 160m, 1.3b, 3b, 8b, 13b, 70b or a config.json",
+                help="7b (default), 160m, 1.3b, 3b, 8b, 13b, 70b, a config.json or a name on the Hub, OWNER/NAME",
             )
             command.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of the run (default 8)")
             command.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")

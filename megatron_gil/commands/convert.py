@@ -4,6 +4,7 @@
     megatron-gil convert export RUN_DIR HF_DIR --role policy  transformers and vLLM load HF_DIR
     megatron-gil convert verify HF_DIR CKPT_DIR               compares logits; also under torchrun
 
+Where an HF_DIR is read it may be a name on the Hugging Face Hub, OWNER/NAME or OWNER/NAME@REVISION.
 Where a CKPT_DIR is read it may be an imported directory, a model's directory in a checkpoint, a checkpoint
 (iter_NNNNNNN) or a run directory, whose newest good checkpoint is taken. Exit codes: 1 the two sides of verify differ
 or the disk failed, 2 the input is wrong; one line on stderr says how, and nothing is left behind.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_gil.config import ConfigError
+from megatron_gil.data.hub import fetched
 from megatron_gil.models.convert.copy import DTYPES, Written, export_model, import_model
 from megatron_gil.models.convert.locate import ROLE_DIRECTORIES
 from megatron_gil.paths import expand_user
@@ -73,14 +75,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(given: argparse.Namespace, verify: Verify) -> int:
-    if given.action == "import":
-        _say(given.hf_dir, import_model(given.hf_dir, given.ckpt_dir, allow_bin=given.allow_bin, dtype=given.dtype))
-        return 0
     if given.action == "export":
         _say(given.ckpt_dir, export_model(given.ckpt_dir, given.hf_dir, role=given.role, dtype=given.dtype, note=_note))
         return 0
+    hf_dir = fetched(str(given.hf_dir), "model", "HF_DIR")
+    if given.action == "import":
+        _say(given.hf_dir, import_model(hf_dir, given.ckpt_dir, allow_bin=given.allow_bin, dtype=given.dtype))
+        return 0
     return verify(
-        given.hf_dir,
+        hf_dir,
         given.ckpt_dir,
         role=given.role,
         tolerance=given.tolerance,

@@ -19,14 +19,21 @@ from typing import Any, Literal, Self, get_args
 
 from megatron_gil.config import ConfigError
 
-Kind = Literal["model", "tokenizer", "dataset"]
+Kind = Literal["model", "config", "tokenizer", "dataset"]
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 PATTERNS: dict[Kind, list[str]] = {
     "model": ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"],
+    "config": ["config.json"],
     "tokenizer": ["*.json", "tokenizer.model", "*.jinja"],
 }
 """What is read of a repository's first level; folders hold the same weights in other forms."""
+NEEDED: dict[Kind, dict[str, str]] = {
+    "model": {"a config.json": "config.json", "weights in model*.safetensors": "model*.safetensors"},
+    "config": {"a config.json": "config.json"},
+    "tokenizer": {"a tokenizer.json or tokenizer.model": "tokenizer.[jm]*"},
+}
+"""Of these: in words, and as a pattern."""
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?(?::([^:]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -66,15 +73,19 @@ def located(value: str, kind: Kind, key: str) -> Path:
     return Path(value) if name is None or not name.is_pinned else cached(name, kind, key)
 
 
+def fetched(value: str, kind: Kind, key: str) -> Path:
+    """The path that a command's argument names; of a name on the Hub, the place in the cache, brought there where it is
+    not."""
+    name = HubName.parse(value)
+    return Path(value) if name is None else cached(fetch(name, kind, key), kind, key)
+
+
 def cached(name: HubName, kind: Kind, key: str) -> Path:
     """Where the files lie. ConfigError where the cache has not all of them."""
     snapshot = _snapshot(name, kind, key, local_files_only=True)
     if kind == "dataset":
         return snapshot / name.files
-    wanted = {"a config.json": "config.json", "weights in model*.safetensors": "model*.safetensors"}
-    if kind == "tokenizer":
-        wanted = {"a tokenizer.json or tokenizer.model": "tokenizer.[jm]*"}
-    for what, pattern in wanted.items():
+    for what, pattern in NEEDED[kind].items():
         if not any(snapshot.glob(pattern)):
             raise ConfigError(
                 f"{key}={name}: {snapshot} holds no {what}; the repository has none, or only a part of it was "
@@ -162,7 +173,7 @@ def _ask(name: HubName, kind: Kind, key: str, function: Any, **options: Any) -> 
 
 def _command(name: HubName, kind: Kind) -> str:
     options = "--repo-type dataset " * (kind == "dataset") + f"--revision {name.revision} " * bool(name.revision)
-    return f"hf download {options}{name.repo}"
+    return f"hf download {options}{name.repo}" + " config.json" * (kind == "config")
 
 
 def main(kind: str, key: str, value: str) -> int:

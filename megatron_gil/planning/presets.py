@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_gil import config as c
 from megatron_gil.config.files import load_config
+from megatron_gil.data.hub import fetched
 from megatron_gil.models.families import LlamaSpec, MistralSpec, ModelSpec, Qwen2Spec, Qwen3Spec, read_spec
 
 
@@ -61,15 +62,17 @@ SPECS = {
 
 
 def read_model(name: str) -> ModelSpec:
-    """A preset's sizes, or those of a config.json or its directory."""
+    """A preset's sizes, or those of a config.json, its directory or a repository on the Hugging Face Hub."""
     if name in SPECS:
         return SPECS[name]
-    path = Path(os.path.expanduser(name))
+    path = fetched(os.path.expanduser(name), "config", "--model")
     if path.is_file():
         path = path.parent if path.name == "config.json" else path
     if path.is_dir():
         return read_spec(path)
-    raise c.ConfigError(f"--model {name} is neither {', '.join(SPECS)} nor a config.json or its directory")
+    raise c.ConfigError(
+        f"--model={name} is neither {', '.join(SPECS)} nor a config.json, its directory or OWNER/NAME on the Hub"
+    )
 
 
 RECIPE = Path(__file__).with_name("paper_7b")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from megatron_gil.config import IS_PATH, CommandConfig, TrainConfig
+from megatron_gil.config import IS_PATH, AuditConfig, CommandConfig, TrainConfig
 from megatron_gil.config.files import read_yaml
 from megatron_gil.data.hub import HubName, Kind, fetch
 from megatron_gil.models.uses import model_uses
@@ -32,6 +32,8 @@ def names_of(config: CommandConfig) -> dict[str, tuple[HubName, Kind]]:
     roles = {use.key for use in model_uses(config)}
     data, models = _paths(config.data), _paths(config.models)  # data first: it is small, and soon said what is wrong
     kinds: dict[str, Kind] = {f"data.{f.name}": "tokenizer" if f.name == "tokenizer" else "dataset" for f in data}
+    if isinstance(config, AuditConfig):
+        kinds |= {f"audit.{f.name}": "dataset" for f in _paths(config.audit)}
     kinds |= {f"models.{f.name}": "model" for f in models if f.name in roles}
     found: dict[str, tuple[HubName, Kind]] = {}
     for key, kind in kinds.items():

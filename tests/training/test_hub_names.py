@@ -180,6 +180,31 @@ def test_only_what_is_read_is_downloaded(hub: HubServer, world: Path, tmp_path: 
     assert set(hub.served) == {path.name for path in (world / "policy").iterdir()}
 
 
+def test_a_plan_downloads_the_sizes_alone(hub: HubServer, world: Path, tmp_path: Path) -> None:
+    calls = [Call(["plan", "--model", "tiny/llama", "--gpus", "1"]), Call(["plan", "--model=tiny/absent"])]
+    known, absent = run_ranks(_call, 1, calls, world, _online(hub, tmp_path / "cache"))[0]
+    assert known.code == 0, known.stderr
+    assert hub.served == {"config.json": 1}
+    assert absent.code == 2
+    assert "--model=tiny/absent is no path here, and the Hub shows no model of that name" in absent.stderr
+
+
+def test_a_conversion_and_an_audit_read_names(hub: HubServer, world: Path, tmp_path: Path) -> None:
+    hub.put("datasets/tiny/pairs", tmp_path / "pairs")
+    (tmp_path / "pairs").mkdir()
+    shutil.copyfile(world / "preferences.jsonl", tmp_path / "pairs/pairs.jsonl")
+    ppo = arguments("ppo", world, tmp_path / "run")
+    calls = [
+        Call(["convert", "import", "tiny/llama@main", str(tmp_path / "imported")]),
+        Call(["convert", "verify", "tiny/llama", str(tmp_path / "imported")]),
+        Call(["audit", *ppo[1:], "audit.pairs=tiny/pairs@main", f"output={tmp_path / 'audit.json'}", "--dry-run"]),
+    ]
+    answers = run_ranks(_call, 1, calls, world, _online(hub, tmp_path / "cache"))[0]
+    assert [answer.code for answer in answers] == [0, 0, 0], answers
+    assert (tmp_path / "imported/model.safetensors").is_file()
+    assert hub.served["pairs.jsonl"] == 1
+
+
 def _call_and_stop(calls: list[Call], world: Path, environment: dict[str, str], begun: Path) -> list[Answer]:
     """One of the ranks gets a SIGTERM once there is the file `begun`."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from megatron_gil.config import AuditConfig, ConfigError
+from megatron_gil.data.hub import located
 from megatron_gil.data.rows.dataset import RowDataset
 from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.rows.prompts import PreferencePrompts, PromptDataset, ResponsePrompts
@@ -51,14 +53,15 @@ def read_audit_rows(
     readers = [spec.max_positions for role, spec in specs.items() if role in ("critic", "classifier")]
     scorer = specs["reward_model"].max_positions
 
-    def read(kind: type[Rows], key: str, path: str | None) -> HeldOut | None:
-        if not path:
+    def read(kind: type[Rows], key: str, value: str | None) -> HeldOut | None:
+        if not value:
             return None
+        path = located(value, "dataset", key)
         own = tokenizers.reward
         shared = [*readers, *([scorer] if own is None else [])]
         rows = _open(kind, path, config, tokenizers.tokenizer, shared)
         if known is not None:
-            _check_labels(rows, f"{key}={path}", known)
+            _check_labels(rows, f"{key}={value}", known)
         asks = PreferencePrompts if kind is PreferenceDataset else ResponsePrompts
         return HeldOut(
             key=key,
@@ -74,7 +77,7 @@ def read_audit_rows(
     )
 
 
-def _open(kind: type[Rows], path: str, config: AuditConfig, tokenizer: Tokenizer, positions: list[int]) -> Rows:
+def _open(kind: type[Rows], path: Path, config: AuditConfig, tokenizer: Tokenizer, positions: list[int]) -> Rows:
     """positions: of the models that read the rows."""
     data = config.data
     return kind(
