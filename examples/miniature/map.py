@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import threading
 import time
@@ -23,11 +22,11 @@ from cells import Place, read_grid, take_world
 from map_tables import OPPONENT, REACH, write_map, write_numbers
 from omegaconf import OmegaConf
 from reach import read_trusted
-from run import MAX_WORKERS, STOPPED, interrupt, stage
+from run import MAX_WORKERS, guarded, stage
 
 from megatron_gil.config import ConfigError
 from megatron_gil.demo.annotators import Annotators
-from megatron_gil.demo.stages import Runner, Stage, StageFailed
+from megatron_gil.demo.stages import Runner, Stage
 from megatron_gil.evaluation.audit.targets import kl_targets, price_of
 from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.jsonl import iter_jsonl
@@ -243,16 +242,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, choices=range(1, MAX_WORKERS + 1), default=MAX_WORKERS)
     parser.add_argument("--results", type=Path, metavar="DIR", help="tables and pictures go there, not to --output")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        drawn = read_map(arguments.worlds, arguments.methods, arguments.seeds, arguments.tuning_seeds)
-        rows = run_map(drawn, arguments.output.absolute(), arguments.workers)
-    except (ConfigError, StageFailed) as error:
-        print(f"examples/miniature: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return STOPPED
+    return guarded(lambda: _run_and_write(arguments))
+
+
+def _run_and_write(arguments: argparse.Namespace) -> int:
+    drawn = read_map(arguments.worlds, arguments.methods, arguments.seeds, arguments.tuning_seeds)
+    rows = run_map(drawn, arguments.output.absolute(), arguments.workers)
     results = arguments.results or arguments.output / "results"
     results.mkdir(parents=True, exist_ok=True)
     write_numbers(results / f"{arguments.worlds}.csv.gz", rows)

@@ -10,7 +10,7 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -38,16 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, choices=range(1, MAX_WORKERS + 1), default=MAX_WORKERS)
     parser.add_argument("--results", type=Path, metavar="DIR", help="tables and pictures go there, not to --output")
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, interrupt)
-    console = Console(stderr=True, highlight=False)
+    return guarded(lambda: _run_and_analyse(arguments))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Its exit code; where it fails or is stopped, that is said in one line."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        failures = run_grid(arguments, console)
+        return run()
     except (ConfigError, StageFailed) as error:
         print(f"examples/miniature: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
+        print("stopped; the same command goes on from here", file=sys.stderr)
         return STOPPED
+
+
+def _run_and_analyse(arguments: argparse.Namespace) -> int:
+    failures = run_grid(arguments, Console(stderr=True, highlight=False))
     for failure in failures:
         print(f"examples/miniature: {failure}", file=sys.stderr)
     from analyse import analyse
@@ -138,7 +146,7 @@ class Progress:
         return shown
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
