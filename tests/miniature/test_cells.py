@@ -43,7 +43,7 @@ def test_cells_inherit_the_settings_of_the_cell_they_are_like(tmp_path: Path) ->
     assert replace(gil.gil, adaptive_kl=False) == plain.gil
 
 
-@pytest.mark.parametrize("grid", ["grid.yaml", "tuning.yaml", "targets.yaml", "grpo.yaml", "faults.yaml"])
+@pytest.mark.parametrize("grid", ["grid.yaml", "tuning.yaml", "targets.yaml", "rivals.yaml", "faults.yaml"])
 def test_no_two_cells_are_the_same(grid: str) -> None:
     cells = read_grid(GRID.with_name(grid)).values()
     assert len({(c.command, tuple(c.settings), c.iterations) for c in cells}) == len(cells)
