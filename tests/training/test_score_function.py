@@ -23,7 +23,7 @@ def fails(responses, answer):
         raise KeyError("six")
     return [1.0] * len(responses)
 """
-NUM_ROWS = 13
+NUM_ROWS = 25  # a stop is heard some rows later
 LAYOUTS = {"one": (1, ()), "tp2": (2, ("parallel.tensor_size=2",)), "dp2": (2, ())}
 
 
