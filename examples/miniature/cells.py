@@ -46,10 +46,7 @@ class Cell:
 
 def read_grid(path: Path = GRID) -> dict[str, Cell]:
     """The cells in the order in which they run, those of the file's `base` first."""
-    loaded = OmegaConf.load(path)
-    if "base" in loaded:
-        loaded = OmegaConf.merge(OmegaConf.load(path.parent / loaded.base), loaded)
-    tree: Any = OmegaConf.to_container(loaded)
+    tree: Any = OmegaConf.to_container(_load(path))
     cells: dict[str, Cell] = {}
     for name, entry in tree["cells"].items():
         like = entry.get("like")
@@ -65,6 +62,12 @@ def read_grid(path: Path = GRID) -> dict[str, Cell]:
             settings=[*inherited, *entry.get("set", [])],
         )
     return cells
+
+
+def _load(path: Path) -> Any:
+    """A grid's file over its `base`, which may have one too."""
+    loaded = OmegaConf.load(path)
+    return OmegaConf.merge(_load(path.parent / loaded.base), loaded) if "base" in loaded else loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,20 +22,29 @@ PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 HELD_OUT = f"gold_{HELDOUT_DOMAIN}"
 OURS = "gil_targets"
 OPPONENTS = ("ppo_kl_0.4", "ppo_target", "gil_0.4")
+RIVALS = (
+    (OURS, "ppo_kl_0.4"),
+    (OURS, "gil_1.6"),
+    ("grpo_gil_targets", "grpo_0.8"),
+    ("grpo_gil_targets", "grpo_target"),
+    ("grpo_gil_targets", "grpo_gil_0.8"),
+)
+"""KL targets and what they are compared with, each at its best eta."""
 SHOWN = (
-    *("sft", "dpo", "ppo", "ppo_kl", "ppo_kl_0.15", "gil", "gil_floor", "gil_floor_beta_0", "gil_plain_kl", "beta_0"),
-    *("gil_log_prob", "grpo", "grpo_gil"),
+    *("sft", "dpo", "ppo", "ppo_kl", "ppo_kl_0.15"),
+    *("gil", "gil_floor", "gil_floor_beta_0", "gil_log_prob"),
 )
 
 
 def story_tables() -> dict[str, str]:
     """Name -> Markdown."""
     results = GRID.with_name("results")
-    first, third = _read(results), _read(results / "targets")
-    labels = {name: cell.label for name, cell in read_grid(GRID.with_name("targets.yaml")).items()}
+    first, third, fourth = (_read(results / name) for name in (".", "targets", "rivals"))
+    labels = {name: cell.label for name, cell in read_grid(GRID.with_name("rivals.yaml")).items()}
     return {
         "targets": _means(third, ("sft", *OPPONENTS, OURS), labels),
-        "against": _against(third, labels),
+        "against": _against(third, [(OURS, rival) for rival in OPPONENTS], labels),
+        "rivals": _against(fourth, RIVALS, labels),
         "methods": _means(first, SHOWN, labels),
         "map": _map(),
         "forecast": _forecast(),
@@ -68,8 +77,8 @@ def _means(numbers: Numbers, methods: Sequence[str], labels: Mapping[str, str]) 
     return _markdown(header, rows)
 
 
-def _against(numbers: Numbers, labels: Mapping[str, str]) -> str:
-    """Ours less each opponent, on the same seeds."""
+def _against(numbers: Numbers, pairs: Sequence[tuple[str, str]], labels: Mapping[str, str]) -> str:
+    """The first less the second of each pair, on the same seeds."""
     columns = {
         "gold": "gold",
         "gold_worst": "worst domain",
@@ -77,10 +86,10 @@ def _against(numbers: Numbers, labels: Mapping[str, str]) -> str:
         "score_gap_end": "score: easy - hard",
     }
     rows = [
-        (labels[m], *(difference_cell(numbers[OURS][c], numbers[m][c], form="+.3f") for c in columns))
-        for m in OPPONENTS
+        (labels[ours], labels[rival], *(difference_cell(numbers[ours][c], numbers[rival][c], "+.3f") for c in columns))
+        for ours, rival in pairs
     ]
-    return _markdown(("against", *columns.values()), rows)
+    return _markdown(("", "less", *columns.values()), rows)
 
 
 def _map() -> str:

@@ -51,6 +51,11 @@ PAIRS = [
     ("gil_targets", "gil_0.4"),
     ("gil_0.4", "ppo_kl_0.4"),
     ("ppo_target", "ppo_kl_0.4"),
+    ("gil_targets", "gil_1.6"),
+    ("gil_1.6", "ppo_kl_0.4"),
+    ("grpo_gil_targets", "grpo_0.8"),
+    ("grpo_gil_targets", "grpo_target"),
+    ("grpo_gil_targets", "grpo_gil_0.8"),
 ]
 """Compared besides PPO-GIL with everything."""
 

@@ -140,7 +140,9 @@ def test_analysis_of_an_unfinished_grid_names_what_is_missing(tmp_path: Path) ->
     assert float(found["gold"]) == pytest.approx(measured[0]["value"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("grid", "kept"), [("grid.yaml", "results"), ("targets.yaml", "results/targets")])
+@pytest.mark.parametrize(
+    ("grid", "kept"), [("grid.yaml", "results"), ("targets.yaml", "results/targets"), ("rivals.yaml", "results/rivals")]
+)
 def test_the_kept_tables_are_those_of_the_kept_numbers(grid: str, kept: str, tmp_path: Path) -> None:
     results = GRID.parent / kept
     for name in ("results.csv.gz", "wins.csv.gz"):
