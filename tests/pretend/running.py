@@ -143,9 +143,10 @@ def losses_not_a_number() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kernels_as_on_the_cpu() -> Iterator[None]:
-    """Neither Adam in one kernel, rounded lengths nor repeated key heads, which add numbers in another order."""
+    """Neither Adam nor SwiGLU in one kernel, rounded lengths nor repeated key heads, which add numbers in another order."""
     with (
         mock.patch.object(ModelOptimizer, "_fuse"),
+        mock.patch("megatron_gil.models.kernels._compiles", return_value=False),
         mock.patch("megatron_gil.engine.megatron.CUDA_TOKENS_MULTIPLE", 1),
         mock.patch("megatron_gil.models.attention.expands_kv_heads", return_value=False),
     ):
