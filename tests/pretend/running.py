@@ -143,7 +143,7 @@ def losses_not_a_number() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kernels_as_on_the_cpu() -> Iterator[None]:
-    """Neither Adam nor SwiGLU in one kernel, rounded lengths nor repeated key heads, which add numbers in another order."""
+    """Neither Adam nor SwiGLU in one kernel, rounded lengths nor repeated key heads, which round otherwise."""
     with (
         mock.patch.object(ModelOptimizer, "_fuse"),
         mock.patch("megatron_gil.models.kernels._compiles", return_value=False),
