@@ -125,7 +125,7 @@ class Place:
 
 def read_annotators(path: Path) -> Annotators:
     """The `annotators` of the grid's file: of the world in which its cells are."""
-    tree: Any = OmegaConf.to_container(OmegaConf.load(path))
+    tree: Any = OmegaConf.to_container(_load(path))
     return Annotators(**tree.get("annotators", {}))
 
 
