@@ -299,6 +299,12 @@ def test_what_ends_the_command_is_one_line_and_keeps_what_was_judged(
         assert len(server.requests) == 2
 
 
+def test_a_dead_server_is_asked_no_more_questions_than_it_takes_to_tell(tmp_path: Path) -> None:
+    with chat_server(lambda request, before: error(500, "out of order")) as server, pytest.raises(CommandEnded):
+        judge(server, comparisons(1000), tmp_path, concurrency=4)
+    assert len({str(request["messages"]) for request in server.requests}) == 10
+
+
 def test_a_server_that_is_not_there_ends_it_with_exit_1(tmp_path: Path) -> None:
     server = ChatServer(lambda request, before: Served())
     server.url = "http://127.0.0.1:1/v1"  # a port that nobody listens on

@@ -45,7 +45,9 @@ class Asking:
         self._client, self._store, self._rubric_name = client, store, rubric_name
         self._max_tokens, self._concurrency = max_tokens, concurrency
         self._pace, self._patience, self._budget, self._tally = pace, patience, budget, tally
-        self._in_a_row = 0
+        self._in_a_row, self._most_in_a_row = 0, MOST_IN_A_ROW
+        self._begun = 0  # questions that wait for their answer
+        self._settled = asyncio.Condition()
 
     async def run(self, display: Display) -> None:
         # twice as many workers as requests in flight: some wait for the disk, or before they ask again
@@ -65,7 +67,20 @@ class Asking:
 
     async def _work(self) -> None:
         while self._questions:
-            await self._settle(*self._questions.popleft())
+            async with self._settled:
+                await self._settled.wait_for(self._may_begin)
+                if not self._questions:
+                    return
+                question, answers = self._questions.popleft()
+                self._begun += 1
+            await self._settle(question, answers)
+            async with self._settled:
+                self._begun -= 1
+                self._settled.notify_all()
+
+    def _may_begin(self) -> bool:
+        """While none is answered, only as many are begun as it takes to tell that the server is dead."""
+        return not self._in_a_row or self._in_a_row + self._begun < self._most_in_a_row
 
     async def _settle(self, question: Question, answers: list[Answer]) -> None:
         while (standing := self._standing(answers)).state == "open":
@@ -84,7 +99,8 @@ class Asking:
 
     def _count_in_a_row(self, failure: Failure) -> None:
         self._in_a_row += 1
-        if self._in_a_row >= (MOST_REJECTED_IN_A_ROW if failure.kind == "rejected" else MOST_IN_A_ROW):
+        self._most_in_a_row = MOST_REJECTED_IN_A_ROW if failure.kind == "rejected" else MOST_IN_A_ROW
+        if self._in_a_row >= self._most_in_a_row:
             reason = (
                 f"no answer {self._in_a_row} times in a row: {failure.reason}; with --kept-only what has come is enough"
             )
