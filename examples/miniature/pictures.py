@@ -1,8 +1,7 @@
-"""The grid's pictures: domains, the frontier, curves over training, score distributions."""
+"""The grid's pictures: the frontier, curves over training, score distributions."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,17 +9,15 @@ from typing import Any
 
 from tables import Numbers
 
-from megatron_gil.demo.domains import HELDOUT_DOMAIN, TRAINING_DOMAINS
+from megatron_gil.demo.domains import HELDOUT_DOMAIN
 from megatron_gil.evaluation.report.figures import (
     FrontierPoint,
-    bars,
     curve_grid,
     frontier,
     score_distributions,
     to_png,
 )
 from megatron_gil.evaluation.report.runs import Json
-from megatron_gil.evaluation.statistics import t_interval
 
 Curves = Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]
 SHOWN = ("ppo", "ppo_kl", "gil", "gil_floor", "grpo", "grpo_gil", "sft", "dpo")
@@ -45,14 +42,11 @@ def write_pictures(
     curves: Curves,
     labels: Mapping[str, str],
 ) -> None:
-    """gold.png, scores.png, frontier.png, training.png, groups.png: means over the seeds there are, in gold.png with
-    their 95 % t intervals, in the curves with the range over seeds."""
+    """scores.png, frontier.png, training.png, groups.png: means over the seeds there are, in the curves with the range
+    over seeds."""
     methods = [m for m in SHOWN if "gold" in numbers.get(m, {})]
-    domains = (*TRAINING_DOMAINS, HELDOUT_DOMAIN)
-    gold = {labels[m]: {d: fmean(numbers[m][f"gold_{d}"].values()) for d in domains} for m in methods}
     scores = {labels[m]: _scores(replies, m) for m in methods}
     drawn = {
-        "gold": bars(gold, label="gold score", intervals=_intervals(numbers, methods, labels)),
         "scores": score_distributions(scores),
         "frontier": frontier({labels[m]: _frontier(curves[m]) for m in methods if m in curves}),
         "training": curve_grid(**_panels(curves, PANELS, methods, labels)),
@@ -75,19 +69,6 @@ def _frontier(of_method: Mapping[str, Mapping[int, Sequence[float]]]) -> list[Fr
         FrontierPoint(kl=fmean(kl[i]), proxy=fmean(proxy[i]), gold=fmean(values))
         for i, values in of_method["gold"].items()
     ]
-
-
-def _intervals(
-    numbers: Numbers, methods: Sequence[str], labels: Mapping[str, str]
-) -> dict[str, dict[str, tuple[float, float]]]:
-    found = {
-        labels[m]: {d: t_interval(list(numbers[m][f"gold_{d}"].values())) for d in (*TRAINING_DOMAINS, HELDOUT_DOMAIN)}
-        for m in methods
-    }
-    return {
-        name: {d: (e.low, e.high) for d, e in by_domain.items() if math.isfinite(e.low)}
-        for name, by_domain in found.items()
-    }
 
 
 def _panels(

@@ -184,10 +184,9 @@ def bars(
     values: Mapping[str, Mapping[str, float]],
     *,
     label: str,
-    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
     color: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Groups of bars: {method: {category: value}}, categories on the x axis; intervals: (low, high) of each bar."""
+    """Groups of bars: {method: {category: value}}, categories on the x axis."""
     from matplotlib import pyplot
 
     categories = list(dict.fromkeys(c for parts in values.values() for c in parts))
@@ -197,9 +196,6 @@ def bars(
         x = np.arange(len(categories)) + (i - (len(values) - 1) / 2) * width
         heights = [parts.get(c, float("nan")) for c in categories]
         ax.bar(x, heights, width * 0.92, color=color[name])
-        if intervals is not None:
-            low, high = zip(*(intervals[name].get(c, (float("nan"),) * 2) for c in categories), strict=True)
-            ax.vlines(x, low, high, color="#3c4148", linewidth=0.9)
     ax.set_xticks(range(len(categories)), categories)
     ax.set_ylabel(label)
     ax.grid(False, axis="x")
