@@ -6,8 +6,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.console import Console
-
 from megatron_gil.commands.plan import memory_table, wide_console
 from megatron_gil.config import (
     AuditConfig,
@@ -32,9 +30,9 @@ from megatron_gil.training.hub_names import pin_names_alone
 from megatron_gil.training.run.output import audit_files, quality_files
 
 
-def dry_run(config: CommandConfig, arguments: argparse.Namespace, console: Console | None = None) -> int:
+def dry_run(config: CommandConfig, arguments: argparse.Namespace) -> int:
     """0: the command can start as it is. ConfigError (exit code 2): it cannot."""
-    console, config = console or wide_console(), pin_names_alone(config)
+    console, config = wide_console(), pin_names_alone(config)
     parallel = config.parallel
     world_size = arguments.gpus or parallel.tensor_size * parallel.pipeline_size
     checked = check_run(config, world_size, sizes_from=arguments.sizes_from)

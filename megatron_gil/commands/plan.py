@@ -23,10 +23,10 @@ from megatron_gil.planning.workload import Workload, read_workload
 DAY = 86400.0
 
 
-def plan(arguments: argparse.Namespace, console: Console | None = None) -> int:
+def plan(arguments: argparse.Namespace) -> int:
     """Print the plan. Exit code 0 also where nothing fits: the question was answered."""
-    console = console or wide_console()
-    spec, gpu, assume = read_model(arguments.model), GPUS[arguments.gpu], Assumptions()
+    console, spec = wide_console(), read_model(arguments.model)
+    gpu, assume = GPUS[arguments.gpu], Assumptions()
     config = ppo_config(arguments.overrides)
     if arguments.config is not None:
         config = load_config(PpoConfig, arguments.config, ["run.dir=plan", *arguments.overrides])

@@ -91,15 +91,12 @@ def write_tiny_llama(
     *,
     seed: int,
     vocab_size: int = 384,
-    hidden_size: int = 64,
-    ffn_size: int = 192,
-    num_layers: int = 2,
 ) -> None:
     """config.json, model.safetensors and a tokenizer trained on `texts`, in a directory that exists."""
     from safetensors.torch import save_file
 
     train_tokenizer(texts, directory / "tokenizer.model", vocab_size=vocab_size)
-    config = llama_config(vocab_size=vocab_size, hidden_size=hidden_size, ffn_size=ffn_size, num_layers=num_layers)
+    config = llama_config(vocab_size=vocab_size, hidden_size=64, ffn_size=192, num_layers=2)
     save_file(llama_weights(config, seed=seed), directory / "model.safetensors", metadata={"format": "pt"})
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     tokenizer = {

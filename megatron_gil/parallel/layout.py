@@ -47,7 +47,6 @@ class ParallelLayout:
     tp_pg: dist.ProcessGroup
     pp_pg: dist.ProcessGroup
     dp_pg: dist.ProcessGroup
-    model_pg: dist.ProcessGroup  # the tp x pp ranks that hold one copy of a model
     world_pg: dist.ProcessGroup
     store: dist.Store  # keys and values that all ranks see; clone it to use it from a thread
 
@@ -196,7 +195,6 @@ def _read_layout(
         tp_pg=_group(mpu.get_tensor_model_parallel_group()),
         pp_pg=_group(mpu.get_pipeline_model_parallel_group()),
         dp_pg=_group(mpu.get_data_parallel_group()),
-        model_pg=_group(mpu.get_model_parallel_group()),
         world_pg=_group(dist.group.WORLD),
         store=store,
     )

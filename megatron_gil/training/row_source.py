@@ -51,14 +51,12 @@ class RowSource:
         row_ids, _ = self.order.next(update * self.order.batch_size)
         return self.read(row_ids)
 
-    def all_batches(self, before_batch: Callable[[], None], *, done: Collection[int] = ()) -> Iterator[Any]:
-        """Every row of the data set that is not `done` once, over all data-parallel ranks; `before_batch` is called as
-        often on each."""
-        for row_ids in self.all_row_ids(before_batch, done=done):
-            yield self.read(row_ids)
+    def all_batches(self, before_batch: Callable[[], None]) -> Iterator[Any]:
+        """Every row of the data set once, over all data-parallel ranks; `before_batch` is called as often on each."""
+        yield from map(self.read, self.all_row_ids(before_batch))
 
     def all_row_ids(self, before_batch: Callable[[], None], *, done: Collection[int] = ()) -> Iterator[list[int]]:
-        """The row ids of these batches."""
+        """The row ids of these batches, without rows that are `done`."""
         for row_ids in _deal(len(self.dataset), self.micro_size, self.layout, done):
             before_batch()
             if row_ids:

@@ -26,6 +26,8 @@ PARTS_PALETTE = ("#332288", "#ddcc77", "#117733", "#cc6677", "#88ccee", "#882255
 """Tol's muted palette, for parts of a run: it shares no colour with PALETTE, which is for runs."""
 Spans = Sequence[tuple[float, float]]
 """(first, last) iterations."""
+COLUMNS = 3
+"""Panels beside one another in a grid, at most."""
 
 _STYLE: Any = {  # matplotlib types the keys as literals
     "font.size": 9.0,
@@ -94,7 +96,6 @@ def colors(names: Sequence[str], palette: Sequence[str] = PALETTE) -> dict[str, 
 def curve_grid(
     panels: Mapping[str, Mapping[str, Series]],
     *,
-    columns: int = 3,
     smooth: int = 0,
     share_y: bool = False,
     bands: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] | None = None,
@@ -111,7 +112,7 @@ def curve_grid(
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     color = color or colors(names)
-    figure, axes = _grid(len(panels), columns, share_y)
+    figure, axes = _grid(len(panels), share_y)
     for ax, (title, lines) in zip(axes, panels.items(), strict=False):
         ax.set_title(title)
         for name, (x, y) in lines.items():
@@ -119,7 +120,7 @@ def curve_grid(
             _curve(ax, x, y, color[name], smooth, band)
         for place, (name, spans) in enumerate((alarms or {}).get(title, {}).items()):
             _shade(ax, spans, color[name], place)
-    for ax in axes[-columns:]:
+    for ax in axes[-COLUMNS:]:
         ax.set_xlabel("iteration")
     if len(names) > 1 and legend:
         draw_legend(figure, {name: color[name] for name in names})
@@ -127,9 +128,7 @@ def curve_grid(
 
 
 @styled
-def score_distributions(
-    scores: Mapping[str, Sequence[float]], *, label: str = "reward-model score", color: Mapping[str, str] | None = None
-) -> Figure:
+def score_distributions(scores: Mapping[str, Sequence[float]], *, color: Mapping[str, str] | None = None) -> Figure:
     """A histogram of scores per method, all on one axis; a line shows the normal distribution of the same mean and
     standard deviation."""
     from matplotlib import pyplot
@@ -150,7 +149,7 @@ def score_distributions(
         ax.text(0.0, 0.86, name, transform=ax.transAxes, weight="bold", color=own, va="top")
         shape = f"mean {np.mean(values):.2f}\nsd {np.std(values):.2f}\nskewness {skewness(values):+.2f}"
         ax.text(0.0, 0.62, shape, transform=ax.transAxes, va="top", fontsize=8, color="#5a6068")
-    axes[-1, 0].set_xlabel(label)
+    axes[-1, 0].set_xlabel("reward-model score")
     return figure
 
 
@@ -229,10 +228,10 @@ def to_png(figure: Figure) -> bytes:
     return small.getvalue()
 
 
-def _grid(count: int, columns: int, share_y: bool) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, share_y: bool) -> tuple[Figure, list[Axes]]:
     from matplotlib import pyplot
 
-    rows, columns = -(-count // columns), min(columns, count)
+    rows, columns = -(-count // COLUMNS), min(COLUMNS, count)
     figure, axes = pyplot.subplots(
         rows,
         columns,

@@ -79,7 +79,7 @@ def shape_experience(
     )
     means = rollout_means(rollout, scores.scores, known_names)
     means.add("response/duplicate_fraction", repeated)
-    add_shaping_means(means, rollout, scores, trajectory_returns, kl_weights, invariance)
+    add_shaping_means(means, rollout, scores, trajectory_returns, kl_weights)
     if scores.group_probs.shape[1] > 1:
         add_group_means(means, rollout, scores, repeated, invariance)
     metrics = with_deviations(means.reduce(all_sum))

@@ -29,9 +29,7 @@ def token_kl(rollout: Rollout, scores: Scores) -> Tensor:
     return torch.where(rollout.response_mask, scores.log_probs - scores.ref_log_probs, 0)
 
 
-def add_shaping_means(
-    means: Means, rollout: Rollout, scores: Scores, returns: Tensor, kl_weights: Tensor, invariance: Invariance
-) -> None:
+def add_shaping_means(means: Means, rollout: Rollout, scores: Scores, returns: Tensor, kl_weights: Tensor) -> None:
     mask = rollout.response_mask
     kl = token_kl(rollout, scores)
     means.add("reward/return_mean", returns)
