@@ -30,9 +30,9 @@ from megatron_gil.engine.skipped import SkippedUpdate
 from megatron_gil.models.families import Head, ModelSpec
 from megatron_gil.models.hf import load_weights
 from megatron_gil.models.transformer import build_model
-from megatron_gil.parallel.collectives import all_sum, gather_objects, share_from_last_pp_stage
+from megatron_gil.parallel.collectives import all_sum, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
-from megatron_gil.parallel.pipeline import share_object_from_last_pp_stage
+from megatron_gil.parallel.pipeline import share_from_last_pp_stage, share_object_from_last_pp_stage
 from megatron_gil.types import LossSum, Metrics, Readout, count_terms
 
 CUDA_TOKENS_MULTIPLE = 64

@@ -18,9 +18,13 @@ from megatron_gil.models.convert.copy import ModelDirectory
 from megatron_gil.models.convert.locate import Role, find_model
 from megatron_gil.models.families import check_layout
 from megatron_gil.models.heads import output_weight
-from megatron_gil.parallel.collectives import broadcast_object, concat_over_tp, share_from_last_pp_stage
+from megatron_gil.parallel.collectives import broadcast_object, concat_over_tp
 from megatron_gil.parallel.layout import ParallelLayout, start_parallel, stop_parallel
-from megatron_gil.parallel.pipeline import receive_from_previous_pp_stage, send_to_next_pp_stage
+from megatron_gil.parallel.pipeline import (
+    receive_from_previous_pp_stage,
+    send_to_next_pp_stage,
+    share_from_last_pp_stage,
+)
 
 TEXTS = (
     "Once upon a time, there was a little girl who lived near a forest.",

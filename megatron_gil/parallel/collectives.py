@@ -65,20 +65,6 @@ def all_agree(flag: bool, layout: ParallelLayout) -> bool:
     return bool(min_over_ranks(int(flag), layout))
 
 
-def share_from_last_pp_stage(
-    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, layout: ParallelLayout
-) -> Tensor:
-    """The last pipeline stage's tensor, on every stage; the others give None."""
-    if tensor is None:
-        tensor = torch.empty(shape, dtype=dtype, device=layout.device)
-    assert tuple(tensor.shape) == shape, (tensor.shape, shape)
-    assert tensor.dtype == dtype, (tensor.dtype, dtype)
-    if layout.pp_size > 1:
-        tensor = tensor.contiguous()
-        dist.broadcast(tensor, group=layout.pp_pg, group_src=layout.pp_size - 1)
-    return tensor
-
-
 def sum_over_tp(tensor: Tensor, layout: ParallelLayout) -> None:
     """The sum over tensor-parallel ranks, written into the tensor given."""
     if layout.tp_size > 1:

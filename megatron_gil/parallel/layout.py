@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
-from megatron_gil.config import ConfigError, ParallelSection
+from megatron_gil.config import ConfigError, ParallelSection, data_parallel_size
 from megatron_gil.parallel.cpu import install_cpu_shim
 from megatron_gil.parallel.device import check_own_gpu, prepare_device
 
@@ -94,13 +94,8 @@ def start_parallel(
     deterministic: kernels that give the same bits each time, on CUDA; the CPU's already do. joined: called as soon as
     there is a store, with this rank, the number of ranks and the store.
     """
-    model_size = parallel.tensor_size * parallel.pipeline_size
     place = _read_place(os.environ)
-    if place.world_size % model_size:
-        raise ConfigError(
-            f"{place.world_size} processes cannot be divided by parallel.tensor_size={parallel.tensor_size} x "
-            f"parallel.pipeline_size={parallel.pipeline_size} = {model_size}; start a multiple of {model_size}"
-        )
+    data_parallel_size(place.world_size, parallel)
     device = prepare_device(place.local_rank, deterministic=deterministic)
     install_cpu_shim()
     store = _meet(place, parallel.timeout_s, joined)

@@ -1,4 +1,4 @@
-"""What neighbouring pipeline stages hand one another outside megatron's training schedules."""
+"""What pipeline stages hand one another outside megatron's training schedules."""
 
 from __future__ import annotations
 
@@ -31,9 +31,17 @@ def share_from_pp_stage(
     if tensor is None:
         tensor = torch.empty(shape, dtype=dtype, device=layout.device)
     assert tuple(tensor.shape) == shape, (tensor.shape, shape)
+    assert tensor.dtype == dtype, (tensor.dtype, dtype)
     if layout.pp_size > 1:
+        tensor = tensor.contiguous()
         dist.broadcast(tensor, group=layout.pp_pg, group_src=pp_rank)
     return tensor
+
+
+def share_from_last_pp_stage(
+    tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, layout: ParallelLayout
+) -> Tensor:
+    return share_from_pp_stage(tensor, shape, dtype, layout.pp_size - 1, layout)
 
 
 def share_object_from_last_pp_stage(obj: Any, layout: ParallelLayout) -> Any:

@@ -16,9 +16,9 @@ from megatron_gil.parallel.collectives import (
     broadcast_object,
     gather_objects,
     max_over_ranks,
-    share_from_last_pp_stage,
 )
 from megatron_gil.parallel.layout import start_parallel, stop_parallel
+from megatron_gil.parallel.pipeline import share_from_last_pp_stage
 from megatron_gil.types import Readout, TokenBatch
 from tests.gathered import gather_rows
 from tests.ranks import RankError, run_ranks
