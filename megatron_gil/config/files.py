@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -133,6 +133,20 @@ def _plain(layer: Any, key: Any) -> Any:
     """What a key of a YAML layer holds, not yet interpolated."""
     node = layer._get_node(key)
     return None if OmegaConf.is_config(node) else node._value()
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """section.key -> value of a config as nested mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def settings_of(config: CommandConfig | type[CommandConfig]) -> dict[str, Any]:
+    """section.key -> value of a config; of a class, its defaults."""
+    tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    return flatten(tree)
 
 
 def dump_config(config: CommandConfig) -> str:

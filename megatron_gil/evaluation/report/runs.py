@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_gil.config import ConfigError
-from megatron_gil.config.files import read_yaml
+from megatron_gil.config.files import flatten, read_yaml
 from megatron_gil.jsonl import iter_jsonl
 
 Json = dict[str, Any]
@@ -120,17 +120,7 @@ def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:
     tree: Any = OmegaConf.to_container(read_yaml(path))
     first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return _flatten(tree, ""), first.lstrip("# ") if first.startswith("#") else ""
-
-
-def _flatten(tree: dict[Any, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return flatten(tree), first.lstrip("# ") if first.startswith("#") else ""
 
 
 def _read_rows(path: Path, check: Callable[[Json], Json]) -> list[Json]:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from megatron_gil import __version__
 from megatron_gil.config import COMMAND_CONFIGS
+from megatron_gil.config.files import settings_of
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.evaluation.report.overview import TERMS, kind_of, number_text
 from megatron_gil.models.convert.lineage import Stage, hub_name, preparation
@@ -150,9 +149,7 @@ def _data(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settings(stage: Stage) -> list[tuple[str, str]]:
-    tree: Any = OmegaConf.to_container(OmegaConf.structured(COMMAND_CONFIGS[stage.command]))
-    defaults = {f"{name}.{key}": value for name, part in tree.items() for key, value in part.items()}
-    rows = []
+    defaults, rows = settings_of(COMMAND_CONFIGS[stage.command]), []
     for key, value in stage.run.config.items():
         is_path = key.startswith(("models.", "data.")) and isinstance(value, str) and ("/" in value or "." in value)
         told = key in SHOWN or value != defaults.get(key, value)

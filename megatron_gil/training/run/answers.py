@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_gil.config import CommandConfig, ConfigError
+from megatron_gil.config.files import flatten
 from megatron_gil.data.hub import HubName
 from megatron_gil.data.rows.records import matching
-from megatron_gil.engine.files import reason, write_text
+from megatron_gil.engine.files import reason
 from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.paths import write_whole
 from megatron_gil.training.run.loop import RunFailed
 from megatron_gil.training.run.metrics import clock_text
 from megatron_gil.training.run.row_file import RowFile
@@ -83,9 +85,9 @@ class AnswerFile:
             _, rows, _ = _read_part(self.part)
             text = "".join(json.dumps(rows[number], ensure_ascii=False) + "\n" for number in sorted(rows))
             try:
-                write_text(self.output, text)
+                write_whole(self.output, text)
                 self.part.unlink()
-                print(f"{len(rows)} rows in {self.output}{self._show.pace()}", file=sys.stderr)
+                print(", ".join([f"{len(rows)} rows in {self.output}", *self._show.pace()]), file=sys.stderr)
             except OSError as refused:
                 error = f"{self.output} cannot be written: {reason(refused)}; the rows are kept in {self.part}"
         if error := broadcast_object(error, self._layout):
@@ -149,17 +151,17 @@ class _RowProgress:
 
     def update(self, num_done: int) -> None:
         self._done, now = num_done, time.monotonic()
-        self._bar.update(self._task, completed=num_done, pace=self.pace().lstrip(", "))
+        self._bar.update(self._task, completed=num_done, pace="".join(self.pace()))
         if not self._console.is_terminal and now - self._said >= LINE_EVERY_S:
             self._said = now
             left = (now - self._started) / (num_done - self._start) * (self._num_rows - num_done)
-            text = f"{num_done:>{len(str(self._num_rows))}}/{self._num_rows} rows{self.pace(', ')}"
-            self._console.print(f"{text.replace(', ', '  ')}  left {clock_text(left)}", markup=False)
+            done = f"{num_done:>{len(str(self._num_rows))}}/{self._num_rows} rows"
+            self._console.print("  ".join([done, *self.pace(), f"left {clock_text(left)}"]), markup=False)
 
-    def pace(self, separator: str = ", ") -> str:
+    def pace(self) -> list[str]:
         """Rows a second of this start; empty where it has answered none."""
         count = self._done - self._start
-        return f"{separator}{count / (time.monotonic() - self._started):.3g} rows/s" if count else ""
+        return [f"{count / (time.monotonic() - self._started):.3g} rows/s"] if count else []
 
     def close(self) -> None:
         self._bar.stop()
@@ -167,8 +169,7 @@ class _RowProgress:
 
 def what_rows_depend_on(config: CommandConfig, *paths: str) -> dict[str, str]:
     """Every setting that an answer depends on, and the state of the files under the paths that these keys name."""
-    tree = {key: value if isinstance(value, dict) else {"": value} for key, value in asdict(config).items()}
-    flat = {f"{part}.{key}".rstrip("."): value for part, values in tree.items() for key, value in values.items()}
+    flat = flatten(asdict(config))
     kept = {
         key: value for key, value in flat.items() if key not in FREE and not key.startswith(("parallel.", "batch."))
     }

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 import megatron_gil
 from megatron_gil import __version__
 from megatron_gil.config import IS_PATH, ConfigError, TrainConfig
-from megatron_gil.config.files import dump_config, read_yaml
+from megatron_gil.config.files import dump_config, flatten, read_yaml, settings_of
 from megatron_gil.paths import expand_user, write_whole
 from megatron_gil.training.run.lock import FileLock
 
@@ -151,8 +151,8 @@ def _find_changes(directory: Path, config: TrainConfig) -> list[Change]:
         raise ConfigError(
             f"run.dir={directory} holds a run of another command, with {', '.join(sorted(theirs))} settings"
         )
-    before, after = _flatten(record), _flatten(OmegaConf.to_container(OmegaConf.structured(config)))
-    defaults = _flatten(OmegaConf.to_container(OmegaConf.structured(type(config))))  # for keys newer than the run
+    before, after = flatten(record), settings_of(config)
+    defaults = settings_of(type(config))  # for keys newer than the run
     changes = [Change(key=k, old=before.get(k, defaults[k]), new=v) for k, v in after.items()]
     changes = [change for change in changes if not _is_same(config, change)]
     if any((directory / "checkpoints").glob("iter_*")):
@@ -222,9 +222,3 @@ def git_commit() -> str:
 def _git(directory: Path, *arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name, part in tree.items() for key, value in _flatten(part, f"{prefix}{name}.").items()}
