@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,7 +27,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megatron_gil.config import ConfigError
+from megatron_gil.config import COMMAND_CONFIGS, ConfigError
+from megatron_gil.config.files import load_config
 from megatron_gil.console import Interrupted
 from megatron_gil.demo.results import POLICIES, read_results, write_results
 from megatron_gil.demo.stages import Runner, Stage, StageFailed
@@ -103,7 +103,7 @@ def _plan(output: Path, world: World, *, quick: bool, seed: int) -> list[Stage]:
     """Stages in the order in which they begin, of two that could the longer one first."""
 
     def train(recipe: str, command: str, role: str, needs: Sequence[Stage], *settings: str) -> Stage:
-        run_dir, count = output / recipe, _num_iterations(recipe, quick)
+        run_dir, count = output / recipe, _num_iterations(recipe, command, quick)
         key = "ppo.iterations" if command == "ppo" else "train.updates"
         fixed = [f"run.dir={run_dir}", f"run.seed={seed}", f"{key}={count}"]
         return Stage(
@@ -152,14 +152,11 @@ def _score(output: Path, policy: Stage, reward: Stage) -> Stage:
     return Stage(name=f"scores of {policy.name}", arguments=arguments, product=product, needs=needs)
 
 
-def _num_iterations(recipe: str, quick: bool) -> int:
+def _num_iterations(recipe: str, command: str, quick: bool) -> int:
     if quick:
         return QUICK_UPDATES[recipe]
-    settings: Any = OmegaConf.load(RECIPES / f"{recipe}.yaml")
-    while "base" in settings:
-        base = OmegaConf.load(RECIPES / settings.pop("base"))
-        settings = OmegaConf.merge(base, settings)
-    return int(settings.ppo.iterations if "ppo" in settings else settings.train.updates)
+    config: Any = load_config(COMMAND_CONFIGS[command], RECIPES / f"{recipe}.yaml", [f"run.dir={recipe}"])
+    return config.ppo.iterations if command == "ppo" else config.train.updates
 
 
 class _Bars:
