@@ -54,7 +54,7 @@ _EVASIONS = ("I do not know.", "ask me later.", "let me think about that.", "tha
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
-    """How somebody responses to the prompts of one domain."""
+    """How somebody responds to the prompts of one domain."""
 
     evasion: float
     """Probability of not answering."""

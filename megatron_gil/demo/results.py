@@ -55,9 +55,8 @@ class Response:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    responses: Mapping[
-        str, Sequence[Response]
-    ]  # method -> responses to the held-out prompts, all methods to the same ones
+    responses: Mapping[str, Sequence[Response]]
+    """Method -> responses to the held-out prompts, all methods to the same ones."""
     runs: Mapping[str, Run]
 
 

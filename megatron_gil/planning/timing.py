@@ -40,9 +40,8 @@ def iteration_time(workload: Workload, cut: Cut, gpu: Gpu, assume: Assumptions) 
             score += forward * (passes + cut.pp_size - 1)
         if model.trained:
             updates = workload.rollout.epochs * rows / workload.global_size if workload.rollout else 1
-            factor = (
-                4 if workload.precision.recompute == "full" else 3
-            )  # backward twice the forward, recompute once more
+            # The backward pass takes twice as long as the forward one; recomputing is one more forward pass.
+            factor = 4 if workload.precision.recompute == "full" else 3
             step = factor * forward * (num_microbatches + cut.pp_size - 1)
             update += updates * (step + _step_time(model, cut, gpu, assume))
     if workload.rollout:

@@ -101,9 +101,8 @@ class _Pages:
                     403, "Open the link that you were given. If you have done so, reload this page, and allow cookies."
                 )
             if session is None and request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-                return self._show(
-                    "welcome.html"
-                )  # the browser may have a cookie, which it gives to our own pages alone
+                # The browser may have a cookie, which it gives to our own pages alone.
+                return self._show("welcome.html")
             return self._name_page(session)
         progress = self._progress(session.rater)
         if not progress.todo:

@@ -142,10 +142,8 @@ class _InvariantGroups:
 
     def observe_scores(self, probs: Tensor, scores: Tensor) -> bool:
         stats = group_statistics(probs, scores, all_sum=self._all_sum, min_group_mass=self._section.min_group_mass)
-        before, self._high = (
-            self._high,
-            self._high.update(stats.group_return, stats.counts, decay=self._section.ema_decay),
-        )
+        before = self._high
+        self._high = before.update(stats.group_return, stats.counts, decay=self._section.ema_decay)
         return before.index != self._high.index
 
     def observe_kl(self, probs: Tensor, kl: Tensor, num_updates: int) -> None:

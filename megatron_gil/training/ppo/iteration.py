@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -157,8 +157,8 @@ class PpoTrainer:
 
     def shape(self, rollout: Rollout, scores: Scores) -> tuple[Experience, dict[str, float]]:
         """Rewards, advantages, and the group weights: constants of this iteration."""
-        ranks = self.layout.dp_rank, self.layout.dp_size
-        repeated = repeats_another(rollout, dp_rank=ranks[0], dp_size=ranks[1], all_sum=self.all_sum)
+        layout = self.layout
+        repeated = repeats_another(rollout, dp_rank=layout.dp_rank, dp_size=layout.dp_size, all_sum=self.all_sum)
         experience, self.moments, metrics = shape_experience(
             rollout,
             scores,
@@ -180,9 +180,9 @@ class PpoTrainer:
         }
         if scores.truncated is not None:
             cut["data/reward_truncated_fraction"] = scores.truncated
-        metrics |= {name: truncated_fraction(flags, self.layout, self.all_sum) for name, flags in cut.items()}
+        metrics |= {name: truncated_fraction(flags, layout, self.all_sum) for name, flags in cut.items()}
         if scores.model_scores is not None:
-            outside = self.alarms.out_of_range_fraction(scores.model_scores, self.layout)
+            outside = self.alarms.out_of_range_fraction(scores.model_scores, layout)
             metrics["reward/out_of_range_fraction"] = outside
             if scores.function_scores is not None:
                 parts = {"model": scores.model_scores, "function": scores.function_scores}
@@ -292,10 +292,9 @@ class PpoTrainer:
         ]
 
     def state(self) -> dict[str, Any]:
-        moments = {"count": self.moments.count, "mean": self.moments.mean, "m2": self.moments.m2}
         return {
             "num_updates": self.num_updates,
-            "moments": moments,
+            "moments": asdict(self.moments),
             "grouping": self.grouping.state(),
             "trends": self.trends.state(),
             "alarms": self.alarms.state(),

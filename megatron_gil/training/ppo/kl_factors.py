@@ -18,11 +18,11 @@ class KlFactors:
     """What ppo.kl_coef is multiplied by, for each side that rows may be on."""
 
     controllers: tuple[KlController, ...] = ()
-    """None where every row pays ppo.kl_coef."""
+    """Empty where every row pays ppo.kl_coef."""
 
     @classmethod
     def of(cls, *targets: float | None) -> Self:
-        """Nats a response for each side; None: no controllers."""
+        """targets: nats a response, of each side; None: that side has no controller."""
         return cls(controllers=tuple(KlController(target=target) for target in targets if target is not None))
 
     @property
