@@ -23,7 +23,7 @@ class ControlToken(NamedTuple):
 
 class Subwords(Protocol):
     vocab_size: int
-    control: Mapping[str, ControlToken]
+    control: dict[str, ControlToken]
 
     def encode(self, text: str) -> list[int]:
         """Ids as the library gives them; no special ones are added."""

@@ -11,7 +11,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.data.text.chat import ChatTemplate, ChatText, Message, format_dialogue
 from megatron_gil.data.text.sentencepiece_json import as_tokenizer_json
 from megatron_gil.data.text.special_tokens import JSON_FILES, read_special_tokens
-from megatron_gil.data.text.subwords import FastModel, SentencePieceModel
+from megatron_gil.data.text.subwords import FastModel, SentencePieceModel, Subwords
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 _TAKEN_AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -33,6 +33,7 @@ class Tokenizer:
     def __init__(self, directory: str, files: Mapping[str, bytes]) -> None:
         self._files = dict(files)
         self._special = read_special_tokens(directory, files)
+        self._subwords: Subwords
         if "tokenizer.json" in files:
             self._subwords = FastModel(f"{directory}/tokenizer.json", files["tokenizer.json"], self._special)
         else:
