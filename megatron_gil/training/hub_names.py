@@ -6,14 +6,14 @@ With its pins the config goes into the run directory, so that a resumed run read
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from megatron_gil.config import IS_PATH, AuditConfig, CommandConfig, TrainConfig
-from megatron_gil.config.files import read_yaml
+from megatron_gil.config.files import flatten, read_yaml
 from megatron_gil.data.hub import HubName, Kind, fetch
 from megatron_gil.models.uses import model_uses
 from megatron_gil.training.run.directory import CONFIG_FILE
@@ -36,9 +36,9 @@ def names_of(config: CommandConfig) -> dict[str, tuple[HubName, Kind]]:
         kinds |= {f"audit.{f.name}": "dataset" for f in _paths(config.audit)}
     kinds |= {f"models.{f.name}": "model" for f in models if f.name in roles}
     found: dict[str, tuple[HubName, Kind]] = {}
+    values = flatten(asdict(config))
     for key, kind in kinds.items():
-        value = getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2])
-        name = HubName.parse(value) if value else None
+        name = HubName.parse(values[key]) if values[key] else None
         if name is not None:
             found[key] = name, kind
     before = _recorded(config) if found else {}
@@ -54,7 +54,7 @@ def _recorded(config: CommandConfig) -> dict[str, Any]:
     if not isinstance(config, TrainConfig) or not config.run.dir or not Path(config.run.dir, CONFIG_FILE).is_file():
         return {}
     tree: Any = OmegaConf.to_container(read_yaml(Path(config.run.dir, CONFIG_FILE)))
-    return {f"{part}.{key}": tree[part][key] for part in ("models", "data") for key in tree.get(part) or {}}
+    return flatten(tree)
 
 
 def _pinned_before(name: HubName, recorded: Any) -> HubName:
