@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from megatron_gil.evaluation.statistics import BLOCK, Estimate, interval
+from megatron_gil.evaluation.statistics import BLOCK, LEVEL, Estimate, interval
 
 DRAWS = 2000
 
@@ -50,7 +50,7 @@ def resampled_times(num_clusters: int, num_rows: int, *, draws: int = DRAWS, see
         yield np.bincount(drawn.ravel(), minlength=count * num_clusters).reshape(count, num_clusters)
 
 
-def expanded_interval(value: float, resampled: np.ndarray, num_clusters: int, *, level: float = 0.95) -> Estimate:
+def expanded_interval(value: float, resampled: np.ndarray, num_clusters: int) -> Estimate:
     """A statistic with the expanded percentile interval of its [draws] (Hesterberg 2015, American Statistician 69,
     371): as much wider than the plain one as Student's t asks for with so few clusters.
 
@@ -60,5 +60,5 @@ def expanded_interval(value: float, resampled: np.ndarray, num_clusters: int, *,
         return Estimate(value=value, low=math.nan, high=math.nan)
     from scipy.special import ndtr, stdtrit
 
-    tail = float(ndtr(math.sqrt(num_clusters / (num_clusters - 1)) * stdtrit(num_clusters - 1, (1 - level) / 2)))
+    tail = float(ndtr(math.sqrt(num_clusters / (num_clusters - 1)) * stdtrit(num_clusters - 1, (1 - LEVEL) / 2)))
     return interval(value, resampled, level=1 - 2 * tail)

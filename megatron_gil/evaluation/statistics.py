@@ -10,6 +10,8 @@ import numpy as np
 
 BLOCK = 2_000_000
 """Numbers resampled at a time: 16 MB."""
+LEVEL = 0.95
+"""Of every interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,13 +26,7 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap(
-    values: Sequence[float],
-    *,
-    level: float = 0.95,
-    draws: int = 5000,
-    seed: int = 0,
-) -> Estimate:
+def bootstrap(values: Sequence[float], *, draws: int = 5000, seed: int = 0) -> Estimate:
     """Percentile bootstrap (Efron 1979) of the mean of independent values.
 
     A single value has no spread to resample: its interval has width 0, which does not mean that it is certain. Of no
@@ -46,10 +42,10 @@ def bootstrap(
         sample[rng.integers(sample.size, size=(min(block, draws - start), sample.size))].mean(-1)
         for start in range(0, draws, block)
     ]
-    return interval(float(sample.mean()), np.concatenate(resampled), level=level)
+    return interval(float(sample.mean()), np.concatenate(resampled))
 
 
-def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Estimate:
+def interval(value: float, resampled: np.ndarray, *, level: float = LEVEL) -> Estimate:
     """The percentile interval of a statistic whose value in each bootstrap draw is given; draws that have none, NaN,
     are left out. All NaN where there is no value at all."""
     found = resampled[np.isfinite(resampled)]
@@ -59,7 +55,7 @@ def interval(value: float, resampled: np.ndarray, *, level: float = 0.95) -> Est
     return Estimate(value=float(value), low=float(low), high=float(high))
 
 
-def t_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
+def t_interval(values: Sequence[float]) -> Estimate:
     """The mean of a few independent values, such as one a seed, with Student's interval, mean +- t s / sqrt(n).
 
     Of five normal values a percentile bootstrap interval holds the true mean in 83 % of the cases and not in 95 %; this
@@ -73,15 +69,15 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> Estimate:
     mean = float(sample.mean())
     if sample.size == 1:
         return Estimate(value=mean, low=-math.inf, high=math.inf)
-    half = float(stdtrit(sample.size - 1, (1 + level) / 2) * sample.std(ddof=1) / math.sqrt(sample.size))
+    half = float(stdtrit(sample.size - 1, (1 + LEVEL) / 2) * sample.std(ddof=1) / math.sqrt(sample.size))
     return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
-def wilson(share: float, num_trials: int, *, level: float = 0.95) -> Estimate:
+def wilson(share: float, num_trials: int) -> Estimate:
     """A share of independent trials with Wilson's interval (1927), which has a width even where all are alike."""
     from scipy.special import ndtri
 
-    z2 = float(ndtri((1 + level) / 2)) ** 2
+    z2 = float(ndtri((1 + LEVEL) / 2)) ** 2
     middle = (share + z2 / (2 * num_trials)) / (1 + z2 / num_trials)
     half = math.sqrt(z2 * (share * (1 - share) / num_trials + z2 / (4 * num_trials**2))) / (1 + z2 / num_trials)
     return Estimate(value=share, low=max(0.0, middle - half), high=min(1.0, middle + half))
