@@ -39,6 +39,15 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """The file, or the names in the directory, are on disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_new(texts: Mapping[Path, str]) -> None:
     """Files that are not there yet, in this order, and their directories: all of the files, or none where one cannot be
     written."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gil.config import CheckpointSection
-from megatron_gil.engine.files import FileWriter, digest, read_manifest, reason, sync, write_manifest
+from megatron_gil.engine.files import FileWriter, digest, read_manifest, reason, write_manifest
 from megatron_gil.engine.host_memory import available_host_bytes
 from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.engine.model_files import (
@@ -41,6 +41,7 @@ from megatron_gil.engine.shards import Renames
 from megatron_gil.models.hf import load_weights
 from megatron_gil.parallel.collectives import all_agree, broadcast_object, gather_objects
 from megatron_gil.parallel.layout import ParallelLayout
+from megatron_gil.paths import sync
 
 GIB = 1 << 30
 

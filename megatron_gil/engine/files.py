@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_gil.paths import write_whole
+from megatron_gil.paths import sync, write_whole
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 1 << 18
@@ -145,23 +145,9 @@ def digest(path: Path) -> Entry:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def sync(path: Path) -> None:
-    """The file, or the names in the directory, are on disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The file on disk, or an exception; never half of it under its name."""
-    write_whole(path, text)
-
-
 def write_manifest(directory: Path, entries: dict[str, Entry]) -> None:
     """The last file of a checkpoint: until it is there, there is none."""
-    write_text(directory / MANIFEST, json.dumps(dict(sorted(entries.items())), indent=1))
+    write_whole(directory / MANIFEST, json.dumps(dict(sorted(entries.items())), indent=1))
     for path in (*(p for p in directory.iterdir() if p.is_dir()), directory):
         sync(path)
 

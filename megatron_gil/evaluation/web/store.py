@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -15,6 +14,7 @@ from megatron_gil.config import ConfigError
 from megatron_gil.evaluation.comparisons import Comparison, Judgment
 from megatron_gil.evaluation.judge import Verdict, opposite
 from megatron_gil.evaluation.web.study import Study
+from megatron_gil.paths import sync
 
 Choice = Literal["first", "second", "tie"]
 _VERDICT: dict[str, Verdict] = {"first": "win", "tie": "tie", "second": "lose"}
@@ -151,7 +151,7 @@ class RatingStore:
                 "INSERT INTO opponents VALUES (?, ?)",
                 [(i, name) for i, c in enumerate(study.items) for name in study.opponents[c]],
             )
-        _sync_directory(self._path.parent)
+        sync(self._path.parent)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -304,11 +304,3 @@ def _compare(connection: sqlite3.Connection, path: Path, study: Study) -> None:
             f"{path}: {len(before - here)} of its {len(before)} pairs are not in these files, which have "
             f"{len(here - before)} others; {remedy}"
         )
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
