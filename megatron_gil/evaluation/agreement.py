@@ -47,7 +47,7 @@ class RaterAgreement:
     """Fleiss' (1971), an item with as many raters as it has; NaN where chance alone would agree always."""
 
 
-def agreements(judgments: Sequence[Judgment], *, seed: int = 0) -> tuple[list[PairAgreement], list[RaterAgreement]]:
+def agreements(judgments: Sequence[Judgment]) -> tuple[list[PairAgreement], list[RaterAgreement]]:
     """Of every two judges, and within a judge of several raters of every two raters and of all. Pairs that have no
     comparison in common are left out, and identical responses, which nobody judged."""
     by_judge: dict[str, dict[str, dict[Comparison, Verdict]]] = {}
@@ -59,10 +59,10 @@ def agreements(judgments: Sequence[Judgment], *, seed: int = 0) -> tuple[list[Pa
         pair
         for judge, raters in by_judge.items()
         if len(raters) > 1
-        for pair in _pairs({f"{judge}: {rater}": verdicts for rater, verdicts in raters.items()}, seed)
+        for pair in _pairs({f"{judge}: {rater}": verdicts for rater, verdicts in raters.items()})
     ]
-    pairs += _pairs({judge: majority(raters.values()) for judge, raters in by_judge.items()}, seed)
-    return pairs, [a for judge, raters in by_judge.items() if (a := _of_raters(judge, raters, seed)) is not None]
+    pairs += _pairs({judge: majority(raters.values()) for judge, raters in by_judge.items()})
+    return pairs, [a for judge, raters in by_judge.items() if (a := _of_raters(judge, raters)) is not None]
 
 
 def majority(raters: Iterable[Verdicts]) -> dict[Comparison, Verdict]:
@@ -103,7 +103,7 @@ def _beyond_chance(observed: np.ndarray, chance: np.ndarray) -> np.ndarray:
     return np.where(possible > 1e-12, (observed - chance) / np.where(possible > 1e-12, possible, 1), math.nan)
 
 
-def _pairs(judges: Mapping[str, Verdicts], seed: int) -> list[PairAgreement]:
+def _pairs(judges: Mapping[str, Verdicts]) -> list[PairAgreement]:
     found = []
     for (first, ours), (second, theirs) in combinations(judges.items(), 2):
         items = [item for item in ours if item in theirs]
@@ -111,7 +111,7 @@ def _pairs(judges: Mapping[str, Verdicts], seed: int) -> list[PairAgreement]:
             table = np.zeros((3, 3))
             for item in items:
                 table[CATEGORIES.index(ours[item]), CATEGORIES.index(theirs[item])] += 1
-            drawn = _resampled(table.ravel(), seed).reshape(-1, 3, 3)
+            drawn = _resampled(table.ravel()).reshape(-1, 3, 3)
             agreed = np.trace(drawn, axis1=-2, axis2=-1) / len(items)
             found.append(
                 PairAgreement(
@@ -125,7 +125,7 @@ def _pairs(judges: Mapping[str, Verdicts], seed: int) -> list[PairAgreement]:
     return found
 
 
-def _of_raters(judge: str, raters: Mapping[str, Verdicts], seed: int) -> RaterAgreement | None:
+def _of_raters(judge: str, raters: Mapping[str, Verdicts]) -> RaterAgreement | None:
     votes: dict[Comparison, list[int]] = {}
     for verdicts in raters.values():
         for item, verdict in verdicts.items():
@@ -139,11 +139,11 @@ def _of_raters(judge: str, raters: Mapping[str, Verdicts], seed: int) -> RaterAg
         judge=judge,
         num_raters=len(raters),
         num_items=len(shared),
-        kappa=interval(float(fleiss_kappa(chosen, counts)), fleiss_kappa(chosen, _resampled(counts, seed))),
+        kappa=interval(float(fleiss_kappa(chosen, counts)), fleiss_kappa(chosen, _resampled(counts))),
     )
 
 
-def _resampled(counts: np.ndarray, seed: int) -> np.ndarray:
-    """Bootstrap draws of items that fall into so many of each kind, [DRAWS, kinds]."""
+def _resampled(counts: np.ndarray) -> np.ndarray:
+    """Bootstrap draws of items that fall into so many of each kind, [DRAWS, kinds]; the same ones each time."""
     size = int(counts.sum())
-    return np.random.default_rng(seed).multinomial(size, counts / size, size=DRAWS).astype(float)
+    return np.random.default_rng(0).multinomial(size, counts / size, size=DRAWS).astype(float)

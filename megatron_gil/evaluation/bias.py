@@ -83,7 +83,7 @@ def _winning_places(judgment: Judgment) -> list[float]:
     return [float(verdict == of_first) for verdict, of_first in firsts if verdict in ("win", "lose")]
 
 
-def length_bias(judgments: Sequence[Judgment], *, seed: int = 0) -> LengthBias | None:
+def length_bias(judgments: Sequence[Judgment]) -> LengthBias | None:
     """None where nothing was judged. Resampled by prompt, so that repeats of one prompt stay together."""
     prompts = list(by_prompt(judgments).values())
     if not prompts:
@@ -95,7 +95,7 @@ def length_bias(judgments: Sequence[Judgment], *, seed: int = 0) -> LengthBias |
     spread = differences.std()
     x = np.tanh(differences / spread) if spread > 0 else np.zeros(len(differences))
     a, b = fit_logistic(x, won, weights[None])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     block = max(1, BLOCK // len(won))
     drawn = [
         fit_logistic(x, won, _counts(rng, len(prompts), min(block, DRAWS - start))[:, prompt_idx] * weights)
@@ -104,7 +104,7 @@ def length_bias(judgments: Sequence[Judgment], *, seed: int = 0) -> LengthBias |
     intercepts, slopes = (np.concatenate(part) for part in zip(*drawn, strict=True))
     return LengthBias(
         difference=float(np.average(differences, weights=weights)),
-        win_rate=bootstrap([fmean((MARGIN[j.outcome] + 1) / 2 for j in found) for found in prompts], seed=seed),
+        win_rate=bootstrap([fmean((MARGIN[j.outcome] + 1) / 2 for j in found) for found in prompts]),
         controlled=interval(float(_sigmoid(a)[0]), _sigmoid(intercepts)),
         slope=interval(float(b[0]), slopes),
         bins=_bins(differences, won, prompt_idx),

@@ -54,12 +54,12 @@ def judge_all(
     ]
 
 
-def win_rate(judgments: Sequence[Judgment], *, seed: int = 0) -> WinRate:
+def win_rate(judgments: Sequence[Judgment]) -> WinRate:
     """Shares with 95 % bootstrap intervals over prompts."""
     prompts = list(by_prompt(judgments).values())
 
     def share(verdict: Verdict) -> Estimate:
-        return bootstrap([fmean(float(j.outcome == verdict) for j in found) for found in prompts], seed=seed)
+        return bootstrap([fmean(float(j.outcome == verdict) for j in found) for found in prompts])
 
     margins = [fmean(MARGIN[j.outcome] for j in found) for found in prompts]
     return WinRate(
@@ -67,7 +67,7 @@ def win_rate(judgments: Sequence[Judgment], *, seed: int = 0) -> WinRate:
         win=share("win"),
         tie=share("tie"),
         lose=share("lose"),
-        margin=bootstrap(margins, seed=seed),
+        margin=bootstrap(margins),
         sign_test=sign_test(sum(m > 0 for m in margins), sum(m < 0 for m in margins)),
         refused=sum(j.outcome == "refused" for j in judgments),
         unanswered=sum(j.outcome == "unanswered" for j in judgments),

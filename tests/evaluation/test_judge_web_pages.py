@@ -90,8 +90,8 @@ def test_every_pair_is_asked_about_once_and_equal_responses_are_not(visit: Open,
     assert sorted(shown(page)[0] for page in pages) == sorted([f"prompt {i}" for i in range(6)] + ["prompt 0"])
     assert position(client.get("/").text) == "All rated"
 
-    found = read_ratings(tmp_path / "ratings.sqlite", task="letters")
-    assert {(j.task, j.judge, j.policy) for j in found} == {("letters", "people", SECRETS[0])}
+    found = read_ratings(tmp_path / "ratings.sqlite")
+    assert {(j.task, j.judge, j.policy) for j in found} == {("", "people", SECRETS[0])}
     by_prompt = Counter((j.prompt, j.opponent, j.theirs, j.rater, j.outcome) for j in found)
     one, two = SECRETS[1:]
     wanted = {(f"prompt {i}", name, f"bad {i}", "Anna", "win"): 1 for i in range(1, 6) for name in (one, two)}

@@ -76,7 +76,7 @@ def test_signals_end_it_with_one_line_and_a_link_goes_on_after_a_restart(tmp_pat
         rate_all(client, "second")
         code, said = server.end(signal.SIGINT)
         assert (code, said) == (0, f"megatron-gil judge-web: everything is rated: ratings kept in {ratings}: 8\n")
-    summary = summarise(read_ratings(ratings, "letters"))
+    summary = summarise(read_ratings(ratings))
     (pair,), (both,) = summary.pairs, summary.raters
     assert (pair.first, pair.second, pair.num_items) == ("people: anna", "people: ben", 4)
     assert (both.num_raters, both.num_items) == (2, 4)

@@ -165,9 +165,9 @@ class RatingStore:
             raise
 
 
-def read_ratings(path: Path, task: str = "") -> list[Judgment]:
-    """Ratings as judgments: the last one of every rater and item, one for each opponent that gave the item's other
-    response. The file may be in use by a server.
+def read_ratings(path: Path) -> list[Judgment]:
+    """Ratings as judgments of no task: the last one of every rater and item, one for each opponent that gave the item's
+    other response. The file may be in use by a server.
 
     Identical responses are ties of a rater "": once, since nobody was asked, and only as far as the raters have come
     (items have one order for all raters), since all of them beside a part of the others would be too many ties.
@@ -199,7 +199,7 @@ def read_ratings(path: Path, task: str = "") -> list[Judgment]:
         comparison = texts[item]
         found += [
             Judgment(
-                task=task,
+                task="",
                 judge="people",
                 rater=rater,
                 policy=policy or "",
