@@ -39,6 +39,8 @@ def test_every_rating_outlives_a_kill_and_the_same_command_goes_on(tmp_path: Pat
         with serving(command) as server, server.client() as client:
             assert f"1000 pairs to rate, {confirmed} ratings so far" in server.printed[0]
             assert position(say_name(client, "Anna").text) == f"{confirmed + 1} of 1000"
+            assert rate(client, client.get("/").text, "first").status_code == 303
+            confirmed += 1
             killer = threading.Timer(patience_s, server.process.kill)
             killer.start()
             with suppress(httpx2.TransportError):  # at any moment, within a request too
@@ -48,7 +50,7 @@ def test_every_rating_outlives_a_kill_and_the_same_command_goes_on(tmp_path: Pat
         kept = len(read_ratings(ratings))
         assert confirmed <= kept <= confirmed + 1, "one may have been kept without an answer"
         confirmed = kept
-    assert confirmed > 2
+    assert confirmed >= 2
 
 
 def test_signals_end_it_with_one_line_and_a_link_goes_on_after_a_restart(tmp_path: Path) -> None:
