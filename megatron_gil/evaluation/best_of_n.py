@@ -1,4 +1,4 @@
-"""How far each group's reward can be followed: what a trusted number does when the reward model picks the best of n.
+"""How far each group's reward can be followed: what a trusted number does when the reward picks the best of n.
 
 The best of n responses of a policy is what an optimised policy would give, without training one. It lies
 
@@ -24,7 +24,7 @@ from megatron_gil.evaluation.statistics import Estimate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidates:
-    """The responses to one prompt: what the reward model and whoever is trusted say of each."""
+    """The responses to one prompt: what the reward and whoever is trusted say of each."""
 
     group: str
     scores: Sequence[float]
@@ -41,7 +41,7 @@ class BestOfN:
     best_n: int
     """Where the curve is highest: the reward helps up to there."""
     best_n_low: int
-    """Of 95 % of resampled prompts, where theirs is highest at the least ..."""
+    """Of 95 % of resampled prompts, where theirs is highest at the least; of one prompt, any n ..."""
     best_n_high: int
     """... and at the most. The end of the curve is a limit of the data, not of the reward."""
 
@@ -96,7 +96,9 @@ def kl_price(prompts: Sequence[Candidates], *, draws: int = DRAWS, seed: int = 0
 
 def _of_group(curve: np.ndarray, resampled: np.ndarray, num_prompts: int) -> BestOfN:
     found = resampled[np.isfinite(resampled).all(1)]
-    low, high = np.quantile(found.argmax(1), [0.025, 0.975], method="nearest") if len(found) else (0, len(curve) - 1)
+    low, high = 0, len(curve) - 1
+    if num_prompts > 1 and len(found):  # else their spread is unknown
+        low, high = np.quantile(found.argmax(1), [0.025, 0.975], method="nearest")
     return BestOfN(
         num_prompts=num_prompts,
         curve=tuple(expanded_interval(float(v), found[:, i], num_prompts) for i, v in enumerate(curve)),
@@ -114,7 +116,8 @@ def _price(means: np.ndarray) -> np.ndarray:
 def _curve(prompt: Candidates, largest: int) -> np.ndarray:
     """[largest] expected trusted number of the best of 1, 2, ..."""
     values = _by_rising_score(prompt.scores, prompt.trusted)
-    return np.array([_weights_by_rank(len(values), n) @ values for n in range(1, largest + 1)])
+    above = values - values[0]  # so that of equal scores the curve is flat to the last bit, and n = 1 the best
+    return values[0] + np.array([_weights_by_rank(len(values), n) @ above for n in range(1, largest + 1)])
 
 
 @functools.cache  # most prompts have as many responses

@@ -150,6 +150,9 @@ def test_the_numbers_of_a_group() -> None:
     expected = spearmanr([row.score for row in both], [row.trusted for row in both])[0]
     assert found.trusted_by_group["group 1"].spearman.value == pytest.approx(expected)
     assert "Spearman's of 30 trusted rows" in found.advice.line
+    backwards = audit_rows(_rows(pairs=rows.pairs[::-1]), min_group_mass=0.02).quality
+    assert backwards is not None
+    assert list(backwards.slices["group"]) == ["group 0", "group 1"]
     high = found.trusted_by_group["group 0"].spearman
     assert f"agreement {high.value:.2f} [{high.low:.2f}, {high.high:.2f}]" in found.advice.line
 
@@ -187,7 +190,7 @@ def test_advice_says_where_rows_are_too_few() -> None:
     assert "of one prompt" in advise(_agreement(0.5, math.nan, math.nan)).line
     for nothing in (None, _agreement(math.nan, math.nan, math.nan)):
         assert advise(nothing).settings == {}
-    assert "The numbers do not vary in the trusted rows of the high group" in advise(nothing).line
+    assert "Scores or trusted numbers do not vary in the trusted rows of the high group" in advise(nothing).line
 
 
 def test_advice_waits_for_groups_of_prompts() -> None:
@@ -195,6 +198,8 @@ def test_advice_waits_for_groups_of_prompts() -> None:
     found = advise(high, Estimate(value=0.1, low=0.0, high=0.2))
     assert found.settings == {}
     assert "models.policy=PILOT models.ref_policy=SFT" in found.line
+    none = advise(high, Estimate(value=-0.09, low=-0.2, high=0.0))
+    assert "agree too little beyond chance (kappa -0.09)" in none.line
     for kappa in (0.9, math.nan):
         assert advise(high, Estimate(value=kappa, low=kappa, high=kappa)).settings == {"gil.num_groups": 1}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,26 @@ def test_targets_are_the_kl_of_the_best_n() -> None:
     assert f"cost {found.price.value:.3f}" in advice.line
     assert advice.is_certain
     assert advice.line.endswith(".")
+
+
+def test_a_reward_that_does_not_vary_where_it_is_high_is_not_called_wrong() -> None:
+    """As that of a rule which all responses to the easy prompts fulfil."""
+    given = [replace(row, score=10.0) if row.score > 5 else row for row in rows(0.8, 1.0)]
+    high = agreement_on_high(given)
+    assert high is not None
+    advice = advise_targets(price(given), high)
+    assert advice.settings["gil.kl_target_high"] == LEAST_TARGET
+    assert not advice.is_certain
+    assert (
+        "Scores or trusted numbers do not vary in the 48 responses to the prompts of high score; gil.kl" in advice.line
+    )
+    for wrong in ("nan", "not to be trusted", "of one prompt"):
+        assert wrong not in advice.line
+
+
+def test_one_prompt_says_nothing_of_the_others_of_its_group() -> None:
+    found = price(rows(0.8, 1.0, prompts=2)).groups[LOW]
+    assert (found.num_prompts, found.best_n_low, found.best_n_high) == (1, 1, 8)
 
 
 def test_groups_that_go_equally_far_need_one_target() -> None:

@@ -2,7 +2,7 @@
 
 PPO-GIL holds the data near the SFT model whose reward is high, and lets the other go. In the map of the miniature
 (docs/results.md, "The map") that pays where the high reward is not to be trusted, and costs where it is: what decides
-is how far the reward model and somebody trusted agree in the high group.
+is how far the reward and somebody trusted agree in the high group.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ which groups gained lie at 0.61 and below, those in which they lost at 0.75 and 
 GROUPS_OF_PROMPTS_FROM = 0.5
 """Below this kappa of two responses to one prompt the groups are less those of prompts than those of responses: of high
 and low scores, which are no easy and hard data."""
+NO_AGREEMENT = "Scores or trusted numbers do not vary"
+"""Why a correlation is NaN."""
 MOST_TIMES = 20
 """So many times as many rows are the most that is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """How far the reward model and somebody trusted agree on the rows of one group: 1 wholly, 0 not at all."""
+    """How far the reward and somebody trusted agree on the rows of one group: 1 wholly, 0 not at all."""
 
     value: Estimate
     """Spearman's correlation of score and trusted number, with its 95 % interval."""
@@ -52,13 +54,13 @@ def advise(high: Agreement | None, prompt_kappa: Estimate | None = None) -> Advi
     """
     if prompt_kappa is not None and prompt_kappa.value < GROUPS_OF_PROMPTS_FROM:
         line = (
-            "These are groups of high and low scores and not of prompts: two responses to one prompt share a group "
-            f"little more often than by chance (kappa {prompt_kappa.value:.2f}), as where a policy has not moved yet; "
+            "These are groups of high and low scores and not of prompts: the groups of two responses to one prompt "
+            f"agree too little beyond chance (kappa {prompt_kappa.value:.2f}), as where a policy has not moved yet; "
             "audit the policy of a short run of PPO with KL (models.policy=PILOT models.ref_policy=SFT)"
         )
         return Advice(line=f"{line}.", settings={}, is_certain=False)
     if high is None or math.isnan(high.value.value):
-        missing = "No trusted row lies in" if high is None else "The numbers do not vary in the trusted rows of"
+        missing = "No trusted row lies in" if high is None else f"{NO_AGREEMENT} in the trusted rows of"
         line = f"{missing} the high group, and pairs do not tell whether groups pay; give audit.trusted rows like its "
         return Advice(line=f"{line}sampled ones.", settings={}, is_certain=False)
     if groups_pay(high):
@@ -76,8 +78,8 @@ def advise(high: Agreement | None, prompt_kappa: Estimate | None = None) -> Advi
 def advise_without_groups(name: str) -> Advice:
     """Where all but a few responses are in the group of that name."""
     line = (
-        f"The classifier puts nearly all responses into {name}: there are no groups to treat apart, and PPO-GIL would "
-        "be PPO with KL; gil.balance_coef=1 keeps groups from emptying"
+        f"Nearly all responses are in {name}: there are no groups to treat apart, and PPO-GIL would be PPO with KL; "
+        "gil.balance_coef=1 keeps learned groups from emptying"
     )
     return Advice(line=f"{line}.", settings={"gil.balance_coef": 1.0}, is_certain=True)
 
@@ -96,6 +98,8 @@ def one_kl(high: Agreement) -> str:
 def doubt(high: Agreement) -> str:
     """A sentence on why the interval does not decide, and how many rows might; empty where it does."""
     value, low, high_end = high.value.value, high.value.low, high.value.high
+    if math.isnan(value):
+        return ""
     if math.isnan(low) or math.isnan(high_end):
         return ". Too few rows to decide: they are of one prompt, whose spread is unknown"
     if not low < ONE_KL_FROM <= high_end:

@@ -1,4 +1,4 @@
-"""The groups of a planned run, and how far the reward model is to be trusted in each. Pure: rows in, numbers out."""
+"""The groups of a planned run, and how far the reward is to be trusted in each. Pure: rows in, numbers out."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
     counting = [g for g in groups if g.mass >= min_group_mass] or [max(groups, key=lambda g: g.mass)]
     high = max(counting, key=lambda g: g.mean_score).name
     low = min(counting, key=lambda g: g.mean_score).name if len(counting) > 1 else None
-    quality = reward_quality([row.pair for row in rows.pairs]) if rows.pairs else None
+    pairs = sorted((row.pair for row in rows.pairs), key=lambda pair: rows.groups.index(pair.group or ""))
+    quality = reward_quality(pairs) if pairs else None
     by_group = {name: _correlate([r for r in rows.trusted if r.group == name]) for name in rows.groups}
     found = {name: part for name, part in by_group.items() if part is not None}
 

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
-from megatron_gil.evaluation.audit.advice import Advice, Agreement, doubt, groups_pay, not_trusted, one_kl
+from megatron_gil.evaluation.audit.advice import NO_AGREEMENT, Advice, Agreement, doubt, groups_pay, not_trusted, one_kl
 from megatron_gil.evaluation.audit.correlation import correlate
 from megatron_gil.evaluation.audit.rows import TrustedRow
 from megatron_gil.evaluation.best_of_n import BestOfN, Candidates, KlPrice, kl_price
@@ -20,7 +20,7 @@ HIGH, LOW = "high score", "low score"
 LEAST_RESPONSES = 4
 """To a prompt; of fewer the best says little."""
 LEAST_TARGET = 0.05
-"""Nats a response, where the reward model's choice is no better than any response."""
+"""Nats a response, where the reward's choice is no better than any response."""
 
 
 def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
@@ -86,14 +86,15 @@ def advise_targets(price: KlPrice, high: Agreement) -> Advice:
     which the best of n has the largest trusted number in either group, or one target for all where that is the same
     n."""
     of_high, of_low = price.groups[HIGH], price.groups[LOW]
-    if math.isnan(high.value.value) or groups_pay(high):
+    unknown = math.isnan(high.value.value)
+    if unknown or groups_pay(high):
         settings = kl_targets(price)
         line = _reasons(price, high, settings)
     else:
         settings, line = {"gil.num_groups": 1}, one_kl(high)
     apart = of_high.best_n_high < of_low.best_n_low or of_low.best_n_high < of_high.best_n_low
     doubtful = doubt(high)
-    is_certain = not doubtful
+    is_certain = not (doubtful or unknown)
     if is_certain and "gil.kl_target_high" in settings and not apart:
         line += ". The intervals of n overlap: more prompts or responses would tell the groups apart better"
         is_certain = False
@@ -114,7 +115,11 @@ def _reasons(price: KlPrice, high: Agreement, settings: dict[str, float]) -> str
     if "ppo.kl_target" in settings:
         return f"The reward can be followed as far in both groups, one KL will do: {_text(settings)}; {found}"
     cost = f"One KL for both would cost {price.price.value:.3f} [{price.price.low:.3f}, {price.price.high:.3f}] of them"
-    return f"{not_trusted(high)}: groups pay; {_text(settings)}, for {found}. {cost}"
+    if math.isnan(high.value.value):
+        begins = f"{NO_AGREEMENT} in the {high.num_rows:,} responses to the prompts of high score"
+    else:
+        begins = f"{not_trusted(high)}: groups pay"
+    return f"{begins}; {_text(settings)}, for {found}. {cost}"
 
 
 def _target(group: BestOfN) -> float:
