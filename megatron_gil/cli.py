@@ -29,7 +29,7 @@ COMMANDS = {
     "win-rates": "verdicts of several judges and tasks as the paper's tables",
     "blind-pairs": "preferences as two files of responses, to check a judge against them",
     "evaluate-reward": "a reward model on preference pairs: accuracy, calibration, length",
-    "audit": "before a ppo run: its groups, and whether the reward model can be trusted in each",
+    "audit": "before a ppo run: its groups, and whether the reward can be trusted in each",
     "report": "run directories as one HTML page with pictures",
     "plan": "memory and time of a model on so many GPUs, for every layout",
     "prepare-data": "a public data set to training files",

@@ -24,7 +24,7 @@ def quality_table(found: RewardQuality) -> Table:
     rows = [_cells("all", found.overall)]
     for by, parts in found.slices.items():
         rows += [(f"by {by}", *[""] * (len(HEADER) - 1)), *(_cells(f"  {name}", part) for name, part in parts.items())]
-    return Table(caption=f"reward model on {', '.join(found.sources)}", header=HEADER, rows=rows, note=TERMS)
+    return Table(caption=f"reward on {', '.join(found.sources)}", header=HEADER, rows=rows, note=TERMS)
 
 
 def bins_table(bins: Sequence[Bin]) -> Table:

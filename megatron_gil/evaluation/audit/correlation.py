@@ -1,4 +1,4 @@
-"""How far a reward model's scores and numbers that somebody trusts go together."""
+"""How far scores and numbers that somebody trusts go together."""
 
 from __future__ import annotations
 

@@ -45,9 +45,10 @@ TERMS: Mapping[str, str] = {
     "held-out row is in the group of the policy's own responses to its prompt, or of its own (audit.group_by=rows).",
     "kappa": "Agreement, beyond chance, of the groups of two responses to one prompt: 1 where groups are those of "
     "prompts, 0 where they tell responses apart and not prompts.",
-    "high, low": "The groups whose mean score is highest and lowest, among those with at least gil.min_group_mass. "
+    "high, low": "The groups whose mean score, rows weighted by their probability, is highest and lowest, among those "
+    "with at least gil.min_group_mass. "
     "PPO-GIL takes the KL penalty off a response by as much as it is not in the high group.",
-    "agreement": "Spearman's correlation of score and trusted number, or 2 x accuracy - 1 of pairs: 1 is full, 0 none.",
+    "agreement": "Spearman's correlation of score and trusted number: 1 is full, 0 none.",
     "information": "Mutual information of group and row, as a share of the most that it could be; near 0 the groups "
     "are all alike.",
 }
@@ -58,7 +59,7 @@ def audit_page(found: Audit, rows: AuditedRows, training: Sequence[Mapping[str, 
     color = colors(rows.groups, PARTS_PALETTE)
     sections = [
         PageSection(title="Groups", body=[table(groups_table(found, swatch=color))]),
-        PageSection(title="Reward model by group", body=[*_trusted(found), *_quality(found, rows, color)]),
+        PageSection(title="Reward by group", body=[*_trusted(found), *_quality(found, rows, color)]),
         PageSection(title="How far the reward can be followed", body=_reach(found)),
         PageSection(title="What is in the groups", body=_content(found, rows, color)),
         PageSection(title="Responses that the classifier is surest of", body=_surest(found)),
@@ -84,7 +85,7 @@ def _quality(found: Audit, rows: AuditedRows, color: Mapping[str, str]) -> list[
         {name: part.bins for name, part in found.quality.slices["group"].items()},
         color=color,
     )
-    caption = "How sure the reward model is of its choice against how often it is right, and its margins, by group."
+    caption = "How sure the reward is of its choice against how often it is right, and its margins, by group."
     said = [paragraph(sentence) for sentence in sentences(found.quality)]
     return [table(quality_table(found.quality)), picture(Picture(svg=to_svg(drawn), caption=caption)), *said]
 
@@ -93,9 +94,7 @@ def _reach(found: Audit) -> list[str]:
     if found.reach is None:
         return []
     drawn = reach_picture(found.reach.groups, color=colors(tuple(found.reach.groups)))
-    caption = (
-        "Trusted number of the response that the reward model likes best of n, for prompts of high and of low mean "
-    )
+    caption = "Trusted number of the response that scores highest of n, for prompts of high and of low mean "
     caption += (
         "score: what an optimised policy would gain, without training one. Ring: where it is highest. Band: 95 %, "
     )
@@ -107,7 +106,7 @@ def _content(found: Audit, rows: AuditedRows, color: Mapping[str, str]) -> list[
     scores: dict[str, list[float]] = {name: [] for name in rows.groups}
     for row in rows.responses:
         scores[rows.groups[likeliest(row.probs)]].append(row.score)
-    drawn = score_distributions({name: part for name, part in scores.items() if part}, color=color)
+    drawn = score_distributions({name: part for name, part in scores.items() if part}, label="score", color=color)
     caption = "Scores of the policy's responses; dashed: the normal distribution of the same mean and spread."
     labels = labels_table(found)
     return [

@@ -22,7 +22,7 @@ class TrustedRow:
     prompt: str
     response: str
     score: float
-    """The reward model's."""
+    """The reward's: of the model, the function or both."""
     trusted: float
     """What somebody trusts; higher is better."""
     group: str

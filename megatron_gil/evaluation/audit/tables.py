@@ -14,12 +14,11 @@ from megatron_gil.evaluation.tables import percent_interval
 
 HINTS: Mapping[str, str] = {
     "mass": "mean probability of the group over the policy's responses",
-    "score": "mean score of the reward model over the group's responses",
+    "score": "mean score of the group's responses",
     "tokens": "mean length of the group's responses",
     "score ~ length": "Spearman's correlation of score and length in tokens",
     "duplicates, %": "share of responses that answer another prompt too, letter for letter",
     "accuracy, % [95 %]": "share of pairs whose chosen response scores higher, ties half",
-    "ECE": "expected calibration error on the pairs",
     "Spearman [95 %]": "rank correlation of score and trusted number",
 }
 
@@ -52,9 +51,9 @@ def title(group: str, found: Audit) -> str:
 def _columns(found: Audit, narrow: bool) -> list[str]:
     names = ["mass", "score"] if narrow else ["mass", "responses", "score", "tokens", "score ~ length", "duplicates, %"]
     if found.quality:
-        names += ["pairs", "accuracy, % [95 %]"] + ["ECE"] * (not narrow)
+        names += ["pairs", "accuracy, % [95 %]"]
     if found.trusted:
-        names += ["trusted rows"] * (not narrow) + ["Spearman [95 %]"]
+        names += ["Spearman [95 %]"]
     return names
 
 
@@ -77,10 +76,6 @@ def _cell(column: str, group: Group, found: Audit) -> str:
             return f"{quality.num_pairs:,}" if quality else "0"
         case "accuracy, % [95 %]":
             return percent_interval(quality.accuracy) if quality else "-"
-        case "ECE":
-            return f"{quality.calibration_error.value:.3f}" if quality else "-"
-        case "trusted rows":
-            return f"{trusted.num_rows:,}" if trusted else "0"
     return _interval(trusted.spearman) if trusted else "-"
 
 
@@ -89,7 +84,7 @@ def trusted_table(found: Audit) -> Table:
     parts = {"all": found.trusted, **{title(name, found): part for name, part in found.trusted_by_group.items()}}
     rows = [_trusted_cells(name, part) for name, part in parts.items() if part is not None]
     return Table(
-        caption="reward model against trusted numbers",
+        caption="scores against trusted numbers",
         header=("", "rows", "prompts", "Spearman [95 %]", "Pearson [95 %]"),
         rows=rows,
         note="[ ]: prompts resampled with all their rows. - : one of the two numbers does not vary.",
