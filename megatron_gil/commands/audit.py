@@ -1,12 +1,12 @@
-"""`megatron-gil audit`: before a PPO-GIL run, what its groups would be and whether the reward model can be trusted in
-each."""
+"""`megatron-gil audit`: before a PPO-GIL run, its groups, and whether the reward can be trusted in each."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
@@ -14,7 +14,6 @@ from megatron_gil.commands.ppo import make_ppo_trainer
 from megatron_gil.commands.win_rates import print_table
 from megatron_gil.config import AuditConfig
 from megatron_gil.engine.files import reason
-from megatron_gil.engine.protocol import FrozenEngine
 from megatron_gil.evaluation.audit.measure import Audit, audit_rows
 from megatron_gil.evaluation.audit.page import audit_page
 from megatron_gil.evaluation.audit.rows import AuditedRows
@@ -26,9 +25,8 @@ from megatron_gil.paths import write_new
 from megatron_gil.training.audit.length import at_rest, audit_length
 from megatron_gil.training.audit.readings import audited_pairs, audited_trusted, group_views, score_rows
 from megatron_gil.training.audit.rest import measured_responses, train_classifier
-from megatron_gil.training.audit.rows import AuditRows
-from megatron_gil.training.build import build_models
-from megatron_gil.training.check_run import check_run
+from megatron_gil.training.build import build_models, trained
+from megatron_gil.training.check_run import CheckedRun, check_run
 from megatron_gil.training.ppo.iteration import PpoTrainer
 from megatron_gil.training.run.first_lines import first_rows, print_rows
 from megatron_gil.training.run.loop import RunFailed
@@ -54,8 +52,7 @@ def audit(config: AuditConfig, layout: ParallelLayout, progress: Progress) -> in
         length = audit_length(config)
         first = first_rows(config, layout, where=files.numbers, models=models, checked=checked, length=length)
         print_rows(first, layout)
-        assert checked.audit is not None
-        rows, training = _collect(config, checked.audit, trainer, models["reward_model"])
+        rows, training = _collect(config, checked, models, trainer)
     except StopRequested as stopped:
         if layout.is_main:
             text = f"{stopped} in {progress.where.phase}; an audit keeps nothing, start it again from the beginning"
@@ -67,11 +64,13 @@ def audit(config: AuditConfig, layout: ParallelLayout, progress: Progress) -> in
 
 
 def _collect(
-    config: AuditConfig, given: AuditRows, trainer: PpoTrainer, reward_model: FrozenEngine
+    config: AuditConfig, checked: CheckedRun, models: Mapping[str, Any], trainer: PpoTrainer
 ) -> tuple[AuditedRows, list[Metrics]]:
-    """Scores first: a broken reward model shows before the classifier is trained."""
-    scores = {held_out.key: score_rows(held_out, reward_model, trainer, config) for held_out in given.given}
-    training = train_classifier(trainer, config)
+    """Scores first: a broken reward shows before the classifier is trained."""
+    given = checked.audit
+    assert given is not None
+    scores = {h.key: score_rows(h, models, checked.function, trainer, config) for h in given.given}
+    training = train_classifier(trainer, trained(models), config)
     names = group_names(trainer)
     groups = {h.key: [[names[i] for i in row] for row in group_views(h, trainer, config)] for h in given.given}
     pairs, trusted = given.pairs, given.trusted

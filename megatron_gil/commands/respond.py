@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from megatron_gil.engine.files import reason
 from megatron_gil.engine.generation import Generator
 from megatron_gil.engine.megatron import MegatronModel
 from megatron_gil.evaluation.scored_pairs import read_scored_pairs
-from megatron_gil.parallel.collectives import agree, broadcast_object, gather_objects
+from megatron_gil.parallel.collectives import agree, broadcast_object
 from megatron_gil.parallel.layout import ParallelLayout
 from megatron_gil.training.build import build_models
 from megatron_gil.training.check_run import CheckedRun, check_run
@@ -88,26 +87,14 @@ def score_into(
 
     def answer_all() -> None:
         models = build_models(config, checked, layout, progress)
-        scores = FileScores(config, checked, models, layout, progress)
+        scores = FileScores(config, models, checked.function, rows, layout, progress)
         _say_first(config, layout, answers, models, checked)
-
-        def before_batch() -> None:
-            answers.flush()
-            progress.safe_point("scoring")
-            scores.check()
-
-        without: dict[int, float] = {}
-        for row_ids in scores.source.all_row_ids(before_batch, done=answers.done):
-            for row_id, values in zip(row_ids, scores.read(row_ids) or (), strict=False):  # none after a failure
-                if not all(map(math.isfinite, values)):
-                    without[row_id] = next(value for value in values if not math.isfinite(value))
-                    continue
+        for found in scores.read(answers.flush, done=answers.done):
+            for row_id, values in found.items():
                 group = rows.known_groups([row_id])[0]
                 label = {"group": rows.group_names[group]} if group >= 0 else {}
                 row = {**rows.fields(row_id), **dict(zip(names, values, strict=True)), **label}
                 answers.add({row_id: {**row, **rows.passed_on(row_id)}})
-        scores.check()
-        _check_scores(without, config, layout)
 
     return _collect(answers, answer_all, progress)
 
@@ -135,17 +122,6 @@ def evaluate_reward(config: EvaluateRewardConfig, layout: ParallelLayout, progre
     if error := broadcast_object(agree(layout, evaluate), layout):
         raise RunFailed(error)
     return 0
-
-
-def _check_scores(without: dict[int, float], config: CommandConfig, layout: ParallelLayout) -> None:
-    """RunFailed for a NaN: it means a broken model, and in a comparison it would lose against every score."""
-    bad = [pair for part in gather_objects(without, layout) for pair in part.items()]
-    if bad:
-        row_id, value = min(bad)
-        raise RunFailed(
-            f"models.reward_model={config.models.reward_model} gives {len(dict(bad))} rows no score (the first: row "
-            f"{row_id + 1} of {config.data.train}, {value}); no output is written"
-        )
 
 
 def _say_first(

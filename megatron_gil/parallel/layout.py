@@ -59,6 +59,11 @@ class ParallelLayout:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def speaks_for_copy(self) -> bool:
+        """The first of the ranks that hold one copy of the models, all of which see the same rows."""
+        return self.tp_rank == self.pp_rank == 0
+
+    @property
     def is_main(self) -> bool:
         """The rank that writes logs."""
         return self.rank == 0

@@ -109,7 +109,7 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
     if isinstance(config, AuditConfig):
         require(
             bool(config.audit.pairs or config.audit.trusted),
-            "audit.pairs and audit.trusted are both null, so there is nothing to measure the reward model on; give a "
+            "audit.pairs and audit.trusted are both null, so there is nothing to measure the reward on; give a "
             "file as audit.pairs=PAIRS.jsonl or audit.trusted=ROWS.jsonl",
         )
         audit_files(config.output, may_lack_directory=sizes_from is not None)
@@ -120,7 +120,8 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
     else:
         train = _read_train(config, tokenizer, dp_size)
     held_out = _read_held_out(config, tokenizer, dp_size)
-    for rows in (train, held_out):
+    audit = _read_audit(config, tokenizers, specs, train)
+    for rows in (train, held_out, *(h.rows for h in (audit.given if audit else ()))):
         if function is not None and rows is not None:
             function.check_fields(rows)
     return CheckedRun(
@@ -130,7 +131,7 @@ def check_run(config: CommandConfig, world_size: int, *, sizes_from: Path | None
         train=train,
         held_out=held_out,
         pretrain=_read_pretrain(config, tokenizer),
-        audit=_read_audit(config, tokenizers, specs, train),
+        audit=audit,
         function=function,
         score_range=read_score_range(found["reward_model"].directory)
         if isinstance(config, PpoConfig) and "reward_model" in found
@@ -165,10 +166,6 @@ def model_path(config: CommandConfig, use: ModelUse) -> Path:
 def _find_function(config: CommandConfig) -> RewardFunction | None:
     if not isinstance(config, PpoConfig | ScoreConfig | EvaluateRewardConfig) or config.reward.function is None:
         return None
-    require(
-        not isinstance(config, AuditConfig),
-        f"reward.function={config.reward.function}: an audit measures a reward model alone; set reward.function=null",
-    )
     return RewardFunction(config.reward)
 
 

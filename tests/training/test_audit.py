@@ -8,16 +8,25 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 
 from megatron_gil.cli import main
 from tests.faults.running import Answer, Call, Interruption, call_all
 from tests.ranks import run_ranks
 from tests.world import write_rows
 
+RULES = """
+def length(responses, bonus, trusted=None):
+    if 666 in bonus:
+        raise KeyError("no such bonus")
+    return [len(r) / 10 + b for r, b in zip(responses, bonus, strict=True)]
+"""
 LAYOUTS = {"tp2": ("parallel.tensor_size=2",), "pp2": ("parallel.pipeline_size=2",), "dp2": ()}
 COMMON = (
     "run.dir=never_made",
@@ -180,8 +189,106 @@ def test_a_reward_model_without_scores_is_refused(world: Path, held_out: dict[st
     output = tmp_path / "audit.json"
     (answer,) = _call(world, 1, Call(_settings(world, held_out, output, f"models.reward_model={broken}")))
     assert answer.code == 1
-    assert f"gives 24 rows no score (the first: row 1 of {held_out['pairs']})" in answer.stderr
+    assert f"gives 24 rows no score (the first: row 1 of {held_out['pairs']}, nan)" in answer.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_a_classifier_that_does_not_learn_ends_the_audit(
+    world: Path, held_out: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "audit.json"
+    settings = _settings(world, held_out, output, "critic_optimizer.lr=1e30", "run.max_skipped_updates=1")
+    (answer,) = _call(world, 2, Call([*settings, "parallel.tensor_size=2", "audit.iterations=9"]))
+    assert answer.code == 1, answer.stderr
+    assert "iteration 2: update of critic skipped: rank 0: gradient norm nan" in answer.stderr
+    assert "updates were skipped for NaN or Inf, more than run.max_skipped_updates=1; lower" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def ruled(world: Path, held_out: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rules.py, and all rows with a field that its function needs."""
+    root = tmp_path_factory.mktemp("ruled")
+    (root / "rules.py").write_text(RULES)
+    for name, path in {"prompts": world / "prompts.jsonl", **held_out}.items():
+        if name in ("prompts", "pairs", "trusted"):
+            write_rows(root / f"{name}.jsonl", [{**row, "bonus": i % 5} for i, row in enumerate(_read(path))])
+    return root
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _by_rule(ruled: Path, *more: str) -> list[str]:
+    files = {"data.train": "prompts", "audit.pairs": "pairs", "audit.trusted": "trusted"}
+    data = [f"{key}={ruled / name}.jsonl" for key, name in files.items()]
+    return [*data, f"reward.function={ruled / 'rules.py'}:length", *more]
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "dp2"])
+def test_a_function_is_audited_alone_and_beside_a_reward_model(
+    world: Path, held_out: dict[str, Path], whole: dict[str, Any], ruled: Path, tmp_path: Path, layout: str
+) -> None:
+    """Of the held-out rows the numbers of the function itself, and of the weighted sum."""
+    alone, both = tmp_path / "alone.json", tmp_path / "both.json"
+    cut = LAYOUTS.get(layout, ())
+    answers = _call(
+        world,
+        1 if layout == "one" else 2,
+        Call(_settings(world, held_out, alone, *_by_rule(ruled, "models.reward_model=null", *cut))),
+        Call(_settings(world, held_out, both, *_by_rule(ruled, "reward.weight=0.5", "reward.model_weight=2", *cut))),
+    )
+    assert [answer.code for answer in answers] == [0, 0], [answer.stderr for answer in answers]
+    pairs, rows = _read(ruled / "pairs.jsonl"), _read(ruled / "trusted.jsonl")
+    found, summed = (json.loads(path.read_text()) for path in (alone, both))
+    margins = [(len(row["chosen"]) - len(row["rejected"])) / 10 for row in pairs]
+    right = [(margin > 0) + 0.5 * (margin == 0) for margin in margins]
+    assert found["quality"]["overall"]["accuracy"]["value"] == pytest.approx(fmean(right))
+    assert found["quality"]["overall"]["margin"]["value"] == pytest.approx(fmean(margins), abs=1e-5)
+    scores = [len(row["response"]) / 10 + row["bonus"] for row in rows]
+    expected = spearmanr(np.asarray(scores, dtype=np.float32), [row["trusted"] for row in rows])[0]
+    assert found["trusted"]["spearman"]["value"] == pytest.approx(expected, abs=1e-6)
+    bonus = {row["prompt"]: row["bonus"] for row in _read(ruled / "prompts.jsonl")}
+    surest = [row for group in found["groups"] for row in group["surest"]]
+    assert surest
+    for row in surest:
+        assert row["score"] == pytest.approx(len(row["response"]) / 10 + bonus[row["prompt"]], abs=1e-5)
+    of_model = whole["quality"]["overall"]["margin"]["value"]
+    assert summed["quality"]["overall"]["margin"]["value"] == pytest.approx(
+        2 * of_model + 0.5 * fmean(margins), abs=1e-4
+    )
+    said = " ".join(answers[1].stderr.split())
+    assert f"scores 2 x reward_model + 0.5 x {ruled / 'rules.py'}:length" in said
+
+
+def test_the_weight_of_a_reward_model_counts(
+    world: Path, held_out: dict[str, Path], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """Held-out rows are scored as the run scores its own."""
+    output = tmp_path / "audit.json"
+    (answer,) = _call(world, 1, Call(_settings(world, held_out, output, "reward.model_weight=-2")))
+    assert answer.code == 0, answer.stderr
+    found, before = json.loads(output.read_text()), whole["quality"]["overall"]["margin"]["value"]
+    assert found["quality"]["overall"]["margin"]["value"] == pytest.approx(-2 * before, abs=1e-5)
+    assert found["trusted"]["spearman"]["value"] == pytest.approx(-whole["trusted"]["spearman"]["value"], abs=1e-6)
+
+
+def test_a_function_that_fails_on_a_held_out_row_names_it(
+    world: Path, held_out: dict[str, Path], ruled: Path, tmp_path: Path
+) -> None:
+    rows = _read(ruled / "trusted.jsonl")
+    bad = write_rows(tmp_path / "bad.jsonl", [*rows[:6], {**rows[6], "bonus": 666}, *rows[7:]])
+    output, rule = tmp_path / "audit.json", f"{ruled / 'rules.py'}:length"
+    without = _settings(world, held_out, output, *_by_rule(ruled), f"audit.pairs={held_out['pairs']}")
+    large = _by_rule(ruled, "models.reward_model=null", "reward.weight=1e38")
+    calls = [_settings(world, held_out, output, *_by_rule(ruled), f"audit.trusted={bad}"), without]
+    failed, refused, infinite = _call(world, 2, *map(Call, [*calls, _settings(world, held_out, output, *large)]))
+    assert (failed.code, refused.code, infinite.code) == (1, 2, 1)
+    assert f"reward.function={rule} raised KeyError: 'no such bonus' (rules.py:4) for row 7 of {bad}" in failed.stderr
+    assert f"needs the argument bonus, and no row of {held_out['pairs']} has a field of that name" in refused.stderr
+    assert f"reward.weight=1e+38 x reward.function={rule} gives" in infinite.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
 @pytest.mark.parametrize("phase", ["scoring audit.pairs", "rollout", "measuring: rollout"])

@@ -15,8 +15,9 @@ from megatron_gil.data.text.tokenizer import Tokenizer
 class TrustedDataset(ResponseDataset):
     """Rows of {"prompt", "response", "trusted"}."""
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, *, max_tokens: int, max_prompt_tokens: int) -> None:
-        super().__init__(path, tokenizer, max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens)
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, **options: Any) -> None:
+        """options: of a ResponseDataset."""
+        super().__init__(path, tokenizer, **options)
         self.trusted: list[float] = [read_trusted(row, where) for where, row in iter_records(path, self.kind)]
         """Of each row, finite."""
 

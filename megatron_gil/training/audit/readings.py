@@ -1,9 +1,8 @@
-"""What reward model and classifier say of held-out rows, over all ranks."""
+"""What reward and classifier say of held-out rows, over all ranks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,15 +12,14 @@ from torch import Tensor
 from megatron_gil.config import AuditConfig
 from megatron_gil.data.rows.dataset import RowDataset
 from megatron_gil.data.rows.trusted import TrustedDataset
-from megatron_gil.engine.protocol import FrozenEngine
 from megatron_gil.evaluation.audit.rows import AuditedPair, TrustedRow, likeliest
 from megatron_gil.evaluation.scored_pairs import ScoredPair
 from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.training.audit.rows import HeldOut
-from megatron_gil.training.check_run import path_of
+from megatron_gil.training.file_scores import FileScores
 from megatron_gil.training.ppo.iteration import PpoTrainer
+from megatron_gil.training.reward_function import RewardFunction
 from megatron_gil.training.row_source import PromptSource, RowSource
-from megatron_gil.training.run.loop import RunFailed
 
 NUM_VIEWS = 2
 """Responses that are sampled for each held-out prompt to tell its group."""
@@ -46,20 +44,17 @@ def _in_order(found: dict[int, Any], trainer: PpoTrainer) -> list[Any]:
     return [merged[row] for row in sorted(merged)]
 
 
-def score_rows(held_out: HeldOut, reward_model: FrozenEngine, trainer: PpoTrainer, config: AuditConfig) -> list[Any]:
-    """Of each row its score, or those of the chosen and of the rejected response. RunFailed for a NaN."""
-
-    def read(batch: Any) -> Tensor:
-        return reward_model.evaluate(batch).scores
-
-    scores = read_all(held_out.as_scored, read, trainer, f"scoring {held_out.key}")
-    bad = [row for row, values in enumerate(scores) if not all(map(math.isfinite, _flat(values)))]
-    if bad:
-        raise RunFailed(
-            f"models.reward_model={config.models.reward_model} gives {len(bad)} rows no score (the first: row "
-            f"{bad[0] + 1} of {path_of(config, held_out.key)}); no output is written"
-        )
-    return scores
+def score_rows(
+    held_out: HeldOut,
+    models: Mapping[str, Any],
+    function: RewardFunction | None,
+    trainer: PpoTrainer,
+    config: AuditConfig,
+) -> list[list[float]]:
+    """Of each row its score, or those of the chosen and of the rejected response, as the run would score them."""
+    rows, key, phase = held_out.as_scored, held_out.key, f"scoring {held_out.key}"
+    scores = FileScores(config, models, function, rows, trainer.layout, trainer.progress, key=key, phase=phase)
+    return _in_order({row: values for part in scores.read() for row, values in part.items()}, trainer)
 
 
 def group_views(held_out: HeldOut, trainer: PpoTrainer, config: AuditConfig) -> list[list[int]]:
@@ -95,24 +90,20 @@ def _read_answers(held_out: HeldOut, read: Read, trainer: PpoTrainer, view: int)
     return _in_order(found, trainer)
 
 
-def audited_pairs(held_out: HeldOut, scores: list[Any], groups: list[list[str]]) -> list[AuditedPair]:
+def audited_pairs(held_out: HeldOut, scores: list[list[float]], groups: list[list[str]]) -> list[AuditedPair]:
     """groups: of each row, as `group_views` has them."""
     found = []
     for row, ((chosen, rejected), (group, *views)) in enumerate(zip(scores, groups, strict=True)):
-        numbers = {"score_chosen": chosen, "score_rejected": rejected}
+        numbers: Any = {"score_chosen": chosen, "score_rejected": rejected}
         pair = ScoredPair(**held_out.rows.fields(row), **numbers, group=group, source=held_out.key)
         found.append(AuditedPair(pair=pair, views=tuple(views)))
     return found
 
 
-def audited_trusted(held_out: HeldOut, scores: list[Any], groups: list[list[str]]) -> list[TrustedRow]:
+def audited_trusted(held_out: HeldOut, scores: list[list[float]], groups: list[list[str]]) -> list[TrustedRow]:
     found = []
-    for row, (score, (group, *views)) in enumerate(zip(scores, groups, strict=True)):
+    for row, ((score,), (group, *views)) in enumerate(zip(scores, groups, strict=True)):
         fields: dict[str, Any] = dict(held_out.rows.fields(row))
         wanted = {name: fields[name] for name in ("prompt", "response", "trusted")}  # not its messages
         found.append(TrustedRow(**wanted, score=score, group=group, views=tuple(views)))
     return found
-
-
-def _flat(values: Any) -> list[float]:
-    return values if isinstance(values, list) else [values]

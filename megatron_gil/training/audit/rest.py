@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -12,8 +13,9 @@ from megatron_gil.engine.megatron import TrainableModel
 from megatron_gil.evaluation.audit.rows import SampledResponse
 from megatron_gil.parallel.collectives import gather_objects
 from megatron_gil.training.audit.length import num_measured_rollouts, num_training_iterations
+from megatron_gil.training.file_scores import scored_by
 from megatron_gil.training.ppo.iteration import PpoTrainer
-from megatron_gil.training.run.loop import RunFailed
+from megatron_gil.training.run.loop import RunFailed, skipped_updates
 from megatron_gil.training.run.metrics import clock_text
 from megatron_gil.training.run.samples import sample_texts
 from megatron_gil.types import Metrics
@@ -22,28 +24,33 @@ NUM_LINES = 10
 """Of progress, at most twice as many."""
 
 
-def train_classifier(trainer: PpoTrainer, config: AuditConfig) -> list[Metrics]:
+def train_classifier(trainer: PpoTrainer, models: Mapping[str, TrainableModel], config: AuditConfig) -> list[Metrics]:
     """The metrics of each iteration. RunFailed where more than run.max_skipped_updates updates are skipped for NaN or
-    Inf."""
+    Inf. models: that are trained, by role."""
     found: list[Metrics] = []
     last, started, num_skipped = num_training_iterations(config), time.monotonic(), 0
     for iteration in range(last):
         trainer.progress.safe_point(f"beginning iteration {iteration + 1}")
         found.append(trainer.iterate(iteration))
         _check_scores(trainer, config)
-        num_skipped = _check_updates(trainer, config, num_skipped)
-        warnings = [f"iteration {iteration + 1}: {text}" for text in trainer.take_warnings()]
-        done = iteration + 1
-        if trainer.layout.is_main:
-            due = done % max(1, last // NUM_LINES) == 0 or done == last
+        skipped, done = skipped_updates(models), iteration + 1
+        num_skipped += len(skipped)
+        lines = [f"iteration {done}: {text}" for text in (*skipped, *trainer.take_warnings())]
+        if done % max(1, last // NUM_LINES) == 0 or done == last:
             left = (time.monotonic() - started) / done * (last - done)
-            lines = [_line(done, last, found[-1], left)] if due else []
-            print("".join(f"{line}\n" for line in (*warnings, *lines)), end="", file=sys.stderr, flush=True)
+            lines.append(_line(done, last, found[-1], left))
+        if trainer.layout.is_main:
+            print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
+        if num_skipped > (limit := config.run.max_skipped_updates):
+            raise RunFailed(
+                f"{num_skipped} updates were skipped for NaN or Inf, more than run.max_skipped_updates={limit}; lower "
+                "critic_optimizer.lr or see the lines above; no output is written"
+            )
     return found
 
 
 def measured_responses(trainer: PpoTrainer, config: AuditConfig) -> list[SampledResponse]:
-    """Responses of the policy with what reward model and classifier say of them now, over all ranks and on every
+    """Responses of the policy with what reward and classifier say of them now, over all ranks and on every
     rank; the same for any layout but for rounding."""
     prompts, first = trainer.prompts.dataset, num_training_iterations(config)
     found: dict[int, SampledResponse] = {}
@@ -65,26 +72,8 @@ def measured_responses(trainer: PpoTrainer, config: AuditConfig) -> list[Sampled
 def _check_scores(trainer: PpoTrainer, config: AuditConfig) -> None:
     """RunFailed for a NaN: it means a broken model, and there is no group for it."""
     bad = int((~torch.isfinite(trainer.last_scores.scores)).sum())
-    if num_bad := sum(gather_objects(bad, trainer.layout)):
-        raise RunFailed(
-            f"models.reward_model={config.models.reward_model} gives {num_bad} of the policy's responses no score; no "
-            "output is written"
-        )
-
-
-def _check_updates(trainer: PpoTrainer, config: AuditConfig, before: int) -> int:
-    """How many updates have been skipped so far; each is said."""
-    for role, model in (("critic", trainer.models.critic), ("classifier", trainer.models.classifier)):
-        for skipped in model.take_skipped() if isinstance(model, TrainableModel) else ():
-            before += 1
-            if trainer.layout.is_main:
-                print(f"update of {role} skipped: {skipped}", file=sys.stderr)
-    if before > (limit := config.run.max_skipped_updates):
-        raise RunFailed(
-            f"{before} updates were skipped for NaN or Inf, more than run.max_skipped_updates={limit}; lower "
-            "critic_optimizer.lr or see the lines above; no output is written"
-        )
-    return before
+    if num_bad := sum(gather_objects(bad * trainer.layout.speaks_for_copy, trainer.layout)):
+        raise RunFailed(f"{scored_by(config)} gives {num_bad} of the policy's responses no score; no output is written")
 
 
 def _line(done: int, last: int, metrics: Metrics, left: float) -> str:

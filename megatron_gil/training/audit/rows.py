@@ -51,14 +51,14 @@ def read_audit_rows(
     """Every row of audit.pairs and audit.trusted, checked. specs: by role. known: the labels of data.train's rows,
     which the rows must have too (gil.groups=known); None where the classifier tells."""
     readers = [spec.max_positions for role, spec in specs.items() if role in ("critic", "classifier")]
-    scorer = specs["reward_model"].max_positions
+    scorers = [spec.max_positions for role, spec in specs.items() if role == "reward_model"]
 
     def read(kind: type[Rows], key: str, value: str | None) -> HeldOut | None:
         if not value:
             return None
         path = located(value, "dataset", key)
         own = tokenizers.reward
-        shared = [*readers, *([scorer] if own is None else [])]
+        shared = [*readers, *(scorers if own is None else [])]
         rows = _open(kind, path, config, tokenizers.tokenizer, shared)
         if known is not None:
             _check_labels(rows, f"{key}={value}", known)
@@ -66,7 +66,7 @@ def read_audit_rows(
         return HeldOut(
             key=key,
             rows=rows,
-            as_scored=rows if own is None else _open(kind, path, config, own, [scorer]),
+            as_scored=rows if own is None else _open(kind, path, config, own, scorers),
             prompts=asks(path, tokenizers.tokenizer, max_prompt_tokens=config.data.max_prompt_tokens),
         )
 
@@ -79,10 +79,9 @@ def read_audit_rows(
 
 def _open(kind: type[Rows], path: Path, config: AuditConfig, tokenizer: Tokenizer, positions: list[int]) -> Rows:
     """positions: of the models that read the rows."""
-    data = config.data
-    return kind(
-        path, tokenizer, max_tokens=min([data.max_tokens, *positions]), max_prompt_tokens=data.max_prompt_tokens
-    )
+    data, max_tokens = config.data, min([config.data.max_tokens, *positions])
+    others = config.reward.function is not None
+    return kind(path, tokenizer, max_tokens=max_tokens, max_prompt_tokens=data.max_prompt_tokens, others=others)
 
 
 def _check_labels(rows: RowDataset, name: str, known: tuple[str, ...]) -> None:

@@ -53,7 +53,7 @@ class FunctionScorer:
     def score(self, rollout: Rollout, prompts: PromptDataset) -> RowScores:
         """RunFailed, on every rank, where the function fails."""
         layout, found, error = self._layout, list[float](), ""
-        calls = layout.tp_rank == layout.pp_rank == 0
+        calls = layout.speaks_for_copy
         if calls:
             try:
                 found = self._function.score(self._rows(rollout, prompts), prompts)

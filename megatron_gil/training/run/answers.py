@@ -64,7 +64,7 @@ class AnswerFile:
     def flush(self) -> None:
         """Write what all ranks have added. RunFailed where that cannot be done."""
         layout, error = self._layout, ""
-        mine, self._waiting = self._waiting if layout.tp_rank == layout.pp_rank == 0 else {}, {}
+        mine, self._waiting = self._waiting if layout.speaks_for_copy else {}, {}
         parts = gather_objects(mine, layout)
         if layout.is_main:
             rows = {str(number): row for part in parts for number, row in part.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,6 +72,11 @@ class LoopState:
     def read(cls, content: dict[str, Any]) -> LoopState:
         best = content.get("best")  # absent before there was keep_best
         return cls(**{**content, "best": best and Best(**best)})
+
+
+def skipped_updates(models: Mapping[str, TrainableModel]) -> list[str]:
+    """What stopped each update that was skipped since the last call, a line each."""
+    return [f"update of {name} skipped: {why}" for name, model in models.items() for why in model.take_skipped()]
 
 
 class TrainingLoop:
@@ -186,8 +192,9 @@ class TrainingLoop:
         state, trainer, log = self._state, self._trainer, self._config.log
         metrics = dict(trainer.iterate(state.iteration))
         state.iteration += 1
-        state.num_skipped += self._report_skipped()
-        for text in trainer.take_warnings():
+        skipped = skipped_updates(self._models)
+        state.num_skipped += len(skipped)
+        for text in (*skipped, *trainer.take_warnings()):
             self._log.note(f"iteration {state.iteration}: {text}")
         state.unlogged = metrics
         last = state.iteration == trainer.num_iterations
@@ -227,15 +234,6 @@ class TrainingLoop:
         if self._saved == state.iteration:  # by a stop that came before the evaluation
             self._checkpoints.mark_best(state.iteration)
         return True
-
-    def _report_skipped(self) -> int:
-        """Say what stopped each skipped update of this iteration; how many there were."""
-        count = 0
-        for name, model in self._models.items():
-            for skipped in model.take_skipped():
-                count += 1
-                self._log.note(f"iteration {self._state.iteration}: update of {name} skipped: {skipped}")
-        return count
 
     def _save(self) -> None:
         """Begin a checkpoint, which never gets ahead of metrics.jsonl."""
