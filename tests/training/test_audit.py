@@ -61,6 +61,8 @@ def held_out(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "trusted": write_rows(root / "trusted.jsonl", trusted),
         "bare": write_rows(root / "bare.jsonl", pairs),
         "bad": write_rows(root / "bad.jsonl", [*trusted[:2], {**trusted[2], "trusted": "good"}]),
+        "same": write_rows(root / "same.jsonl", [{**row, "rejected": row["chosen"]} for row in pairs]),
+        "large": write_rows(root / "large.jsonl", [{**trusted[0], "trusted": -1e300}]),
         "nan": write_rows(root / "nan.jsonl", [{**trusted[0], "trusted": float("nan")}]),
     }
 
@@ -168,6 +170,8 @@ def test_refusals(world: Path, held_out: dict[str, Path], tmp_path: Path) -> Non
         (f"output={tmp_path / 'none' / 'a.json'}",): "does not exist",
         (f"audit.trusted={held_out['bad']}",): "bad.jsonl:3: field trusted must be a number",
         (f"audit.trusted={held_out['nan']}",): "nan.jsonl:1: field trusted is nan",
+        (f"audit.trusted={held_out['large']}",): "large.jsonl:1: field trusted is -1e+300",
+        (f"audit.pairs={held_out['same']}",): "chosen and rejected are the same text in every row",
         (f"audit.trusted={held_out['pairs']}",): "pairs.jsonl:1: a pair {chosen, rejected} among responses",
         ("gil.groups=known", f"audit.pairs={held_out['bare']}"): "needs one of data.train's groups in every row",
         ("batch.global_size=6",): "cannot be divided by batch.global_size=6",

@@ -6,10 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_gil.config import ConfigError
 from megatron_gil.data.rows.demonstrations import ResponseDataset
 from megatron_gil.data.rows.records import iter_records
 from megatron_gil.data.text.tokenizer import Tokenizer
+
+LARGEST = float(np.finfo(np.float32).max)
+"""As of scores; squares and sums of them then stay within float64."""
 
 
 class TrustedDataset(ResponseDataset):
@@ -34,6 +39,6 @@ def read_trusted(row: Any, where: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:  # a NaN too
         raise ConfigError(f"{where}: field trusted is {number}, which is no number to compare with")
     return number

@@ -60,6 +60,8 @@ def read_audit_rows(
         own = tokenizers.reward
         shared = [*readers, *(scorers if own is None else [])]
         rows = _open(kind, path, config, tokenizers.tokenizer, shared)
+        if isinstance(rows, PreferenceDataset):
+            _check_pairs(rows, f"{key}={value}")
         if known is not None:
             _check_labels(rows, f"{key}={value}", known)
         asks = PreferencePrompts if kind is PreferenceDataset else ResponsePrompts
@@ -82,6 +84,15 @@ def _open(kind: type[Rows], path: Path, config: AuditConfig, tokenizer: Tokenize
     data, max_tokens = config.data, min([config.data.max_tokens, *positions])
     others = config.reward.function is not None
     return kind(path, tokenizer, max_tokens=max_tokens, max_prompt_tokens=data.max_prompt_tokens, others=others)
+
+
+def _check_pairs(rows: PreferenceDataset, name: str) -> None:
+    pairs = map(rows.fields, range(len(rows)))
+    if all(pair["chosen"].strip() == pair["rejected"].strip() for pair in pairs):
+        raise ConfigError(
+            f"{name}: chosen and rejected are the same text in every row, so there is nothing to measure; give pairs "
+            "of different responses"
+        )
 
 
 def _check_labels(rows: RowDataset, name: str, known: tuple[str, ...]) -> None:
