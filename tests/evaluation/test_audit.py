@@ -199,7 +199,7 @@ def test_advice_waits_for_groups_of_prompts() -> None:
     assert found.settings == {}
     assert "models.policy=PILOT models.ref_policy=SFT" in found.line
     none = advise(high, Estimate(value=-0.09, low=-0.2, high=0.0))
-    assert "agree too little beyond chance (kappa -0.09)" in none.line
+    assert "agree too little beyond chance (kappa -0.09 [-0.20, 0.00])" in none.line
     for kappa in (0.9, math.nan):
         assert advise(high, Estimate(value=kappa, low=kappa, high=kappa)).settings == {"gil.num_groups": 1}
 

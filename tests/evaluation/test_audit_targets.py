@@ -100,10 +100,13 @@ def test_a_reward_that_does_not_vary_where_it_is_high_is_not_called_wrong() -> N
     assert advice.settings["gil.kl_target_high"] == LEAST_TARGET
     assert not advice.is_certain
     assert (
-        "Scores or trusted numbers do not vary in the 48 responses to the prompts of high score; gil.kl" in advice.line
+        "Scores or trusted numbers do not vary in the 48 responses to the prompts of high score. gil.kl" in advice.line
     )
     for wrong in ("nan", "not to be trusted", "of one prompt"):
         assert wrong not in advice.line
+    advice = advise_targets(price([replace(row, trusted=1.0) for row in given]), high)
+    assert advice.settings == {"gil.num_groups": 1, "ppo.kl_target": LEAST_TARGET}
+    assert "do not vary in the 48 responses to the prompts of high score. The reward helps in neither" in advice.line
 
 
 def test_one_prompt_says_nothing_of_the_others_of_its_group() -> None:

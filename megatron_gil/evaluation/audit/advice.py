@@ -55,7 +55,7 @@ def advise(high: Agreement | None, prompt_kappa: Estimate | None = None) -> Advi
     if prompt_kappa is not None and prompt_kappa.value < GROUPS_OF_PROMPTS_FROM:
         line = (
             "These are groups of high and low scores and not of prompts: the groups of two responses to one prompt "
-            f"agree too little beyond chance (kappa {prompt_kappa.value:.2f}), as where a policy has not moved yet; "
+            f"agree too little beyond chance (kappa {shown(prompt_kappa)}), as where a policy has not moved yet; "
             "audit the policy of a short run of PPO with KL (models.policy=PILOT models.ref_policy=SFT)"
         )
         return Advice(line=f"{line}.", settings={}, is_certain=False)
@@ -111,6 +111,11 @@ def doubt(high: Agreement) -> str:
 
 
 def _shown(found: Agreement) -> str:
-    value = found.value
-    interval = "" if math.isnan(value.low) else f" [{value.low:.2f}, {value.high:.2f}]"
-    return f"{value.value:.2f}{interval}, Spearman's of {found.num_rows:,} trusted rows"
+    return f"{shown(found.value)}, Spearman's of {found.num_rows:,} trusted rows"
+
+
+def shown(found: Estimate) -> str:
+    """With its interval, where that is known."""
+    if math.isnan(found.value):
+        return "-"
+    return f"{found.value:.2f}" + ("" if math.isnan(found.low) else f" [{found.low:.2f}, {found.high:.2f}]")

@@ -49,6 +49,8 @@ TERMS: Mapping[str, str] = {
     "with at least gil.min_group_mass. "
     "PPO-GIL takes the KL penalty off a response by as much as it is not in the high group.",
     "agreement": "Spearman's correlation of score and trusted number: 1 is full, 0 none.",
+    "ECE, T": "Of pairs; they take the difference of two scores for log-odds, as a reward model's is trained "
+    "to be; that of a reward.function need not be.",
     "information": "Mutual information of group and row, as a share of the most that it could be; near 0 the groups "
     "are all alike.",
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from megatron_gil.evaluation.audit.advice import shown
 from megatron_gil.evaluation.audit.correlation import Correlation
 from megatron_gil.evaluation.audit.measure import Audit, Group
 from megatron_gil.evaluation.best_of_n import KlPrice
 from megatron_gil.evaluation.report.page import Table
-from megatron_gil.evaluation.statistics import Estimate
 from megatron_gil.evaluation.tables import percent_interval
 
 HINTS: Mapping[str, str] = {
@@ -30,7 +30,7 @@ def groups_table(found: Audit, *, narrow: bool = False, swatch: Mapping[str, str
     rows = list(zip(names, *columns.values(), strict=True))
     note = "Score to duplicates: of the policy's responses that are likeliest in the group."
     if found.prompt_kappa is not None:
-        note += f" Two responses to one prompt share a group with kappa {_interval(found.prompt_kappa)}."
+        note += f" Two responses to one prompt share a group with kappa {shown(found.prompt_kappa)}."
     return Table(
         caption="groups",
         header=("", *columns),
@@ -76,7 +76,7 @@ def _cell(column: str, group: Group, found: Audit) -> str:
             return f"{quality.num_pairs:,}" if quality else "0"
         case "accuracy, % [95 %]":
             return percent_interval(quality.accuracy) if quality else "-"
-    return _interval(trusted.spearman) if trusted else "-"
+    return shown(trusted.spearman) if trusted else "-"
 
 
 def trusted_table(found: Audit) -> Table:
@@ -93,7 +93,7 @@ def trusted_table(found: Audit) -> Table:
 
 def _trusted_cells(name: str, found: Correlation) -> tuple[str, ...]:
     counts = f"{found.num_rows:,}", f"{found.num_prompts:,}"
-    return (name, *counts, _interval(found.spearman), _interval(found.pearson))
+    return (name, *counts, shown(found.spearman), shown(found.pearson))
 
 
 SHOWN_N = (1, 2, 4, 8, 16, 32, 64)
@@ -101,12 +101,12 @@ SHOWN_N = (1, 2, 4, 8, 16, 32, 64)
 
 def reach_table(reach: KlPrice, *, narrow: bool = False) -> Table:
     """narrow: for a console."""
-    shown = [n for n in SHOWN_N if n <= len(next(iter(reach.groups.values())).curve)]
+    numbers = [n for n in SHOWN_N if n <= len(next(iter(reach.groups.values())).curve)]
     rows = [
         (
             f"prompts of {name}",
             f"{group.num_prompts:,}",
-            *(f"{group.curve[n - 1].value:.2f}" if narrow else _interval(group.curve[n - 1]) for n in shown),
+            *(f"{group.curve[n - 1].value:.2f}" if narrow else shown(group.curve[n - 1]) for n in numbers),
             f"{group.best_n} [{group.best_n_low}, {group.best_n_high}]",
             f"{group.best_kl:.2f}",
         )
@@ -115,7 +115,7 @@ def reach_table(reach: KlPrice, *, narrow: bool = False) -> Table:
     price = reach.price
     note = f"One KL for all, at n = {reach.shared_n}, costs {price.value:.3f} [{price.low:.3f}, {price.high:.3f}]. "
     note += "KL: log n - (n - 1) / n, nats a response, at the best n."
-    header = ("", "prompts", *(f"{'n = ' * (not narrow or n == 1)}{n}" for n in shown), "best n [95 %]", "KL")
+    header = ("", "prompts", *(f"{'n = ' * (not narrow or n == 1)}{n}" for n in numbers), "best n [95 %]", "KL")
     return Table(caption="trusted number of the best of n responses", header=header, rows=rows, note=note)
 
 
@@ -157,11 +157,3 @@ def _percent(share: float) -> str:
 
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
-
-
-def _interval(found: Estimate) -> str:
-    if math.isnan(found.value):
-        return "-"
-    if math.isnan(found.low):
-        return f"{found.value:.2f}"
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"

@@ -112,14 +112,14 @@ def kl_targets(price: KlPrice) -> dict[str, float]:
 def _reasons(price: KlPrice, high: Agreement, settings: dict[str, float]) -> str:
     found = f"by the trusted numbers the best of n responses is best at n = {_shown(price.groups[HIGH])} for the "
     found += f"prompts of high score and at {_shown(price.groups[LOW])} for those of low score"
+    unknown = math.isnan(high.value.value)
+    begins = f"{NO_AGREEMENT} in the {high.num_rows:,} responses to the prompts of high score. " * unknown
     if "ppo.kl_target" in settings:
-        return f"The reward can be followed as far in both groups, one KL will do: {_text(settings)}; {found}"
+        helps = "can be followed as far in both groups" if price.groups[HIGH].best_n > 1 else "helps in neither group"
+        return f"{begins}The reward {helps}, one KL will do: {_text(settings)}; {found}"
     cost = f"One KL for both would cost {price.price.value:.3f} [{price.price.low:.3f}, {price.price.high:.3f}] of them"
-    if math.isnan(high.value.value):
-        begins = f"{NO_AGREEMENT} in the {high.num_rows:,} responses to the prompts of high score"
-    else:
-        begins = f"{not_trusted(high)}: groups pay"
-    return f"{begins}; {_text(settings)}, for {found}. {cost}"
+    begins = begins or f"{not_trusted(high)}: groups pay; "
+    return f"{begins}{_text(settings)}, for {found}. {cost}"
 
 
 def _target(group: BestOfN) -> float:
