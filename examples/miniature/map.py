@@ -27,7 +27,7 @@ from run import MAX_WORKERS, guarded, stage
 from megatron_gil.config import ConfigError
 from megatron_gil.demo.annotators import Annotators
 from megatron_gil.demo.stages import Runner, Stage
-from megatron_gil.evaluation.audit.targets import kl_targets, price_of
+from megatron_gil.evaluation.audit.targets import kl_targets, price_of, split_prompts
 from megatron_gil.evaluation.report.runs import Json
 from megatron_gil.jsonl import iter_jsonl
 
@@ -154,9 +154,9 @@ class World:
     def _targets(self) -> Mapping[str, float]:
         """Those that an audit names where all prompts of the tuning seeds are trusted rows."""
         rows = [row for seed in self._map.tuning_seeds for row in read_trusted(self.place(REACH, seed).replies)]
-        found = price_of(rows)
-        assert found is not None
-        return kl_targets(found)
+        groups = split_prompts(rows)
+        assert groups is not None
+        return kl_targets(price_of(groups))
 
     def numbers(self, cell: str, seed: int) -> dict[str, float]:
         """Of a finished cell."""

@@ -25,9 +25,9 @@ def measure_reach(replies: Path, pairs: Path) -> dict[str, float]:
     """metric -> value. replies: several of the SFT policy to each prompt, scored; gold is who is trusted. pairs: of the
     same prompts, scored."""
     rows, scored_pairs = read_trusted(replies), read_scored_pairs([pairs])
-    groups, found = split_prompts(rows), price_of(rows)
+    groups = split_prompts(rows)
     assert groups is not None
-    assert found is not None
+    found = price_of(groups)
     group_of = {part[0].prompt: group for group, prompts in groups.items() for part in prompts}
     numbers = {
         "price": found.price.value,

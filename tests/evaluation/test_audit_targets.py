@@ -17,10 +17,12 @@ from megatron_gil.evaluation.audit.targets import (
     HIGH,
     LEAST_TARGET,
     LOW,
+    SplitPrompts,
     advise_targets,
     agreement_on_high,
     price_of,
     split_at,
+    split_prompts,
 )
 from megatron_gil.evaluation.best_of_n import KlPrice, kl_of_best_of
 from megatron_gil.evaluation.report.figures import colors, to_svg
@@ -49,7 +51,11 @@ def rows(of_high: float, of_low: float, *, prompts: int = 12, responses: int = 8
 
 
 def price(given: list[TrustedRow]) -> KlPrice:
-    found = price_of(given)
+    return price_of(split(given))
+
+
+def split(given: list[TrustedRow]) -> SplitPrompts:
+    found = split_prompts(given)
     assert found is not None
     return found
 
@@ -94,8 +100,7 @@ def test_targets_are_the_kl_of_the_best_n() -> None:
 def test_a_reward_that_does_not_vary_where_it_is_high_is_not_called_wrong() -> None:
     """As that of a rule which all responses to the easy prompts fulfil."""
     given = [replace(row, score=10.0) if row.score > 5 else row for row in rows(0.8, 1.0)]
-    high = agreement_on_high(given)
-    assert high is not None
+    high = agreement_on_high(split(given))
     advice = advise_targets(price(given), high)
     assert advice.settings["gil.kl_target_high"] == LEAST_TARGET
     assert not advice.is_certain
@@ -127,9 +132,9 @@ def test_a_reward_that_helps_nowhere_is_followed_hardly() -> None:
 
 
 def test_one_response_a_prompt_says_nothing() -> None:
-    assert price_of(rows(0.8, 1.0, responses=3)) is None
-    assert price_of([]) is None
-    assert price_of(rows(0.8, 1.0, prompts=1)) is None
+    assert split_prompts(rows(0.8, 1.0, responses=3)) is None
+    assert split_prompts([]) is None
+    assert split_prompts(rows(0.8, 1.0, prompts=1)) is None
 
 
 def test_table_and_picture_show_every_group() -> None:
@@ -145,14 +150,12 @@ def test_table_and_picture_show_every_group() -> None:
 
 def test_agreement_is_that_of_the_prompts_of_high_score() -> None:
     given = rows(0.3, 1.0)
-    found = agreement_on_high(given)
-    assert found is not None
+    found = agreement_on_high(split(given))
     high = [row for row in given if row.score > 5]
     assert found.num_rows == len(high) == 48
     expected: Any = spearmanr([row.score for row in high], [row.trusted for row in high])[0]
     assert found.value.value == pytest.approx(expected)
     assert expected < 0  # that of all rows is above 0
-    assert agreement_on_high([row for row in given if row.response in ("r0", "r1")]) is None
 
 
 def test_a_reward_that_is_trusted_where_it_is_high_needs_no_groups() -> None:

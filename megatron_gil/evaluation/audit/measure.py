@@ -12,7 +12,7 @@ import numpy as np
 from megatron_gil.evaluation.audit.advice import Advice, Agreement, advise, advise_without_groups
 from megatron_gil.evaluation.audit.correlation import Correlation, correlate, spearman
 from megatron_gil.evaluation.audit.rows import AuditedRows, SampledResponse, TrustedRow, likeliest
-from megatron_gil.evaluation.audit.targets import advise_targets, agreement_on_high, price_of
+from megatron_gil.evaluation.audit.targets import advise_targets, agreement_on_high, price_of, split_prompts
 from megatron_gil.evaluation.audit.words import TypicalWord, typical_words
 from megatron_gil.evaluation.best_of_n import KlPrice
 from megatron_gil.evaluation.cluster_bootstrap import DRAWS, expanded_interval, number_clusters, resampled_sums
@@ -86,11 +86,12 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
     found = {name: part for name, part in by_group.items() if part is not None}
 
     readings = [(row.pair.prompt, row.views) for row in rows.pairs] + [(r.prompt, r.views) for r in rows.trusted]
-    kappa, reach, together = prompt_kappa(readings), price_of(rows.trusted), agreement_on_high(rows.trusted)
+    kappa, split = prompt_kappa(readings), split_prompts(rows.trusted)
+    reach = price_of(split) if split else None
 
     def advice() -> Advice:
-        if reach is not None and together is not None:
-            return advise_targets(reach, together)
+        if split and reach:
+            return advise_targets(reach, agreement_on_high(split))
         if low is None:
             return advise_without_groups(high)
         on_high = found.get(high)

@@ -21,14 +21,11 @@ LEAST_RESPONSES = 4
 """To a prompt; of fewer the best says little."""
 LEAST_TARGET = 0.05
 """Nats a response, where the reward's choice is no better than any response."""
+SplitPrompts = dict[str, list[list[TrustedRow]]]
+"""HIGH and LOW -> the responses to each of its prompts, of which there is at least one."""
 
 
-def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
-    """Of the prompts with LEAST_RESPONSES responses or more, in the groups HIGH and LOW; None where there are none of
-    one group."""
-    groups = split_prompts(rows)
-    if groups is None:
-        return None
+def price_of(groups: SplitPrompts) -> KlPrice:
     return kl_price(
         [
             Candidates(group=name, scores=[row.score for row in part], trusted=[row.trusted for row in part])
@@ -38,18 +35,14 @@ def price_of(rows: Sequence[TrustedRow]) -> KlPrice | None:
     )
 
 
-def agreement_on_high(rows: Sequence[TrustedRow]) -> Agreement | None:
-    """Of the responses to the prompts that `price_of` puts into HIGH."""
-    groups = split_prompts(rows)
-    if groups is None:
-        return None
+def agreement_on_high(groups: SplitPrompts) -> Agreement:
     found = [row for part in groups[HIGH] for row in part]
     together = correlate([row.score for row in found], [row.trusted for row in found], [row.prompt for row in found])
     return Agreement(value=together.spearman, num_rows=len(found))
 
 
-def split_prompts(rows: Sequence[TrustedRow]) -> dict[str, list[list[TrustedRow]]] | None:
-    """Group -> the responses to each of its prompts; None where there are none of one group.
+def split_prompts(rows: Sequence[TrustedRow]) -> SplitPrompts | None:
+    """The prompts with LEAST_RESPONSES responses or more; None where there are none of one group.
 
     While a policy is at rest the classifier tells responses apart by their scores, two responses to one prompt too. A
     run's groups are those of prompts, and follow their scores: so prompts are split by the mean score of their
@@ -64,7 +57,7 @@ def split_prompts(rows: Sequence[TrustedRow]) -> dict[str, list[list[TrustedRow]
     if len(set(means)) < 2:
         return None
     threshold = split_at(means)
-    groups: dict[str, list[list[TrustedRow]]] = {HIGH: [], LOW: []}
+    groups: SplitPrompts = {HIGH: [], LOW: []}
     for mean, part in zip(means, found, strict=True):
         groups[HIGH if mean >= threshold else LOW].append(part)
     return groups
