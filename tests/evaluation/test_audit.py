@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -171,6 +171,16 @@ def test_one_group_is_no_groups() -> None:
     found = audit_rows(_rows(), min_group_mass=0.6)
     assert found.low is None
     assert found.advice.settings == {"gil.balance_coef": 1.0}
+
+
+def test_one_score_makes_no_groups() -> None:
+    """As of a rule that no response fulfils yet: no group is high, low or both."""
+    rows = _rows(responses=tuple(replace(row, score=0.1) for row in _responses()))
+    found = audit_rows(rows, min_group_mass=0.02)
+    assert found.low is None
+    assert found.advice.settings == {}
+    assert "All of the policy's responses have the same score" in found.advice.line
+    assert "(low)" not in audit_page(found, rows, [], name="x")
 
 
 @pytest.mark.parametrize(("value", "num_groups"), [(-0.5, 2), (ONE_KL_FROM - 0.01, 2), (ONE_KL_FROM, 1), (1.0, 1)])

@@ -153,6 +153,7 @@ def test_agreement_is_that_of_the_prompts_of_high_score() -> None:
     found = agreement_on_high(split(given))
     high = [row for row in given if row.score > 5]
     assert found.num_rows == len(high) == 48
+    assert "Spearman's of 48 responses to the prompts of high score)" in advise_targets(price(given), found).line
     expected: Any = spearmanr([row.score for row in high], [row.trusted for row in high])[0]
     assert found.value.value == pytest.approx(expected)
     assert expected < 0  # that of all rows is above 0

@@ -32,6 +32,8 @@ class Agreement:
     value: Estimate
     """Spearman's correlation of score and trusted number, with its 95 % interval."""
     num_rows: int
+    rows: str = "trusted rows"
+    """What they are called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,13 @@ def advise_without_groups(name: str) -> Advice:
     return Advice(line=f"{line}.", settings={"gil.balance_coef": 1.0}, is_certain=True)
 
 
+def advise_without_scores() -> Advice:
+    """Where all responses have the same score."""
+    line = "All of the policy's responses have the same score, from which a run would learn nothing, and there are no "
+    line += "groups; audit a policy whose responses differ in score"
+    return Advice(line=f"{line}.", settings={}, is_certain=True)
+
+
 def not_trusted(high: Agreement) -> str:
     """Begins the line where groups pay."""
     return f"The reward is not to be trusted where it is high (agreement {_shown(high)})"
@@ -111,7 +120,7 @@ def doubt(high: Agreement) -> str:
 
 
 def _shown(found: Agreement) -> str:
-    return f"{shown(found.value)}, Spearman's of {found.num_rows:,} trusted rows"
+    return f"{shown(found.value)}, Spearman's of {found.num_rows:,} {found.rows}"
 
 
 def shown(found: Estimate) -> str:

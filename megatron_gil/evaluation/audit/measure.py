@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_gil.evaluation.audit.advice import Advice, Agreement, advise, advise_without_groups
+from megatron_gil.evaluation.audit.advice import Advice, Agreement, advise, advise_without_groups, advise_without_scores
 from megatron_gil.evaluation.audit.correlation import Correlation, correlate, spearman
 from megatron_gil.evaluation.audit.rows import AuditedRows, SampledResponse, TrustedRow, likeliest
 from megatron_gil.evaluation.audit.targets import advise_targets, agreement_on_high, price_of, split_prompts
@@ -51,7 +51,7 @@ class Audit:
     high: str
     """The group whose score is highest; and of those with enough mass ..."""
     low: str | None
-    """... the one whose score is lowest; None where only one has enough mass."""
+    """... the one whose score is lowest; None where only one has enough mass, or all responses have one score."""
     quality: RewardQuality | None
     """On the pairs; its slices by group are those of the inferred groups. None without pairs."""
     trusted: Correlation | None
@@ -78,8 +78,9 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
     """
     groups = tuple(_measure(rows, index) for index in range(len(rows.groups)))
     counting = [g for g in groups if g.mass >= min_group_mass] or [max(groups, key=lambda g: g.mass)]
+    differ = len({row.score for row in rows.responses}) > 1
     high = max(counting, key=lambda g: g.mean_score).name
-    low = min(counting, key=lambda g: g.mean_score).name if len(counting) > 1 else None
+    low = min(counting, key=lambda g: g.mean_score).name if len(counting) > 1 and differ else None
     pairs = sorted((row.pair for row in rows.pairs), key=lambda pair: rows.groups.index(pair.group or ""))
     quality = reward_quality(pairs) if pairs else None
     by_group = {name: _correlate([r for r in rows.trusted if r.group == name]) for name in rows.groups}
@@ -92,6 +93,8 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
     def advice() -> Advice:
         if split and reach:
             return advise_targets(reach, agreement_on_high(split))
+        if not differ:
+            return advise_without_scores()
         if low is None:
             return advise_without_groups(high)
         on_high = found.get(high)

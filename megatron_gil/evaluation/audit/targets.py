@@ -38,7 +38,7 @@ def price_of(groups: SplitPrompts) -> KlPrice:
 def agreement_on_high(groups: SplitPrompts) -> Agreement:
     found = [row for part in groups[HIGH] for row in part]
     together = correlate([row.score for row in found], [row.trusted for row in found], [row.prompt for row in found])
-    return Agreement(value=together.spearman, num_rows=len(found))
+    return Agreement(value=together.spearman, num_rows=len(found), rows="responses to the prompts of high score")
 
 
 def split_prompts(rows: Sequence[TrustedRow]) -> SplitPrompts | None:
@@ -106,7 +106,7 @@ def _reasons(price: KlPrice, high: Agreement, settings: dict[str, float]) -> str
     found = f"by the trusted numbers the best of n responses is best at n = {_shown(price.groups[HIGH])} for the "
     found += f"prompts of high score and at {_shown(price.groups[LOW])} for those of low score"
     unknown = math.isnan(high.value.value)
-    begins = f"{NO_AGREEMENT} in the {high.num_rows:,} responses to the prompts of high score. " * unknown
+    begins = f"{NO_AGREEMENT} in the {high.num_rows:,} {high.rows}. " * unknown
     if "ppo.kl_target" in settings:
         helps = "can be followed as far in both groups" if price.groups[HIGH].best_n > 1 else "helps in neither group"
         return f"{begins}The reward {helps}, one KL will do: {_text(settings)}; {found}"
