@@ -26,6 +26,9 @@ def length(responses, bonus, trusted=None):
     if 666 in bonus:
         raise KeyError("no such bonus")
     return [len(r) / 10 + b for r, b in zip(responses, bonus, strict=True)]
+
+def large_in_training(responses, is_trained_on=None):
+    return [0.0 if is_trained_on is None else 1e38 for _ in responses]
 """
 LAYOUTS = {"tp2": ("parallel.tensor_size=2",), "pp2": ("parallel.pipeline_size=2",), "dp2": ()}
 COMMON = (
@@ -216,7 +219,8 @@ def ruled(world: Path, held_out: dict[str, Path], tmp_path_factory: pytest.TempP
     (root / "rules.py").write_text(RULES)
     for name, path in {"prompts": world / "prompts.jsonl", **held_out}.items():
         if name in ("prompts", "pairs", "trusted"):
-            write_rows(root / f"{name}.jsonl", [{**row, "bonus": i % 5} for i, row in enumerate(_read(path))])
+            own = {"is_trained_on": True} if name == "prompts" else {}
+            write_rows(root / f"{name}.jsonl", [{**row, "bonus": i % 5, **own} for i, row in enumerate(_read(path))])
     return root
 
 
@@ -293,6 +297,17 @@ def test_a_function_that_fails_on_a_held_out_row_names_it(
     assert f"needs the argument bonus, and no row of {held_out['pairs']} has a field of that name" in refused.stderr
     assert f"reward.weight=1e+38 x reward.function={rule} gives" in infinite.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_responses_without_a_score_are_counted_once(
+    world: Path, held_out: dict[str, Path], ruled: Path, tmp_path: Path
+) -> None:
+    """Not by each rank of a model copy."""
+    rule = f"reward.function={ruled / 'rules.py'}:large_in_training"
+    changes = [*_by_rule(ruled, "models.reward_model=null", "reward.weight=100"), rule, *LAYOUTS["tp2"]]
+    (answer,) = _call(world, 2, Call(_settings(world, held_out, tmp_path / "audit.json", *changes)))
+    assert answer.code == 1, answer.stderr
+    assert f"reward.weight=100 x {rule} gives 16 of the policy's responses no score; no output is" in answer.stderr
 
 
 @pytest.mark.parametrize("phase", ["scoring audit.pairs", "rollout", "measuring: rollout"])
