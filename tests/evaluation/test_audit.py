@@ -17,6 +17,7 @@ from megatron_gil.evaluation.audit.correlation import correlate
 from megatron_gil.evaluation.audit.measure import audit_rows, prompt_kappa
 from megatron_gil.evaluation.audit.page import audit_page
 from megatron_gil.evaluation.audit.rows import AuditedPair, AuditedRows, SampledResponse, TrustedRow
+from megatron_gil.evaluation.audit.tables import groups_table
 from megatron_gil.evaluation.audit.words import typical_words
 from megatron_gil.evaluation.scored_pairs import ScoredPair
 from megatron_gil.evaluation.statistics import Estimate
@@ -162,6 +163,9 @@ def test_pairs_alone_do_not_decide() -> None:
     assert found.trusted is None
     assert found.advice.settings == {}
     assert "No trusted row lies in the high group, and pairs do not tell" in found.advice.line
+    assert "kappa" in groups_table(found).note
+    found = audit_rows(_rows(pairs=(_pair(0, 1.0, "group 0"),), trusted=()), min_group_mass=0.02)
+    assert "kappa" not in groups_table(found).note
     found = audit_rows(_rows(pairs=()), min_group_mass=0.02)
     assert found.quality is None
     assert found.quality_of("group 0") is None

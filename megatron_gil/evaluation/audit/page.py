@@ -41,8 +41,9 @@ CURVES: Mapping[str, str] = {
     "group/information": "information of the groups about the row",
 }
 TERMS: Mapping[str, str] = {
-    "group": "Which responses go together, as the classifier of a PPO-GIL run infers it with the policy at rest. A "
-    "held-out row is in the group of the policy's own responses to its prompt, or of its own (audit.group_by=rows).",
+    "group": "Which responses go together, as the classifier of a PPO-GIL run infers it with the policy at rest, or as "
+    "the rows say (gil.groups=known). A held-out row is in the group of the policy's own responses to its prompt, or "
+    "of its own (audit.group_by=rows).",
     "kappa": "Agreement, beyond chance, of the groups of two responses to one prompt: 1 where groups are those of "
     "prompts, 0 where they tell responses apart and not prompts.",
     "high, low": "The groups whose mean score, rows weighted by their probability, is highest and lowest, among those "

@@ -29,7 +29,7 @@ def groups_table(found: Audit, *, narrow: bool = False, swatch: Mapping[str, str
     names = [title(group.name, found) for group in found.groups]
     rows = list(zip(names, *columns.values(), strict=True))
     note = "Score to duplicates: of the policy's responses that are likeliest in the group."
-    if found.prompt_kappa is not None:
+    if found.prompt_kappa is not None and not math.isnan(found.prompt_kappa.value):
         note += f" Two responses to one prompt share a group with kappa {shown(found.prompt_kappa)}."
     return Table(
         caption="groups",
