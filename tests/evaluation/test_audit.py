@@ -155,6 +155,8 @@ def test_the_numbers_of_a_group() -> None:
     assert backwards is not None
     assert list(backwards.slices["group"]) == ["group 0", "group 1"]
     high = found.trusted_by_group["group 0"].spearman
+    assert found.on_high is not None
+    assert found.on_high.value == high
     assert f"agreement {high.value:.2f} [{high.low:.2f}, {high.high:.2f}]" in found.advice.line
 
 

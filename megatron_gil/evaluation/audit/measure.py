@@ -64,6 +64,9 @@ class Audit:
     reach: KlPrice | None
     """How far the reward can be followed for prompts of high and of low score; None without several trusted responses
     to a prompt."""
+    on_high: Agreement | None
+    """Where the score is high, which the advice rests on: of the prompts of high score where `reach` is there, else of
+    the trusted rows in the high group. None without any."""
     advice: Advice
 
     def quality_of(self, group: str) -> Quality | None:
@@ -79,8 +82,8 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
     groups = tuple(_measure(rows, index) for index in range(len(rows.groups)))
     counting = [g for g in groups if g.mass >= min_group_mass] or [max(groups, key=lambda g: g.mass)]
     differ = len({row.score for row in rows.responses}) > 1
-    high = max(counting, key=lambda g: g.mean_score).name
-    low = min(counting, key=lambda g: g.mean_score).name if len(counting) > 1 and differ else None
+    by_score = [g.name for g in sorted(counting, key=lambda g: -g.mean_score)]
+    high, low = by_score[0], by_score[-1] if len(by_score) > 1 and differ else None
     pairs = sorted((row.pair for row in rows.pairs), key=lambda pair: rows.groups.index(pair.group or ""))
     quality = reward_quality(pairs) if pairs else None
     by_group = {name: _correlate([r for r in rows.trusted if r.group == name]) for name in rows.groups}
@@ -89,17 +92,16 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
     readings = [(row.pair.prompt, row.views) for row in rows.pairs] + [(r.prompt, r.views) for r in rows.trusted]
     kappa, split = prompt_kappa(readings), split_prompts(rows.trusted)
     reach = price_of(split) if split else None
+    on_high = agreement_on_high(split) if split else _agreement(found.get(high))
 
     def advice() -> Advice:
-        if split and reach:
-            return advise_targets(reach, agreement_on_high(split))
+        if reach and on_high:
+            return advise_targets(reach, on_high)
         if not differ:
             return advise_without_scores()
         if low is None:
             return advise_without_groups(high)
-        on_high = found.get(high)
-        known = None if on_high is None else Agreement(value=on_high.spearman, num_rows=on_high.num_rows)
-        return advise(known, kappa)
+        return advise(on_high, kappa)
 
     return Audit(
         groups=groups,
@@ -110,8 +112,13 @@ def audit_rows(rows: AuditedRows, *, min_group_mass: float) -> Audit:
         trusted_by_group=found,
         prompt_kappa=kappa,
         reach=reach,
+        on_high=on_high,
         advice=advice(),
     )
+
+
+def _agreement(found: Correlation | None) -> Agreement | None:
+    return None if found is None else Agreement(value=found.spearman, num_rows=found.num_rows)
 
 
 def _measure(rows: AuditedRows, index: int) -> Group:
