@@ -11,9 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_gil.config import ConfigError
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from megatron_gil.models.convert.weight_files import find_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +24,16 @@ class HfTensors:
     handles: dict[Path, Any]  # those opened so far
 
     @classmethod
-    def open(cls, hf_dir: Path, single_file: str = SINGLE_FILE, index_file: str = INDEX_FILE) -> Self:
+    def open(cls, hf_dir: Path, stem: str = "model") -> Self:
+        """Of the files that find_files names, as every check of the directory does."""
         directory = Path(hf_dir)
-        index = directory / index_file
-        if index.exists():
+        single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+        if index.exists() and not single.exists():
             return cls(directory, _read_index(index), {})
-        path = directory / single_file
-        handle = _open_file(path)
-        return cls(directory, dict.fromkeys(handle.keys(), path), {path: handle})
+        handles = {path: _open_file(path) for path in find_files(directory, stem, ".safetensors") or [single]}
+        return cls(
+            directory, {name: path for path, handle in handles.items() for name in handle.offset_keys()}, handles
+        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.files

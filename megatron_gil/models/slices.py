@@ -30,7 +30,7 @@ class SlicedTensors:
 
     @classmethod
     def open(cls, directory: Path, stem: str) -> Self:
-        opened = cls(HfTensors.open(directory, f"{stem}.safetensors", f"{stem}.safetensors.index.json"))
+        opened = cls(HfTensors.open(directory, stem))
         for key in opened.tensors.files:
             name, index = _parse(key)
             opened.slices.setdefault(name, []).append((key, index))

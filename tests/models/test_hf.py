@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_gil.config import ConfigError
+from megatron_gil.models.convert.weight_files import read_safetensors
 from megatron_gil.models.families import ModelSpec, read_spec
 from megatron_gil.models.hf import WeightMap, load_weights
 from megatron_gil.models.hf_files import HfTensors
@@ -24,6 +25,7 @@ from tests.models.tiny import FAMILIES, VARIANTS, make_model
 from tests.ranks import run_ranks
 
 NAMES = {"tied": "lm", "untied": "lm", "score": "critic", **dict.fromkeys(FAMILIES, "lm")}
+NORM = "model.norm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,7 @@ def test_a_missing_or_cut_file_is_named(root: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"model\.safetensors: cannot be read"):
         HfTensors.open(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=r"model-00001-of-00001\.safetensors: not found"):
@@ -172,10 +175,24 @@ def test_a_missing_or_cut_file_is_named(root: Path, tmp_path: Path) -> None:
         HfTensors.open(tmp_path).shape("a")
 
 
+@pytest.mark.parametrize("index", [True, False], ids=["index", "no index"])
+def test_the_files_that_are_read_are_those_that_are_checked(index: bool, root: Path, tmp_path: Path) -> None:
+    """A model.safetensors before what an index names, as in transformers; several files without an index."""
+    copy, expected = shutil.copytree(root / "untied", tmp_path / "copy"), _read_all(root / "untied")
+    if index:
+        save_file({name: tensor + 1 for name, tensor in expected.items()}, copy / "model.safetensors")
+    else:
+        (copy / "model.safetensors.index.json").unlink()
+    checked = {file.path for file in read_safetensors(copy)}
+    tensors = HfTensors.open(copy)
+    assert set(tensors.files.values()) == checked
+    assert torch.equal(tensors.read(NORM, (slice(0, 32),)), expected[NORM] + index)
+
+
 def test_only_files_that_are_read_are_opened(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "untied", tmp_path / "copy")
     tensors = HfTensors.open(tmp_path / "copy")
-    needed = tensors.files["model.norm.weight"]
+    needed = tensors.files[NORM]
     for path in set(tensors.files.values()) - {needed}:
         path.unlink()
-    assert tensors.read("model.norm.weight", (slice(3, 7),)).shape == (4,)
+    assert tensors.read(NORM, (slice(3, 7),)).shape == (4,)
