@@ -33,7 +33,7 @@ from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.rows.records import matching, read_scored_kind
 from megatron_gil.data.text.tokenizer import Tokenizer
-from megatron_gil.models.convert.check import check_tensors, expected_shapes
+from megatron_gil.models.convert.check import check_tensors, check_tied, expected_shapes
 from megatron_gil.models.convert.weight_files import read_safetensors
 from megatron_gil.models.families import ModelSpec, check_layout, read_spec
 from megatron_gil.models.uses import ModelUse, has_reward_model, model_uses
@@ -213,7 +213,8 @@ def _is_there(path: str) -> bool:
 
 
 def _check_weights(use: ModelUse, spec: ModelSpec, path: Path) -> None:
-    """The headers of the weight files: every tensor is there, as config.json says, and no file is cut off."""
+    """The headers of the weight files: every tensor is there, as config.json says, and no file is cut off. Of a tied
+    model that has a head all the same, that too."""
     files = read_safetensors(path)
     has_scores = any(SCORE_HEAD in file.tensors for file in files)
     if use.scores_from_start and not has_scores:
@@ -225,6 +226,8 @@ def _check_weights(use: ModelUse, spec: ModelSpec, path: Path) -> None:
         )
     if use.head == "lm":
         check_tensors(files, spec, "lm", path, others=True)
+        if spec.tied:
+            check_tied(files)
     elif has_scores:
         check_tensors(files, spec, "score", path, others=True)
     else:  # the body alone: a tied language model has no head tensor, and a new score head is made

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_gil.config import ConfigError, ScoreConfig
+from megatron_gil.config import ConfigError, ScoreConfig, SftConfig
 from megatron_gil.config.files import load_config
 from megatron_gil.models.convert.copy import export_model, import_model
 from megatron_gil.training.check_run import check_run
 from tests.convert.directories import copy_as, edit_config, files_under, read_tensors, write_tensors
 from tests.models.tiny import FAMILIES
 
+LIMITS = ("data.max_tokens=60", "data.max_prompt_tokens=30")  # the models have 64 positions
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -157,6 +158,21 @@ def test_another_score_head(
     arguments = [f"models.reward_model={source}", f"data.train={world / 'preferences.jsonl'}", "output=scores.jsonl"]
     with pytest.raises(ConfigError) as raised:
         check_run(load_config(ScoreConfig, None, arguments), 1)
+    assert str(raised.value) == message
+
+
+def test_a_tied_head_that_is_another_is_refused_by_a_run_too(world: Path, tmp_path: Path) -> None:
+    """transformers 5 computes with the head that is there."""
+    source = copy_as(world / "tied", tmp_path / "source")
+    tensors = read_tensors(source)
+    arguments = [f"models.policy={source}", f"data.train={world / 'demonstrations.jsonl'}", "run.dir=run", *LIMITS]
+    write_tensors(source, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    check_run(load_config(SftConfig, None, arguments), 1)
+    write_tensors(source, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
+    message = _refusal(source, tmp_path)
+    assert all(part in message for part in [str(source), "lm_head.weight", "tie_word_embeddings"]), message
+    with pytest.raises(ConfigError) as raised:
+        check_run(load_config(SftConfig, None, arguments), 1)
     assert str(raised.value) == message
 
 

@@ -41,8 +41,8 @@ def check_tensors(
         known.add(name)
     if others:
         return
-    if spec.tied and head == "lm" and LM_HEAD in holders:
-        _check_tied(holders[EMBEDDING], holders[LM_HEAD])
+    if spec.tied and head == "lm":
+        check_tied(files)
         known.add(LM_HEAD)
     if head != "lm" and GROUP_HEAD in holders:
         known.add(GROUP_HEAD)
@@ -85,8 +85,12 @@ def _check_score(holders: dict[str, WeightFile], spec: ModelSpec) -> None:
         )
 
 
-def _check_tied(embedding: WeightFile, lm_head: WeightFile) -> None:
-    """A tied head written out is the embedding, or config.json is wrong about it."""
+def check_tied(files: Sequence[WeightFile]) -> None:
+    """A tied head written out is the embedding, or config.json is wrong about it: transformers 5 takes the head."""
+    holders = _holders(files)
+    if LM_HEAD not in holders:
+        return
+    embedding, lm_head = holders[EMBEDDING], holders[LM_HEAD]
     shape = embedding.tensors[EMBEDDING].shape
     _check_shape(lm_head, LM_HEAD, shape)
     same_dtype = embedding.tensors[EMBEDDING].dtype == lm_head.tensors[LM_HEAD].dtype
