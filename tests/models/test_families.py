@@ -81,6 +81,15 @@ def test_rope_frequencies_equal_transformers_bit_for_bit(rope: dict[str, Any], t
         ({**QWEN3, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "'yarn'"]),
         ({**MISTRAL, "sliding_window": "4096"}, ["sliding_window", "'4096'"]),
         ({**MISTRAL, "layer_types": [FULL, SLIDING]}, ["layer_types", f"{FULL} and {SLIDING}"]),
+        (
+            {**MISTRAL, "sliding_window": 5, "layer_types": [FULL] * 4},
+            ["layer_types", FULL, "sliding_window=5", "null"],
+        ),
+        ({**QWEN3, "rope_parameters": {FULL: LLAMA3_ROPE}}, ["rope_parameters", FULL, "rope_type"]),
+        (
+            {"rope_parameters": LLAMA3_ROPE, "original_max_position_embeddings": 32},
+            ["original_max_position_embeddings is 32", "16 in rope_parameters", "leave the first out"],
+        ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
         ({"architectures": ["MixtralForCausalLM"]}, ["architectures", "MixtralForCausalLM", "LlamaForCausalLM"]),
         ({"attention_bias": True}, ["attention_bias", "True", "False"]),

@@ -137,6 +137,10 @@ class ConfigReader:
         table = self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {}  # transformers' own order
         if not isinstance(table, dict):
             raise ConfigError(f"{self.source}: rope_parameters is {table!r}, expected a JSON object")
+        if nested := [key for key, value in table.items() if isinstance(value, dict)]:
+            raise ConfigError(
+                f"{self.source}: rope_parameters has a table for {nested[0]}, expected one rope_type for all layers"
+            )
         theta = self.number("rope_theta", self.number("rope_theta", 10000.0), table)
         kind = table.get("rope_type", table.get("type", "default"))
         if (share := table.get("partial_rotary_factor", 1.0)) != 1.0:
@@ -145,9 +149,14 @@ class ConfigReader:
             return theta, None
         if kind != "llama3":
             raise ConfigError(f"{self.source}: rope_type is {kind!r}, expected 'default' or 'llama3'")
+        key = "original_max_position_embeddings"
+        if (original := self.number(key, table=table)) != (other := self.raw.get(key, original)):
+            raise ConfigError(
+                f"{self.source}: {key} is {other!r}, and {original:g} in rope_parameters; leave the first out"
+            )
         return theta, Llama3Scaling(
             factor=self.number("factor", table=table),
             low_freq_factor=self.number("low_freq_factor", table=table),
             high_freq_factor=self.number("high_freq_factor", table=table),
-            original_max_positions=int(self.number("original_max_position_embeddings", table=table)),
+            original_max_positions=int(original),
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from megatron_gil.config import ConfigError
 from megatron_gil.models.families.config_reader import ConfigReader
 from megatron_gil.models.families.spec import ModelSpec
 
@@ -22,9 +23,14 @@ class MistralSpec(ModelSpec):
 
     @classmethod
     def read_window(cls, reader: ConfigReader, num_layers: int) -> int | None:
-        window = reader.window()
-        every = "full_attention" if window is None else "sliding_attention"
-        return reader.window_of(window, reader.get("layer_types") or [every], "layer_types")
+        """transformers looks at sliding_window alone, so layer_types must say the same."""
+        window, types = reader.window(), reader.get("layer_types")
+        if types and reader.window_of(window, types, "layer_types") != window:
+            raise ConfigError(
+                f"{reader.source}: layer_types asks for full_attention, and sliding_window={window} for a window in "
+                "every layer; set sliding_window to null, or leave layer_types out"
+            )
+        return window
 
     def own_config(self) -> dict[str, Any]:
         return {"sliding_window": self.window}
