@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -132,9 +133,9 @@ class RewardFunction:
     def _ask(self, rows: Sequence[RewardRow], dataset: RowDataset[Any]) -> list[float]:
         try:
             answer = self._call(rows, dataset)
+            answer = answer.tolist() if hasattr(answer, "tolist") else answer  # of numpy or torch
         except BaseException as error:  # the user's code may raise anything, SystemExit too
             raise _Raised(error) from None
-        answer = answer.tolist() if hasattr(answer, "tolist") else answer  # of numpy or torch
         if not isinstance(answer, list | tuple):
             raise RewardFunctionError(
                 f"{self.name} returned {_shown(answer)}, not a list of one number a row, for "
@@ -148,7 +149,8 @@ class RewardFunction:
 
     def _call(self, rows: Sequence[RewardRow], dataset: RowDataset[Any]) -> Any:
         arguments: dict[str, list[Any]] = {"prompts": [r.prompt for r in rows], "responses": [r.response for r in rows]}
-        arguments |= {name: [row.fields.get(name) for row in rows] for name in dataset.other_names}
+        # copies: rows of one prompt share their fields, and a function may write into a list that it is given
+        arguments |= {name: [deepcopy(row.fields.get(name)) for row in rows] for name in dataset.other_names}
         if self._takes is not None:
             arguments = {name: values for name, values in arguments.items() if name in self._takes}
         return self._function(**arguments)
@@ -175,7 +177,7 @@ class RewardFunction:
         return None
 
     def _explain(self, error: BaseException, rows: Sequence[RewardRow], dataset: RowDataset[Any]) -> str:
-        text = " ".join(str(error).split())
+        text = " ".join(_text(error, str).split())
         what = f"{type(error).__name__}{f': {text:.200}' if text else ''}{self._line(error)}"
         response = f" (response {_shown(rows[0].response)})" if len(rows) == 1 else ""
         return f"{self.name} raised {what} for {_rows_text(rows, dataset)}{response}"
@@ -227,6 +229,8 @@ def _find(module: ModuleType, function: str, name: str) -> Callable[..., Any]:
         raise ConfigError(f"{name}: {module.__file__} has no {function}")
     if not callable(found):
         raise ConfigError(f"{name} is {_shown(found)}, not a function")
+    if inspect.iscoroutinefunction(found):
+        raise ConfigError(f"{name} is async, and is called as a plain function; name one that does asyncio.run of it")
     return found
 
 
@@ -253,8 +257,16 @@ def _as_float(value: Any) -> float:
         return math.inf
 
 
+def _text(value: Any, write: Callable[[Any], str]) -> str:
+    """What str or repr writes, which may be code of the function's own."""
+    try:
+        return write(value)
+    except Exception as error:
+        return f"({write.__name__} raised {type(error).__name__})"
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _text(value, repr)
     text = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
     return text if isinstance(value, str) else f"{text} ({type(value).__name__})"
 

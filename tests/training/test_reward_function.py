@@ -57,6 +57,17 @@ def raises_for_many(responses, **_):
         raise RuntimeError("too many\\nat once")
     return [0.0]
 def exits(responses, **_): raise SystemExit(3)
+def no_data(responses, **_): return torch.zeros(len(responses), device="meta")
+class Mute(Exception):
+    def __str__(self): raise KeyError
+    __repr__ = __str__
+def mute(responses, **_): raise Mute
+def mute_answer(responses, **_): return [Mute() for r in responses]
+async def awaited(responses, **_): return [0.0] * len(responses)
+def appends(responses, tags):
+    for response, row in zip(responses, tags):
+        row.append(response)
+    return [float(len(row)) for row in tags]
 def sleeps(responses, **_):
     time.sleep(60 if "moon" in responses else 0)
     return [0.0] * len(responses)
@@ -150,6 +161,14 @@ def test_both_responses_of_a_pair_are_scored(place: Path, tmp_path: Path) -> Non
     assert pairs.passed_on(0) == {"answer": "4"}
 
 
+def test_a_function_may_write_into_what_it_is_given(place: Path, tmp_path: Path) -> None:
+    """No other response of the same row sees it, nor a second call."""
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "4", "rejected": "5", "tags": ["a"]}])
+    pairs = PreferenceDataset(path, None, max_tokens=8, max_prompt_tokens=4, others=True)
+    rows, function = reward_rows(pairs, 0), _function(place, "appends")
+    assert [function.score(rows, pairs) for _ in range(2)] == [[2.0, 2.0]] * 2
+
+
 def test_threads_call_at_the_same_time(place: Path, tmp_path: Path) -> None:
     """Three calls that wait for one another, of 2, 2 and 1 rows."""
     dataset = _dataset(tmp_path, *map(str, range(5)))
@@ -170,6 +189,9 @@ FAILURES = {
     "huge": "gives row 1 of {rows} 10000000",
     "raises": "raised ZeroDivisionError: division by zero (rules.py:{zero}) for row 2 of {rows} (response 'moon')",
     "raises_for_many": "raised RuntimeError: too many at once (rules.py:{many}) for 3 rows, the first row 1 of {rows}",
+    "no_data": "raised NotImplementedError: Cannot copy out of meta tensor; no data! for 3 rows, the first row 1 of",
+    "mute": "raised Mute: (str raised KeyError) (rules.py:",
+    "mute_answer": "gives row 1 of {rows} (repr raised KeyError) (Mute), which is no number",
     "exits": "raised SystemExit: 3 (rules.py:{exit}) for row 1 of {rows} (response 'sun')",
 }
 
@@ -218,6 +240,7 @@ REFUSALS = {
     "{place}/rules.py:none": "has no none",
     "{place}/rules.py:constant": "is 3 (int), not a function",
     "{place}/rules.py:by_position": "it takes responses by position alone, and is called by name",
+    "{place}/rules.py:awaited": "is async, and is called as a plain function; name one that does asyncio.run of it",
     "{place}/rules.py:needs_nothing": "it takes no argument named responses",
     "{place}/broken.py:f": "cannot be imported: JSONDecodeError: Expecting property name",
     "no_such_package.rules:f": "no module named no_such_package; install it, put its folder in PYTHONPATH, or name its",
