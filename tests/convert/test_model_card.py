@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModelForSequenceClassification
 
 from megatron_gil import __version__
+from megatron_gil.data.rows.encoding import encode_responses
+from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.convert.copy import export_model, import_model
 from megatron_gil.models.convert.lineage import hub_name
 from tests.convert.directories import files_under
@@ -103,19 +107,40 @@ def test_its_metrics_are_those_of_the_checkpoint(runs: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(("run", "role"), [("gil", "policy"), ("reward", "reward")])
 def test_its_code_loads_the_model(runs: Path, tmp_path: Path, run: str, role: Any) -> None:
     """As a reader would: copied out and run beside the files."""
-    text = _card(runs / run, tmp_path / "out", role).text
-    code = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    _card(runs / run, tmp_path / "out", role)
+    printed = _run_code(tmp_path / "out")
+    if role == "reward":
+        float(printed)
+
+
+def _run_code(directory: Path) -> str:
+    code = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), flags=re.S)
     assert len(code) == 1
     code[0] = code[0].replace("max_new_tokens=128", "max_new_tokens=4")  # the tiny Llama has few positions
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code[0]],
-        cwd=tmp_path / "out",
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code[0]]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    if role == "reward":
-        float(done.stdout)
+    return done.stdout
+
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} sun{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, "{{ bos_token }}" + TEMPLATE])
+def test_its_code_scores_what_we_score(world: Path, tmp_path: Path, template: str | None) -> None:
+    """With a chat template no space stands before the response, and one bos before all, whoever writes it. (The
+    template ends in a word that its tokenizer knows: it would fuse unknown characters of prompt and response.)"""
+    source = shutil.copytree(world / "reward_model", tmp_path / "source")
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    export_model(source, tmp_path / "out", note=pytest.fail)
+    prompt, response = "\n\nHuman: How do I boil an egg?\n\nAssistant:", " Nine minutes in boiling water."
+    tokenizer, limits = Tokenizer.read(source), {"max_prompt_tokens": 60, "max_tokens": 120}
+    tokens = encode_responses(tokenizer, prompt, [response], **limits)[0].tokens
+    model: Any = AutoModelForSequenceClassification.from_pretrained(source)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits.item()
+    assert float(_run_code(tmp_path / "out")) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_readme_that_was_there_stays(runs: Path, tmp_path: Path) -> None:

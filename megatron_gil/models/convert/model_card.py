@@ -12,6 +12,7 @@ from typing import Any
 from megatron_gil import __version__
 from megatron_gil.config import COMMAND_CONFIGS
 from megatron_gil.config.files import settings_of
+from megatron_gil.data.rows.encoding import format_response
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.evaluation.report.overview import TERMS, kind_of, number_text
 from megatron_gil.models.convert.lineage import Stage, hub_name, preparation
@@ -171,7 +172,7 @@ def _metrics(stage: Stage) -> list[str]:
 
 def _loading(head: Head, tokenizer: Tokenizer) -> str:
     auto_class = "AutoModelForCausalLM" if head == "lm" else "AutoModelForSequenceClassification"
-    chat = '[{"role": "user", "content": "How do I boil an egg?"}]'
+    chat, special = '[{"role": "user", "content": "How do I boil an egg?"}]', ""
     lines = [
         f"from transformers import {auto_class}, AutoTokenizer",
         "",
@@ -181,9 +182,10 @@ def _loading(head: Head, tokenizer: Tokenizer) -> str:
     ]
     if tokenizer.has_chat_template:
         lines.append(f"prompt = tokenizer.apply_chat_template({chat}, add_generation_prompt=True, tokenize=False)")
+        has_bos = tokenizer.encode(tokenizer.format_prompt(json.loads(chat)))[:1] == [tokenizer.bos_id]
+        special = ", add_special_tokens=False" * (has_bos or not tokenizer.adds_bos)  # else the rows had a bos too
     else:
         lines.append(f'prompt = "{HUMAN_ASSISTANT}"  # or as the prompts of its training data are written')
-    special = ", add_special_tokens=False" * tokenizer.has_chat_template  # the template has written them
     if head == "lm":
         lines += [
             f'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False{special})',
@@ -191,8 +193,9 @@ def _loading(head: Head, tokenizer: Tokenizer) -> str:
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     else:
+        response = format_response(tokenizer, "Nine minutes in boiling water.")
         lines += [
-            'text = prompt + " Nine minutes in boiling water." + tokenizer.eos_token  # the score is read at the end',
+            f'text = prompt + "{response}" + tokenizer.eos_token  # the score is read at the end',
             f'inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False{special})',
             "print(model(**inputs).logits[0, 0].item())",
         ]
