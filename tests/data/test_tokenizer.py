@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.text.tokenizer import Tokenizer
+from tests.tokenizer_kinds import KINDS
 
 _SENTENCEPIECE = ["sentencepiece_dir", "stories_dir"]  # the second collapses runs of spaces
 _FAST = ["byte_level_dir", "metaspace_dir", "prepend_dir"]
@@ -164,6 +165,17 @@ def test_control_tokens_are_left_out_of_text_and_their_text_is_not(plain_tokeniz
     a, b = plain_tokenizer.encode("a"), plain_tokenizer.encode_continuation("b")
     assert plain_tokenizer.decode([1, *a, plain_tokenizer.eos_id, *b]) == "ab"
     assert plain_tokenizer.decode(plain_tokenizer.encode("<s>a</s>b", bos=True)) == "<s>a</s>b"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_without_a_token_are_left_out_of_text(kind: str, tmp_path: Path):
+    """A model whose vocabulary is padded may sample them."""
+    KINDS[kind](tmp_path)
+    tokenizer = Tokenizer.read(tmp_path)
+    first, second = tokenizer.encode("the sea"), tokenizer.encode_continuation(" is old")
+    beyond = tokenizer.vocab_size
+    assert tokenizer.decode([*first, beyond, *second, beyond + 9]) == tokenizer.decode([*first, *second])
+    assert tokenizer.decode([beyond, *second], after=first) == tokenizer.decode(second, after=first)
 
 
 def test_every_token_that_ends_a_response_is_known(chat_tokenizer: Tokenizer):

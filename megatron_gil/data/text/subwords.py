@@ -104,7 +104,8 @@ class SentencePieceModel:
         return self._model_without_prefix.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        ids = [i for i in ids if i not in self._control_ids]
+        # a model's vocabulary may be padded, and the library raises an error for an id without a piece
+        ids = [i for i in ids if i not in self._control_ids and self.token_of(i) is not None]
         text, model = "", self._model
         for is_added, run in groupby(ids, key=self._added_token_of.__contains__):
             found = list(run)
