@@ -109,7 +109,7 @@ def _content(found: Audit, rows: AuditedRows, color: Mapping[str, str]) -> list[
     scores: dict[str, list[float]] = {name: [] for name in rows.groups}
     for row in rows.responses:
         scores[rows.groups[likeliest(row.probs)]].append(row.score)
-    drawn = score_distributions({name: part for name, part in scores.items() if part}, label="score", color=color)
+    drawn = score_distributions({name: part for name, part in scores.items() if part}, color=color)
     caption = "Scores of the policy's responses; dashed: the normal distribution of the same mean and spread."
     labels = labels_table(found)
     return [

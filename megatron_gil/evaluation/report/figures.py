@@ -149,7 +149,7 @@ def score_distributions(scores: Mapping[str, Sequence[float]], *, color: Mapping
         ax.text(0.0, 0.86, name, transform=ax.transAxes, weight="bold", color=own, va="top")
         shape = f"mean {np.mean(values):.2f}\nsd {np.std(values):.2f}\nskewness {skewness(values):+.2f}"
         ax.text(0.0, 0.62, shape, transform=ax.transAxes, va="top", fontsize=8, color="#5a6068")
-    axes[-1, 0].set_xlabel("reward-model score")
+    axes[-1, 0].set_xlabel("score")
     return figure
 
 

@@ -43,11 +43,11 @@ T = TypeVar("T")
 CURVES: Mapping[str, str] = {
     "eval/reward/accuracy": "held-out accuracy of the reward model",
     "eval/dpo/accuracy": "held-out accuracy of DPO",
-    "eval/reward/score_mean": "held-out reward-model score",
+    "eval/reward/score_mean": "held-out score",
     "eval/sft/loss": "held-out SFT loss, nats a token",
     "eval/reward/loss": "held-out reward loss, nats a pair",
     "eval/dpo/loss": "held-out DPO loss, nats a pair",
-    "reward/score_mean": "reward-model score",
+    "reward/score_mean": "score",
     "reward/return_mean": "return (score - KL penalty)",
     "reward/score_std": "standard deviation of the score",
     "reward/out_of_range_fraction": "share of scores out of range",
