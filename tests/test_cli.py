@@ -70,8 +70,11 @@ def _bad_files(tmp_path: Path, world: Path) -> dict[str, str]:
     shutil.copytree(world / "policy", tmp_path / "cut_weights")
     with (tmp_path / "cut_weights" / "model.safetensors").open("r+b") as file:
         file.truncate(5000)
+    for name in ("iter_0000001/policy", "iter_0000002/critic", "iter_0000002/policy"):
+        shutil.copytree(world / "policy", tmp_path / "a_run" / "checkpoints" / name)
     return {
         "foreign": str(foreign),
+        "a_run": str(tmp_path / "a_run"),
         "broken_yaml": str(tmp_path / "broken.yaml"),
         "not_json": str(tmp_path / "not_json.jsonl"),
         "field": str(write_rows(tmp_path / "field.jsonl", [*rows, {"prompt": "sun", "completion": 7}])),
@@ -98,6 +101,15 @@ def test_one_line_for_every_mistake(world: Path, tmp_path: Path) -> None:
         (_sft(good, models__policy=None), "models.policy is not set"),
         (_sft(good, models__policy=str(tmp_path / "nowhere")), "nowhere is not a directory"),
         (_sft(good, models__policy=bad["no_weights"]), "no_weights: holds no model.safetensors"),
+        (
+            _sft(good, models__policy=str(tmp_path)),
+            f"={tmp_path} holds no config.json, and so no model; take a model below",
+        ),
+        (
+            _sft(good, models__policy=bad["a_run"]),
+            "take a model below it, as " + bad["a_run"] + "/checkpoints/iter_0000002/policy\n",
+        ),
+        (_sft(good, models__policy=bad["foreign"]), "foreign holds no config.json, and so no model"),
         (_sft(good, models__policy=bad["cut_weights"]), "model.safetensors: cut off or not a safetensors file"),
         (_sft(good, data__train=None), "data.train is not set"),
         (_sft(good, data__train=str(tmp_path / "none.jsonl")), "none.jsonl: no such file"),

@@ -195,6 +195,12 @@ def _find_model(config: CommandConfig, use: ModelUse, sizes_from: Path | None) -
                 "--dry-run takes --sizes-from MODEL_DIR; a model on the Hugging Face Hub is OWNER/NAME@REVISION"
             )
         directory, note = sizes_from, f"models.{use.key}={directory} is not there yet: sizes of {sizes_from}"
+    elif not (directory / "config.json").is_file():
+        models = [path.parent for level in ("*", "checkpoints/*/*") for path in directory.glob(f"{level}/config.json")]
+        # the newest, of those of this role where there are any
+        models.sort(key=lambda model: (use.key.endswith(model.name), model))
+        hint = f"; take a model below it, as {models[-1]}" if models else ""
+        raise ConfigError(f"models.{use.key}={directory} holds no config.json, and so no model{hint}")
     spec, parallel = read_spec(directory), config.parallel
     check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
     if not note:
