@@ -34,7 +34,7 @@ setup(
         "datasets>=4.0",
         "tokenizers",
         "sentencepiece",
-        "safetensors>=0.5",
+        "safetensors>=0.6.1",  # has offset_keys
         "tensorboard",
         "omegaconf>=2.4",
         "rich",
