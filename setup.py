@@ -30,8 +30,8 @@ setup(
         "torch>=2.11",  # tested with 2.11 and 2.13
         "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,<0.20",  # 0.19 needs Python 3.12; untested between
         "triton; python_version >= '3.12' and sys_platform == 'linux'",  # 0.19 imports it, on the CPU too
-        "transformers>=4.50",  # Llama configs and tokenizers; not needed by the engine
-        "datasets>=4.0",
+        "transformers>=4.56",  # chat templates, and the models that `verify` compares with; not needed by the engine
+        "datasets>=4.3",  # from_generator takes a fingerprint
         "tokenizers",
         "sentencepiece",
         "safetensors>=0.6.1",  # has offset_keys
@@ -53,7 +53,17 @@ setup(
             "transformer-engine[core_cu13,pytorch]>=2.17,<2.18; python_version >= '3.12'",
         ],
         "peer": ["trl==1.12.0"],  # tests/peer compares with its private functions too: no other version will do
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright", "httpx2", "playwright", "wandb>=0.31"],
+        "test": [
+            "transformers>=5",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "pyright",
+            "httpx2",
+            "playwright",
+            "wandb>=0.31",
+        ],
         "wandb": ["wandb>=0.31"],  # log.wandb; tested with 0.31
     },
     entry_points={"console_scripts": ["megatron-gil = megatron_gil.cli:main"]},
