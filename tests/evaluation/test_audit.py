@@ -99,9 +99,12 @@ def test_a_number_that_does_not_vary_has_no_correlation() -> None:
     found = correlate([1e9 + 0.1] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], list("abcde"))
     assert math.isnan(found.spearman.value)
     assert math.isnan(found.pearson.value)
-    one = correlate([1.0, 2.0], [1.0, 2.0], ["same", "same"])
+    one = correlate([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], ["same", "same", "same"])
     assert one.spearman.value == pytest.approx(1.0)
     assert math.isnan(one.spearman.low)
+    two = correlate([1.0, 2.0], [1.0, 2.0], ["a", "b"])  # always 1 or -1, in every draw
+    assert math.isnan(two.spearman.value)
+    assert math.isnan(two.pearson.high)
 
 
 def test_typical_words() -> None:
@@ -206,7 +209,10 @@ def test_advice_says_where_rows_are_too_few() -> None:
     assert "of one prompt" in advise(_agreement(0.5, math.nan, math.nan)).line
     for nothing in (None, _agreement(math.nan, math.nan, math.nan)):
         assert advise(nothing).settings == {}
-    assert "Scores or trusted numbers do not vary in the trusted rows of the high group" in advise(nothing).line
+    assert (
+        "Scores or trusted numbers are too few or do not vary in the trusted rows of the high group"
+        in advise(nothing).line
+    )
 
 
 def test_advice_waits_for_groups_of_prompts() -> None:

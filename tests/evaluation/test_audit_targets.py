@@ -105,7 +105,8 @@ def test_a_reward_that_does_not_vary_where_it_is_high_is_not_called_wrong() -> N
     assert advice.settings["gil.kl_target_high"] == LEAST_TARGET
     assert not advice.is_certain
     assert (
-        "Scores or trusted numbers do not vary in the 48 responses to the prompts of high score. gil.kl" in advice.line
+        "Scores or trusted numbers are too few or do not vary in the 48 responses to the prompts of high score. gil.kl"
+        in advice.line
     )
     for wrong in ("nan", "not to be trusted", "of one prompt"):
         assert wrong not in advice.line

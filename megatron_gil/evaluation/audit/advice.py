@@ -19,7 +19,7 @@ which groups gained lie at 0.61 and below, those in which they lost at 0.75 and 
 GROUPS_OF_PROMPTS_FROM = 0.5
 """Below this kappa of two responses to one prompt the groups are less those of prompts than those of responses: of high
 and low scores, which are no easy and hard data."""
-NO_AGREEMENT = "Scores or trusted numbers do not vary"
+NO_AGREEMENT = "Scores or trusted numbers are too few or do not vary"
 """Why a correlation is NaN."""
 MOST_TIMES = 20
 """So many times as many rows are the most that is asked for."""

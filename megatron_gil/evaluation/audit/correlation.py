@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,14 @@ import numpy as np
 from megatron_gil.evaluation.cluster_bootstrap import DRAWS, expanded_interval, number_clusters, resampled_times
 from megatron_gil.evaluation.statistics import Estimate
 
+LEAST_ROWS = 3
+"""Two rows always correlate by 1 or -1."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correlation:
-    """95 % intervals, by resampling prompts with all their rows. NaN where one of the two numbers does not vary."""
+    """95 % intervals, by resampling prompts with all their rows. NaN where one of the two numbers does not vary, and of
+    fewer than LEAST_ROWS rows."""
 
     num_rows: int
     num_prompts: int
@@ -32,6 +37,8 @@ def correlate(
     parts = [block[:, clusters] for block in resampled_times(num_prompts, len(x), draws=draws, seed=seed)]
 
     def estimate(ranked: bool) -> Estimate:
+        if len(x) < LEAST_ROWS:
+            return Estimate(value=math.nan, low=math.nan, high=math.nan)
         found = [_correlation(x, y, times, ranked=ranked) for times in (once, *parts)]
         return expanded_interval(float(found[0][0]), np.concatenate(found[1:]), num_prompts)
 

@@ -87,7 +87,7 @@ def trusted_table(found: Audit) -> Table:
         caption="scores against trusted numbers",
         header=("", "rows", "prompts", "Spearman [95 %]", "Pearson [95 %]"),
         rows=rows,
-        note="[ ]: prompts resampled with all their rows. - : one of the two numbers does not vary.",
+        note="[ ]: prompts resampled with all their rows. - : fewer than three rows, or numbers that do not vary.",
     )
 
 
