@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import math
 import numbers
 import sys
 import threading
@@ -24,12 +23,10 @@ import numpy as np
 from megatron_gil.config import ConfigError, RewardFunctionSection
 from megatron_gil.data.rows.dataset import RowDataset
 from megatron_gil.data.rows.demonstrations import ResponseDataset
-from megatron_gil.data.rows.fields import RESPONSES
+from megatron_gil.data.rows.fields import LARGEST, RESPONSES, as_float
 from megatron_gil.data.rows.preferences import PreferenceDataset
 from megatron_gil.paths import expand_user
 
-LARGEST = float(np.finfo(np.float32).max)
-"""Scores are float32."""
 SHOWN = 60
 """Characters that are shown of a value."""
 
@@ -160,7 +157,7 @@ class RewardFunction:
         what = f"{self.name} gives row {row.row_id + 1} of {dataset.path}"
         if not isinstance(value, numbers.Real | np.bool_):
             raise RewardFunctionError(f"{what} {_shown(value)}, which is no number (response {_shown(row.response)})")
-        number = _as_float(value)
+        number = as_float(value)
         if not abs(number) <= LARGEST:  # a NaN too
             raise RewardFunctionError(
                 f"{what} {_shown(value)}, which is not finite in float32 (response {_shown(row.response)})"
@@ -248,13 +245,6 @@ def _arguments(function: Callable[..., Any], name: str) -> tuple[Collection[str]
     if takes is not None and "responses" not in takes:
         raise ConfigError(f"{name}: it takes no argument named responses")
     return takes, {p.name for p in named if p.default is p.empty}
-
-
-def _as_float(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def _text(value: Any, write: Callable[[Any], str]) -> str:

@@ -15,8 +15,11 @@ them: `generate`, which writes them on, and a reward that is a function.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from megatron_gil.config import ConfigError
 from megatron_gil.data.text.chat import ROLES, format_dialogue
@@ -30,6 +33,8 @@ RESPONSES = {"responses": ("response",), "preferences": ("chosen", "rejected")}
 """The fields of the responses that rows of a kind come with."""
 OURS = (*COLUMNS, "response", "prompt_read", "score", "score_chosen", "score_rejected")
 """Fields that mean something in the files that we write."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Of a score, which is float32, and of a trusted number: squares and sums of them stay within float64."""
 
 Row = dict[str, Any]
 
@@ -182,3 +187,11 @@ def _type_name(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"the number {value!r:.30}"
     return names.get(type(value), type(value).__name__)
+
+
+def as_float(value: Any) -> float:
+    """inf where the number is beyond float64, as a large int may be."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

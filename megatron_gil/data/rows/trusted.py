@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_gil.config import ConfigError
 from megatron_gil.data.rows.demonstrations import ResponseDataset
+from megatron_gil.data.rows.fields import LARGEST, as_float
 from megatron_gil.data.rows.records import iter_records
 from megatron_gil.data.text.tokenizer import Tokenizer
-
-LARGEST = float(np.finfo(np.float32).max)
-"""As of scores; squares and sums of them then stay within float64."""
 
 
 class TrustedDataset(ResponseDataset):
@@ -35,10 +30,7 @@ def read_trusted(row: Any, where: str) -> float:
     value = row.get("trusted")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{where}: field trusted must be a number that somebody trusts, such as a person's rating")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
+    number = as_float(value)
     if not abs(number) <= LARGEST:  # a NaN too
         raise ConfigError(f"{where}: field trusted is {number}, which is no number to compare with")
     return number
