@@ -34,6 +34,7 @@ from megatron_gil.data.rows.prompts import PromptDataset
 from megatron_gil.data.rows.records import matching, read_scored_kind
 from megatron_gil.data.text.tokenizer import Tokenizer
 from megatron_gil.models.convert.check import check_tensors, check_tied, expected_shapes
+from megatron_gil.models.convert.locate import newest_checkpoints
 from megatron_gil.models.convert.weight_files import read_safetensors
 from megatron_gil.models.families import ModelSpec, check_layout, read_spec
 from megatron_gil.models.uses import ModelUse, has_reward_model, model_uses
@@ -196,16 +197,22 @@ def _find_model(config: CommandConfig, use: ModelUse, sizes_from: Path | None) -
             )
         directory, note = sizes_from, f"models.{use.key}={directory} is not there yet: sizes of {sizes_from}"
     elif not (directory / "config.json").is_file():
-        models = [path.parent for level in ("*", "checkpoints/*/*") for path in directory.glob(f"{level}/config.json")]
-        # the newest, of those of this role where there are any
-        models.sort(key=lambda model: (use.key.endswith(model.name), model))
-        hint = f"; take a model below it, as {models[-1]}" if models else ""
+        model = _model_below(directory, use)
+        hint = f"; take a model below it, as {model}" if model else ""
         raise ConfigError(f"models.{use.key}={directory} holds no config.json, and so no model{hint}")
     spec, parallel = read_spec(directory), config.parallel
     check_layout(spec, parallel.tensor_size, parallel.pipeline_size, parallel.sequence_parallel)
     if not note:
         _check_weights(use, spec, directory)
     return _FoundModel(directory=directory, spec=spec, note=note)
+
+
+def _model_below(directory: Path, use: ModelUse) -> Path | None:
+    """Of a checkpoint, or of a run's newest one, the model of this role, or else another."""
+    for place in (directory, *newest_checkpoints(directory)):
+        if models := [path.parent for path in place.glob("*/config.json")]:
+            return max(models, key=lambda model: (use.key.endswith(model.name), model))
+    return None
 
 
 def _is_to_come(config: CommandConfig, sizes_from: Path | None) -> bool:

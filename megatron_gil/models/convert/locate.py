@@ -42,7 +42,7 @@ def use_model(
             return _use(path, role, use)
         except Damaged as damage:
             raise ConfigError(f"{path}: {damage}; take another checkpoint") from None
-    checkpoints = sorted(path.glob("checkpoints/iter_*"), key=lambda p: (len(p.name), p.name), reverse=True)
+    checkpoints = newest_checkpoints(path)
     for checkpoint in checkpoints:
         try:
             return _use(checkpoint, role, use)
@@ -51,6 +51,11 @@ def use_model(
     if checkpoints:
         raise ConfigError(f"{path}: none of its {len(checkpoints)} checkpoint(s) is whole")
     raise ConfigError(f"{path}: holds neither config.json nor checkpoints; give a model, checkpoint or run directory")
+
+
+def newest_checkpoints(run: Path) -> list[Path]:
+    """Those of a run directory, the newest first, none of them proven."""
+    return sorted(run.glob("checkpoints/iter_*"), key=lambda p: (len(p.name), p.name), reverse=True)
 
 
 def find_model(path: Path, role: Role | None, note: Callable[[str], None]) -> Path:
