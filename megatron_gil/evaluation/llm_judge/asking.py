@@ -66,7 +66,7 @@ class Asking:
             await self._client.close()
 
     async def _work(self) -> None:
-        while self._questions:
+        while True:
             async with self._settled:
                 await self._settled.wait_for(self._may_begin)
                 if not self._questions:
